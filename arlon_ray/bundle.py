@@ -1,0 +1,138 @@
+"""A model bundle: one folder with everything that makes videos, whose parts are proven to belong together.
+
+    bundle.json   configuration and the fingerprint of every part
+    vae/ vqvae/fine/ vqvae/coarse/ ar/ dit/ dit_base/ (optional: the text-only baseline)   stage artefacts
+    text/config.json   which text encoder, with its sha256
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, whole_folder, write_json
+from arlon_ray.config import Config
+from arlon_ray.models.ar import ArTransformer, load_ar
+from arlon_ray.models.codec import LatentCodec, load_codec
+from arlon_ray.models.dit import STDiT3, load_dit
+from arlon_ray.models.text import TextEncoder, load_text_encoder
+from arlon_ray.models.vae import FoldedVAE, load_vae
+
+MANIFEST = "bundle.json"
+#: Where each part lies, and its kind.
+PARTS = {
+    "vae": ("vae", "vae"),
+    "codec_fine": ("vqvae/fine", "codec"),
+    "codec_coarse": ("vqvae/coarse", "codec"),
+    "ar": ("ar", "ar"),
+    "dit": ("dit", "dit"),
+    "dit_base": ("dit_base", "dit"),
+}
+OPTIONAL = ("dit_base",)
+
+
+def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path], text_identity: str) -> Path:
+    """Copy stage artefacts ("vae", "codec_fine", "codec_coarse", "ar", "dit", optionally "dit_base") into a bundle.
+
+    Raises ArtifactError if a part is missing or was trained on another one than the one given.
+    """
+    artifacts = {name: load_artifact(folder, PARTS[name][1]) for name, folder in parts.items()}
+    _check(artifacts, text_identity, "bundle")
+    with whole_folder(path) as folder:
+        for name, artifact in artifacts.items():
+            shutil.copytree(artifact.path, folder / PARTS[name][0])
+        (folder / "text").mkdir()
+        write_json(folder / "text" / "config.json", {"identity": text_identity, **config.text.model_dump(mode="json")})
+        fingerprints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
+        write_json(folder / MANIFEST, {"config": config.model_dump(mode="json"), "parts": fingerprints})
+    return Path(path)
+
+
+class Bundle:
+    """An opened bundle. Lineage is verified when it is opened; each part is loaded when it is first asked for."""
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        self.path, self.device = Path(path), torch.device(device)
+        manifest = _read_json(self.path / MANIFEST)
+        try:
+            self.config = Config.model_validate(manifest["config"])
+        except (ValidationError, KeyError) as error:
+            raise ArtifactError(f"{self.path / MANIFEST}: unusable configuration: {str(error).splitlines()[0]}") from None
+        self.text_identity = str(_read_json(self.path / "text" / "config.json").get("identity", ""))
+        self.artifacts = {
+            name: load_artifact(self.path / folder, kind)
+            for name, (folder, kind) in PARTS.items()
+            if name not in OPTIONAL or (self.path / folder).exists()
+        }
+        _check(self.artifacts, self.text_identity, str(self.path))
+
+    @cached_property
+    def vae(self) -> FoldedVAE:
+        """The video VAE."""
+        return load_vae(self.path / PARTS["vae"][0], self.device)
+
+    @cached_property
+    def text(self) -> TextEncoder:
+        """The text encoder. Raises ArtifactError if the one installed is not the one that was trained with."""
+        encoder = load_text_encoder(self.config.text, self.device)
+        if encoder.identity != self.text_identity:
+            raise ArtifactError(f"{self.path}: made with text encoder {self.text_identity}, found {encoder.identity}")
+        return encoder
+
+    @cached_property
+    def codec(self) -> LatentCodec:
+        """The fine codec: the one whose tokens the AR predicts."""
+        return load_codec(self.path / PARTS["codec_fine"][0], self.device)
+
+    @cached_property
+    def ar(self) -> ArTransformer:
+        """The autoregressive transformer."""
+        return load_ar(self.path / PARTS["ar"][0], self.device)
+
+    @cached_property
+    def dit(self) -> STDiT3:
+        """The guided diffusion transformer."""
+        return load_dit(self.path / PARTS["dit"][0], self.device)
+
+    @cached_property
+    def baseline(self) -> STDiT3:
+        """The text-only diffusion transformer; the guided one (used without tokens) if the bundle has no other."""
+        if "dit_base" not in self.artifacts:
+            return self.dit
+        return load_dit(self.path / PARTS["dit_base"][0], self.device)
+
+
+def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
+    """Open a bundle. Raises ArtifactError, in one line, if a part is missing, damaged, or of another lineage."""
+    return Bundle(path, device)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path.parent}: not a bundle: {path.name} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ArtifactError(f"{path}: damaged: {error}") from None
+
+
+def _check(artifacts: Mapping[str, Artifact], text_identity: str, where: str) -> None:
+    """Every part must have been trained on the other parts that are here."""
+    for name in PARTS:
+        if name not in artifacts and name not in OPTIONAL:
+            raise ArtifactError(f"{where}: {name} is missing")
+    here = {name: artifact.fingerprint for name, artifact in artifacts.items()} | {"text": text_identity}
+    for name, artifact in artifacts.items():
+        for role, trained_on in artifact.lineage.parents.items():
+            if role in here and role != name and here[role] != trained_on and not role.startswith("dit"):
+                raise ArtifactError(
+                    f"{where}: {name} was trained on {role} {trained_on[:20]}…, but {role} here is "
+                    f"{here[role][:20]}…: use parts of one pipeline run"
+                )

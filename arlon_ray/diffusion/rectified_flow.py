@@ -1,0 +1,79 @@
+"""Rectified flow as in Open-Sora v1.2: straight paths from data (time 0) to noise (time 1000), Euler sampling.
+
+x_t = (1 − t)·x0 + t·noise with t = time/1000; the model learns the velocity x0 − noise.
+Legend: B batch, C latent channels, t×h×w latent grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NUM_TIMES = 1000.0
+
+
+def time_ratio(height: float, width: float, latent_frames: int, base_pixels: float = 512 * 512) -> float:
+    """r = √(H·W / base) · √(latent frames): larger and longer videos are trained and sampled at noisier times.
+
+    Raises ValueError if there is no latent frame (Open-Sora's own formula gives r = 0, then NaN, for 2–16 frames).
+    """
+    if latent_frames < 1:
+        raise ValueError(f"{latent_frames} latent frames: the time-step transform needs at least 1 (1 or 17·n frames)")
+    return math.sqrt(height * width / base_pixels) * math.sqrt(latent_frames)
+
+
+def transform_time(time: Tensor, ratio: float) -> Tensor:
+    """t' = r·t / (1 + (r − 1)·t), on times in [0, 1000]."""
+    t = time / NUM_TIMES
+    return NUM_TIMES * ratio * t / (1.0 + (ratio - 1.0) * t)
+
+
+def sample_times(count: int, ratio: float, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Training times [count] in (0, 1000): logit-normal, then transformed."""
+    t = torch.sigmoid(torch.randn(count, generator=generator, device=device))
+    return transform_time(NUM_TIMES * t, ratio)
+
+
+def add_noise(x0_BCthw: Tensor, noise_BCthw: Tensor, time_B: Tensor) -> Tensor:
+    """x_t at times [B] in [0, 1000]."""
+    t = (time_B / NUM_TIMES)[:, None, None, None, None]
+    return (1.0 - t) * x0_BCthw + t * noise_BCthw
+
+
+def schedule(steps: int, ratio: float) -> list[float]:
+    """Times of `steps` Euler steps, noisiest first; the last step ends at 0."""
+    times = torch.tensor([(1.0 - i / steps) * NUM_TIMES for i in range(steps)], dtype=torch.float64)
+    return transform_time(times, ratio).tolist()
+
+
+def euler_sample(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise_BCthw: Tensor,
+    times: list[float],
+    frozen: tuple[Tensor, Tensor] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Follow `velocity(x, time [B])` from noise to data. Returns [B, C, t, h, w].
+
+    `frozen` = (mask [B, t] bool, True: a frame to make; latents [B, C, t, h, w] of the frames that are given).
+    `on_step(i)` is called before every step and may raise, which ends the sampling there.
+    """
+    x = noise_BCthw
+    if frozen is not None:
+        to_make = frozen[0][:, None, :, None, None]
+        x = torch.where(to_make, x, frozen[1])
+    for i, time in enumerate(times):
+        if on_step is not None:
+            on_step(i)
+        following = times[i + 1] if i + 1 < len(times) else 0.0
+        x_next = x + velocity(x, x.new_full((len(x),), time)) * ((time - following) / NUM_TIMES)
+        x = x_next if frozen is None else torch.where(to_make, x_next, x)
+    return x
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: unconditional + scale · (conditional − unconditional)."""
+    return unconditional + scale * (conditional - unconditional)

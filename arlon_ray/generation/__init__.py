@@ -1,0 +1,19 @@
+"""Making videos from a bundle: `VideoGenerator.from_bundle(path).generate(prompts)`; no Ray."""
+
+from arlon_ray.generation.decoding import FrameDecoder
+from arlon_ray.generation.generator import VideoGenerator, spread_prompts
+from arlon_ray.generation.options import GenerationOptions, default_options
+from arlon_ray.generation.planning import ArPlanner, SegmentTokens
+from arlon_ray.generation.rendering import DiTRenderer, SegmentLatents
+
+__all__ = [
+    "ArPlanner",
+    "DiTRenderer",
+    "FrameDecoder",
+    "GenerationOptions",
+    "SegmentLatents",
+    "SegmentTokens",
+    "VideoGenerator",
+    "default_options",
+    "spread_prompts",
+]

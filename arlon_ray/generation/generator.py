@@ -1,0 +1,52 @@
+"""A long video in one process: plan, render, decode, segment by segment, on a constant budget of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.generation.decoding import FrameDecoder
+from arlon_ray.generation.options import GenerationOptions, default_options
+from arlon_ray.generation.planning import ArPlanner, SegmentTokens
+from arlon_ray.generation.rendering import DiTRenderer
+
+
+def spread_prompts(prompts: Sequence[str], segments: int) -> list[str]:
+    """A prompt for each of `segments`: in order, as evenly as it goes. Raises ValueError if a prompt gets no segment."""
+    if not prompts or segments < len(prompts):
+        raise ValueError(f"{len(prompts)} prompts for {segments} segments: expected 1 prompt to {segments}")
+    return [prompts[i * len(prompts) // segments] for i in range(segments)]
+
+
+class VideoGenerator:
+    """Text in, frames out: `for frames in VideoGenerator.from_bundle(path).generate(prompts, seed=0): …`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.planner, self.renderer, self.decoder = ArPlanner(bundle), DiTRenderer(bundle), FrameDecoder(bundle)
+
+    @classmethod
+    def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> VideoGenerator:
+        """Open a bundle. Raises ArtifactError."""
+        return cls(load_bundle(path, device))
+
+    def generate(
+        self, prompts: Sequence[str], seed: int = 0, options: GenerationOptions | None = None
+    ) -> Iterator[np.ndarray]:
+        """Frames uint8 [T, H, W, 3] of one segment after the other; prompts[k] is the text of segment k."""
+        options = options or default_options(self.bundle.config.sampling)
+        keep = self.bundle.config.segment.overlap_latents
+        overlap: np.ndarray | None = None
+        plans = iter(()) if options.baseline else self.planner.plan(prompts, seed, options)
+        for index, prompt in enumerate(prompts):
+            plan: SegmentTokens | None = next(plans, None)
+            tokens = plan.tokens if plan else None
+            latents = self.renderer.render(prompt, tokens, overlap, seed, index, options).latents
+            # a segment's own latents may be fewer than the overlap: the rest comes from what was taken over
+            history = latents if overlap is None else np.concatenate([overlap, latents], axis=1)
+            overlap = history[:, -keep:]
+            yield self.decoder.decode(latents)

@@ -1,0 +1,136 @@
+"""The DiT renders one segment's new latents, guided by its tokens and held to the overlap with the one before.
+
+Legend: C latent channels, t latent frames of a segment, o of them the overlap, n = t − o new, h×w latent grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.config import GROUP_LATENTS
+from arlon_ray.diffusion.rectified_flow import euler_sample, schedule, time_ratio
+from arlon_ray.generation.options import GenerationOptions
+from arlon_ray.generation.seeds import segment_generator
+from arlon_ray.models.dit import STDiT3
+
+
+@dataclass(frozen=True)
+class SegmentLatents:
+    """One segment's new latents, float32 [C, n, h, w]."""
+
+    index: int
+    latents: np.ndarray
+
+
+def guided_velocity(
+    dit: STDiT3,
+    latent_shape: tuple[int, int, int],
+    text: tuple[Tensor, Tensor],
+    coarse_1Cthw: Tensor | None,
+    noisy_1t: Tensor | None,
+    fps: float,
+    size: tuple[int, int],
+    options: GenerationOptions,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The velocity field of one segment, with text and token guidance of their own scales.
+
+    v = v(text, tokens) + (s_text − 1)·(v(text, tokens) − v(null, tokens)) + (s_token − 1)·(v(text, tokens) − v(text)).
+    The branches are one batch; a scale of 1 needs no branch. Everything constant is computed here, once.
+    """
+    with_text, with_tokens, weights = [True], [coarse_1Cthw is not None], []
+    if options.guidance_scale != 1.0:
+        with_text, with_tokens = [*with_text, False], [*with_tokens, coarse_1Cthw is not None]
+        weights.append(options.guidance_scale - 1.0)
+    if coarse_1Cthw is not None and options.token_guidance_scale != 1.0:
+        with_text, with_tokens = [*with_text, True], [*with_tokens, False]
+        weights.append(options.token_guidance_scale - 1.0)
+    branches = len(with_text)
+    values, mask = text
+    null = dit.y_embedder.y_embedding[: values.shape[1]]
+    condition = dit.condition(
+        latent_shape,
+        torch.stack([values[0] if keep else null for keep in with_text]),
+        mask.expand(branches, -1),
+        values.new_full((branches,), fps),
+        size,
+        None if coarse_1Cthw is None else coarse_1Cthw.expand(branches, -1, -1, -1, -1),
+        torch.tensor(with_tokens, device=values.device),
+    )
+    noisy = None if noisy_1t is None else noisy_1t.expand(branches, -1)
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        output = dit(x.expand(branches, -1, -1, -1, -1), time.expand(branches), condition, noisy)
+        both, *others = dit.velocity(output).split(1)
+        return both + sum((w * (both - other) for w, other in zip(weights, others, strict=True)), torch.zeros_like(both))
+
+    return velocity
+
+
+class DiTRenderer:
+    """Renders segments of one bundle."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle, self.config = bundle, bundle.config
+        self.text, self.codec, self.dit = bundle.text, bundle.codec, bundle.dit
+
+    @classmethod
+    def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> DiTRenderer:
+        """Open a bundle and load what rendering needs."""
+        return cls(load_bundle(path, device))
+
+    @torch.no_grad()
+    def render(
+        self,
+        prompt: str,
+        tokens: np.ndarray | None,
+        overlap: np.ndarray | None,
+        seed: int,
+        index: int,
+        options: GenerationOptions,
+        on_step: Callable[[int], None] | None = None,
+    ) -> SegmentLatents:
+        """Render segment `index`: `tokens` [t', h', w'] (None with `options.baseline`), `overlap` float32 [C, o, h, w].
+
+        `overlap` is what the segment before ended with (None for the first one) and stays exactly as it is.
+        `on_step(i)` is called before every denoising step and may raise. Raises ValueError on shapes that do not fit.
+        """
+        device, segment = self.bundle.device, self.config.segment
+        height, width = self.config.latent_grid
+        kept = 0 if overlap is None else overlap.shape[1]
+        shape = (segment.latents, height, width)
+        channels = self.dit.config.in_channels
+        if overlap is not None and overlap.shape != (channels, segment.overlap_latents, height, width):
+            expected = [channels, segment.overlap_latents, height, width]
+            raise ValueError(f"overlap of shape {list(overlap.shape)}: expected {expected}")
+        coarse = None if options.baseline else self._coarse(tokens)
+        given = torch.zeros(1, channels, *shape, device=device)
+        noisy = torch.ones(1, segment.latents, dtype=torch.bool, device=device)
+        if overlap is not None:
+            given[0, :, :kept] = torch.from_numpy(overlap).to(device)
+            noisy[:, :kept] = False
+        size = (self.config.video.height, self.config.video.width)
+        model = self.bundle.baseline if options.baseline else self.dit
+        frozen = (noisy, given) if kept else None
+        velocity = guided_velocity(
+            model, shape, self.text.encode([prompt]), coarse, noisy if kept else None, self.config.video.fps, size, options
+        )
+        generator = segment_generator(seed, index, "dit", device)
+        noise = torch.randn(given.shape, generator=generator, device=device)
+        ratio = time_ratio(*size, segment.latents, self.config.dit.time_base_pixels) * self.config.dit.time_scale
+        latents = euler_sample(velocity, noise, schedule(options.steps, ratio), frozen, on_step)
+        return SegmentLatents(index, latents[0, :, kept:].cpu().numpy())
+
+    def _coarse(self, tokens: np.ndarray | None) -> Tensor:
+        if tokens is None:
+            raise ValueError("no tokens: the guided DiT needs the AR's plan; ask for the baseline to render without")
+        expected = self.codec.grid(self.config.segment.groups * GROUP_LATENTS, *self.config.latent_grid)
+        if tokens.shape != expected:
+            raise ValueError(f"tokens of shape {list(tokens.shape)}: expected {list(expected)}")
+        return self.codec.decode(torch.from_numpy(tokens)[None].long().to(self.bundle.device))

@@ -1,0 +1,172 @@
+"""The autoregressive transformer: plans a video as tokens of the fine codec, from text.
+
+One decoder-only transformer: the text is a bidirectional-free prefix (causal like all else), then a start token, then
+visual tokens in (t, h, w) raster order. 3-D rotary positions turn the visual tokens; text stays unturned. Each visual
+input also carries the place of the token it predicts. Pre-norm blocks with RMS norm and SwiGLU, no biases (Llama;
+LlamaGen for visual tokens). Training runs the whole sequence; sampling runs one token a time through a KV cache.
+
+Legend: B batch, L text tokens, N visual tokens, P = L + 1 + N positions, C channels, A heads, D channels a head, K codes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arlon_ray.artifact import load_artifact
+from arlon_ray.config import ArConfig
+from arlon_ray.models.layers import RMSNorm, attend, rotate, sinusoidal
+
+Grid = tuple[int, int, int]
+
+
+class KeyValueCache:
+    """Preallocated keys and values [layers, 2, B, A, P, D] of one generation; `length` positions are filled."""
+
+    def __init__(self, model: ArTransformer, batch: int, positions: int) -> None:
+        config = model.config
+        weight = model.head.weight
+        shape = (config.layers, 2, batch, config.heads, positions, config.dim // config.heads)
+        self.values = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k_BAND: Tensor, v_BAND: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values behind the filled part and return all of them."""
+        end = self.length + k_BAND.shape[2]
+        self.values[layer, 0, :, :, self.length : end] = k_BAND
+        self.values[layer, 1, :, :, self.length : end] = v_BAND
+        return self.values[layer, 0, :, :, :end], self.values[layer, 1, :, :, :end]
+
+
+class ArBlock(nn.Module):
+    """Causal self-attention and SwiGLU."""
+
+    def __init__(self, config: ArConfig) -> None:
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio) // 8 * 8
+        self.heads, self.dropout = config.heads, config.dropout
+        self.attention_norm = RMSNorm(config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.q_norm = RMSNorm(config.dim // config.heads)
+        self.k_norm = RMSNorm(config.dim // config.heads)
+        self.proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.mlp_norm = RMSNorm(config.dim)
+        self.gate_up = nn.Linear(config.dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, config.dim, bias=False)
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        q, k, v = rearrange(
+            self.qkv(self.attention_norm(x_BNC)), "b n (three a d) -> three b a n d", three=3, a=self.heads
+        )
+        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        y = self.proj(rearrange(attend(q, k, v, mask), "b a n d -> b n (a d)"))
+        x = x_BNC + F.dropout(y, self.dropout, self.training)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+
+
+class ArTransformer(nn.Module):
+    """Next-token model over a codec's codes. `null_text` stands for no text (classifier-free guidance)."""
+
+    muon_excluded = ("text_in", "null_text", "codes", "start", "head", "place")
+
+    def __init__(self, config: ArConfig, *, codebook_size: int, text_dim: int, max_text: int) -> None:
+        super().__init__()
+        self.config, self.codebook_size, self.text_dim, self.max_text = config, codebook_size, text_dim, max_text
+        self.text_in = nn.Linear(text_dim, config.dim)
+        self.null_text = nn.Parameter(torch.zeros(text_dim))
+        self.codes = nn.Embedding(codebook_size, config.dim)
+        self.start = nn.Parameter(torch.zeros(config.dim))
+        self.place = nn.Linear(3 * config.dim // 2, config.dim)
+        self.blocks = nn.ModuleList(ArBlock(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, codebook_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def settings(self) -> dict[str, object]:
+        """What `load_ar` needs to build the model again."""
+        sizes = {"codebook_size": self.codebook_size, "text_dim": self.text_dim, "max_text": self.max_text}
+        return {**self.config.model_dump(mode="json"), **sizes}
+
+    def without_text(self, text_BLE: Tensor, mask_BL: Tensor, drop_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace the text of samples marked in `drop_B` by the null text: one token."""
+        only_first = torch.zeros_like(mask_BL)
+        only_first[:, 0] = True
+        text = torch.where(drop_B[:, None, None], self.null_text.to(text_BLE.dtype), text_BLE)
+        return text, torch.where(drop_B[:, None], only_first, mask_BL)
+
+    def forward(self, text_BLE: Tensor, mask_BL: Tensor, tokens_BN: Tensor, grid: Grid) -> Tensor:
+        """Logits [B, N, K]: entry n predicts token n from the text and the tokens before it. For training."""
+        inputs = tokens_BN[:, :-1]
+        x, mask = self.embed(text_BLE, mask_BL, inputs, grid)
+        positions = self.rotary(text_BLE.shape[1], grid, x.shape[1], x.device)
+        for block in self.blocks:
+            x = block(x, positions, mask)
+        return self.head(self.norm(x[:, text_BLE.shape[1] :]))
+
+    def embed(self, text_BLE: Tensor, mask_BL: Tensor, tokens_BN: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Inputs [B, L + 1 + N, C] of text, start token and `tokens_BN`, and their causal mask [B, 1, P, P]."""
+        batch, length = mask_BL.shape
+        count = tokens_BN.shape[1]
+        visual = torch.cat([self.start.expand(batch, 1, -1), self.codes(tokens_BN)], dim=1)
+        x = torch.cat([self.text_in(text_BLE), visual + self.places(grid)[: count + 1]], dim=1)
+        total = length + 1 + count
+        causal = torch.ones(total, total, dtype=torch.bool, device=x.device).tril()
+        visible = F.pad(mask_BL, (0, 1 + count), value=True)
+        # padded text attends to itself, so that no row of the softmax is empty
+        itself = torch.eye(total, dtype=torch.bool, device=x.device)
+        return x, ((causal & visible[:, None, :]) | itself)[:, None]
+
+    def places(self, grid: Grid) -> Tensor:
+        """Embedding [t·h·w, C] of the place (t, h, w) that each visual position predicts."""
+        half = self.config.dim // 2
+        coordinates = grid_coordinates(grid, self.head.weight.device)
+        features = torch.cat([sinusoidal(coordinates[:, axis], half, 100.0) for axis in range(3)], dim=-1)
+        return self.place(features.to(self.place.weight.dtype))
+
+    def rotary(self, text_length: int, grid: Grid, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [count, D] for the first `count` positions: none for text and start, (t, h, w) for tokens."""
+        head_dim = self.config.dim // self.config.heads
+        pairs = head_dim // 2
+        share = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+        angles = []
+        coordinates = grid_coordinates(grid, device)
+        for axis, number in enumerate(share):
+            freqs = 100.0 ** (-torch.arange(number, device=device).float() / max(number, 1))
+            angles.append(coordinates[:, axis, None].float() * freqs)
+        visual = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
+        table = torch.cat([visual.new_zeros(text_length + 1, head_dim), visual])[:count]
+        return table.cos(), table.sin()
+
+
+def grid_coordinates(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+    """Integer coordinates (t, h, w) [t·h·w, 3] of a grid in raster order."""
+    axes = [torch.arange(size, device=device) for size in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def load_ar(path: str | Path, device: str | torch.device = "cpu") -> ArTransformer:
+    """The AR at `path`, frozen, in evaluation mode. Raises ArtifactError."""
+    artifact = load_artifact(path, "ar")
+    settings = dict(artifact.config)
+    sizes = {name: settings.pop(name) for name in ("codebook_size", "text_dim", "max_text")}
+    with torch.device("meta"):
+        ar = ArTransformer(ArConfig.model_validate(settings), **sizes)
+    ar.load_state_dict(artifact.tensors(device), assign=True)
+    return ar.eval().requires_grad_(False)

@@ -1,0 +1,119 @@
+"""The latent VQ-VAE: compresses the DiT's latent space into tokens, and decodes tokens to a coarse latent.
+
+ARLON's bridge between AR and DiT. It works group by group (5 latents): no receptive field across groups, so the tokens of
+a group never depend on frames that do not exist yet. The model holds the codebook as a plain table; how it is learned
+(moving averages, restarts) is the training stage's concern.
+
+Legend: B batch, G groups, C latent channels, t×h×w latent grid (t = 5·G), t'×h'×w' token grid, K codes of D channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arlon_ray.artifact import load_artifact
+from arlon_ray.config import GROUP_LATENTS, CodecConfig
+
+
+class GroupBlock(nn.Module):
+    """Residual 3×3×3 convolutions within one group."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv3d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv3d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+
+
+class LatentCodec(nn.Module):
+    """Encoder, codebook, decoder. `encode` and `decode` are the interface; `features` and `rebuild` serve training."""
+
+    codebook: Tensor
+
+    def __init__(self, config: CodecConfig, latent_channels: int) -> None:
+        super().__init__()
+        self.config, self.latent_channels = config, latent_channels
+        width, patch = config.width, config.patch
+        folded = latent_channels * patch[0] * patch[1] * patch[2]
+        self.fold_in = nn.Conv3d(folded, width, 1)
+        self.encoder = nn.ModuleList(GroupBlock(width) for _ in range(config.blocks))
+        self.to_code = nn.Conv3d(width, config.code_dim, 1)
+        self.from_code = nn.Conv3d(config.code_dim, width, 1)
+        self.decoder = nn.ModuleList(GroupBlock(width) for _ in range(config.blocks))
+        self.fold_out = nn.Conv3d(width, folded, 1)
+        self.register_buffer("codebook", torch.zeros(config.codebook_size, config.code_dim))
+
+    def grid(self, t: int, h: int, w: int) -> tuple[int, int, int]:
+        """Token grid of a latent grid. Raises ValueError if the patch does not divide it."""
+        sizes = (t, h, w)
+        if t % GROUP_LATENTS or any(size % patch for size, patch in zip(sizes, self.config.patch, strict=True)):
+            raise ValueError(
+                f"latents of {t}×{h}×{w}: expected {GROUP_LATENTS}·n frames and multiples of {self.config.patch}"
+            )
+        return tuple(size // patch for size, patch in zip(sizes, self.config.patch, strict=True))  # type: ignore[return-value]
+
+    def features(self, latents_BCthw: Tensor) -> Tensor:
+        """Unquantised codes [B·G, t'/G, h', w', D]."""
+        self.grid(*latents_BCthw.shape[2:])
+        pt, ph, pw = self.config.patch
+        x = rearrange(
+            latents_BCthw,
+            "b c (g t u) (h p) (w q) -> (b g) (c u p q) t h w",
+            t=GROUP_LATENTS // pt, u=pt, p=ph, q=pw,
+        )  # fmt: skip
+        x = self.fold_in(x)
+        for block in self.encoder:
+            x = block(x)
+        codes = rearrange(self.to_code(x), "n d t h w -> n t h w d")
+        return F.normalize(codes.float(), dim=-1) if self.config.metric == "cosine" else codes.float()
+
+    def rebuild(self, codes_NthwD: Tensor, batch: int) -> Tensor:
+        """Latents [B, C, t, h, w] of quantised codes [B·G, t'/G, h', w', D]."""
+        x = self.from_code(rearrange(codes_NthwD, "n t h w d -> n d t h w"))
+        for block in self.decoder:
+            x = block(x)
+        pt, ph, pw = self.config.patch
+        return rearrange(
+            self.fold_out(x),
+            "(b g) (c u p q) t h w -> b c (g t u) (h p) (w q)",
+            b=batch, c=self.latent_channels, u=pt, p=ph, q=pw,
+        ).float()  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, latents_BCthw: Tensor) -> Tensor:
+        """Tokens int64 [B, t', h', w']: the nearest code of each feature. Raises ValueError on a grid that does not fit."""
+        codes = self.features(latents_BCthw)
+        distance = self.codebook.square().sum(-1) - 2.0 * codes @ self.codebook.T
+        return rearrange(distance.argmin(-1), "(b g) t h w -> b (g t) h w", b=len(latents_BCthw))
+
+    @torch.no_grad()
+    def decode(self, tokens_Bthw: Tensor) -> Tensor:
+        """Coarse latent ẑ [B, C, t, h, w] of tokens [B, t', h', w']. Raises ValueError on a code outside the codebook."""
+        if tokens_Bthw.numel() and not 0 <= int(tokens_Bthw.min()) <= int(tokens_Bthw.max()) < len(self.codebook):
+            raise ValueError(
+                f"tokens from {int(tokens_Bthw.min())} to {int(tokens_Bthw.max())}: expected 0 to "
+                f"{len(self.codebook) - 1}; were they made with another codebook?"
+            )
+        codes = self.codebook[tokens_Bthw.long()]
+        per_group = GROUP_LATENTS // self.config.patch[0]
+        return self.rebuild(rearrange(codes, "b (g t) h w d -> (b g) t h w d", t=per_group), len(tokens_Bthw))
+
+
+def load_codec(path: str | Path, device: str | torch.device = "cpu") -> LatentCodec:
+    """The codec at `path`, frozen, in evaluation mode. Raises ArtifactError."""
+    artifact = load_artifact(path, "codec")
+    settings = dict(artifact.config)
+    channels = settings.pop("latent_channels")
+    with torch.device("meta"):
+        codec = LatentCodec(CodecConfig.model_validate(settings), channels)
+    codec.load_state_dict(artifact.tensors(device), assign=True)
+    return codec.eval().requires_grad_(False)

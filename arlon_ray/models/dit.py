@@ -1,0 +1,255 @@
+"""STDiT3, the diffusion transformer of Open-Sora v1.2, with public parameter names, and semantic injection beside it.
+
+Legend: B batch, C latent channels, t×h×w latent grid, T×S tokens (frames × places), N = T·S, D hidden size, L text tokens.
+Time runs from 0 (data) to 1000 (noise). Without injection this is the public model, formula by formula.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arlon_ray.artifact import load_artifact
+from arlon_ray.config import DitConfig
+from arlon_ray.models.injection import SemanticInjection
+from arlon_ray.models.layers import (
+    CrossAttention,
+    Mlp,
+    RotaryEmbedding,
+    ScalarEmbedder,
+    SelfAttention,
+    position_table,
+)
+
+Modulation = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What stays the same over the denoising steps of one segment; made by `STDiT3.condition`."""
+
+    text: list[tuple[Tensor, Tensor]]
+    text_mask_BL: Tensor | None
+    fps_BD: Tensor
+    positions_SD: Tensor
+    injection: dict[str, Modulation]
+
+
+class CaptionEmbedder(nn.Module):
+    """Text features to the hidden size; holds the learned null caption."""
+
+    y_embedding: Tensor
+
+    def __init__(self, channels: int, dim: int, tokens: int) -> None:
+        super().__init__()
+        self.y_proj = Mlp(channels, dim, dim)
+        self.register_buffer("y_embedding", torch.randn(tokens, channels) / channels**0.5)
+
+
+class STDiT3Block(nn.Module):
+    """adaLN-single block: self-attention (over space, time, or both), cross-attention to the text, MLP."""
+
+    def __init__(self, config: DitConfig, temporal: bool) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.temporal = temporal
+        self.joint = temporal and config.temporal_attention == "joint"
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(dim, config.num_heads, config.qk_norm)
+        self.cross_attn = CrossAttention(dim, config.num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x_BTSD: Tensor,
+        time_BT6D: Tensor,
+        text: tuple[Tensor, Tensor],
+        text_mask_BL: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        batch, frames, places, _ = x_BTSD.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D)[:, :, None].unbind(3)
+        y = self.norm1(x_BTSD) * (1 + scale1) + shift1
+        if self.joint:
+            cos, sin = (angle.repeat_interleave(places, 0) for angle in rotary)
+            y = self.attn(y.flatten(1, 2), (cos, sin)).view_as(x_BTSD)
+        elif self.temporal:
+            y = self.attn(rearrange(y, "b t s d -> (b s) t d"), rotary)
+            y = rearrange(y, "(b s) t d -> b t s d", b=batch)
+        else:
+            y = self.attn(y.flatten(0, 1)).view_as(x_BTSD)
+        x = x_BTSD + gate1 * y
+        x = x + self.cross_attn(x.flatten(1, 2), text, text_mask_BL).view_as(x)
+        y = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp(y)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection to patches."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(dim, out)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+
+    def forward(self, x_BTSD: Tensor, times_BD: tuple[Tensor, Tensor], noisy_BT: Tensor | None) -> Tensor:
+        x = self._modulate(x_BTSD, times_BD[0])
+        if noisy_BT is not None:
+            # the public model norms conditioning frames twice; nothing reads what it predicts for them
+            x = torch.where(noisy_BT[:, :, None, None], x, self._modulate(x, times_BD[1]))
+        return self.linear(x)
+
+    def _modulate(self, x_BTSD: Tensor, time_BD: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + time_BD[:, None])[:, None, None].unbind(3)
+        return self.norm_final(x_BTSD) * (1 + scale) + shift
+
+
+class PatchEmbedder(nn.Module):
+    """Patches of the latent to tokens."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+
+
+class STDiT3(nn.Module):
+    """The velocity model. `injection` is None in the text-only baseline."""
+
+    muon_excluded = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder", "final_layer", "t_block")
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.hidden_size
+        self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
+        self.rope = RotaryEmbedding(dim // config.num_heads)
+        self.x_embedder = PatchEmbedder(config)
+        self.t_embedder = ScalarEmbedder(dim)
+        self.fps_embedder = ScalarEmbedder(dim)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.model_max_length)
+        self.spatial_blocks = nn.ModuleList(STDiT3Block(config, temporal=False) for _ in range(config.depth))
+        self.temporal_blocks = nn.ModuleList(STDiT3Block(config, temporal=True) for _ in range(config.depth))
+        patch = config.patch_size
+        self.final_layer = FinalLayer(dim, patch[0] * patch[1] * patch[2] * self.out_channels)
+        self._initialise()
+        self.injection = SemanticInjection(config) if config.injection.enabled else None
+
+    def _initialise(self) -> None:
+        """Open-Sora v1.2's initialisation: new temporal blocks, frame-rate embedding and output start at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        for embedder in (self.t_embedder, self.fps_embedder):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        nn.init.normal_(self.t_block[1].weight, std=0.02)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        for block in self.temporal_blocks:
+            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)  # type: ignore[union-attr]
+
+    def condition(
+        self,
+        latent_shape: tuple[int, int, int],
+        text_BLE: Tensor,
+        text_mask_BL: Tensor | None,
+        fps_B: Tensor,
+        size: tuple[float, float],
+        coarse_BCthw: Tensor | None = None,
+        keep_tokens_B: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Condition:
+        """Everything that does not depend on time or noise, once per segment (or per training sample).
+
+        latent_shape (t, h, w); text [B, L, E] with mask [B, L] (True: a real token); fps [B]; size (height, width) in
+        pixels; `coarse` is the latent that the tokens decode to, used where `keep_tokens_B` (default: everywhere).
+        Raises ValueError if `coarse` is given to a model that was built without injection.
+        """
+        dtype = self.final_layer.linear.weight.dtype
+        text = self.y_embedder.y_proj(text_BLE.to(dtype))
+        _, height, width = (-(-n // p) for n, p in zip(latent_shape, self.config.patch_size, strict=True))
+        scale = (size[0] * size[1]) ** 0.5 / self.config.input_sq_size
+        injection: dict[str, Modulation] = {}
+        if coarse_BCthw is not None:
+            if self.injection is None:
+                raise ValueError("this DiT was built without semantic injection: it cannot be guided by tokens")
+            keep = keep_tokens_B if keep_tokens_B is not None else text.new_ones(len(text), dtype=torch.bool)
+            injection = self.injection.prepare(coarse_BCthw.to(dtype), keep, generator)
+        return Condition(
+            text=[block.cross_attn.keys_values(text) for pair in self._layers() for block in pair],
+            text_mask_BL=text_mask_BL,
+            fps_BD=self.fps_embedder(fps_B),
+            positions_SD=position_table(height, width, self.config.hidden_size, scale, text.device).to(dtype),
+            injection=injection,
+        )
+
+    def _layers(self) -> list[tuple[STDiT3Block, STDiT3Block]]:
+        return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
+
+    def forward(
+        self, x_BCthw: Tensor, time_B: Tensor, condition: Condition, noisy_Bt: Tensor | None = None
+    ) -> Tensor:
+        """Velocity x0 − noise (and, with `pred_sigma`, unused variances): [B, C or 2C, t, h, w] in float32.
+
+        `time_B` in [0, 1000]. `noisy_Bt` marks the frames that carry noise (`x_mask` of Open-Sora); the others are
+        conditioning frames and are modulated as at time 0.
+        """
+        patch = self.config.patch_size
+        _, _, t, h, w = x_BCthw.shape
+        weight = self.final_layer.linear.weight
+        x = F.pad(x_BCthw.to(weight.dtype), (0, -w % patch[2], 0, -h % patch[1], 0, -t % patch[0]))
+        tokens = self.x_embedder.proj(x)
+        frames, rows, columns = tokens.shape[2:]
+        x = rearrange(tokens, "b d t h w -> b t (h w) d") + condition.positions_SD
+        noisy_BT = None if noisy_Bt is None else noisy_Bt[:, :: patch[0]]
+        times_BD, time_BT6D = self._time(time_B, condition.fps_BD, noisy_BT)
+        rotary = self.rope.angles(torch.arange(frames, device=x.device))
+        text = iter(condition.text)
+        for i, (spatial, temporal) in enumerate(self._layers()):
+            if str(i) in condition.injection:
+                injected = self.injection.layers[str(i)](x.flatten(1, 2), condition.injection[str(i)])  # type: ignore[union-attr]
+                x = injected.view_as(x)
+            x = spatial(x, time_BT6D, next(text), condition.text_mask_BL, rotary)
+            x = temporal(x, time_BT6D, next(text), condition.text_mask_BL, rotary)
+        out = rearrange(
+            self.final_layer(x, times_BD, noisy_BT),
+            "b t (h w) (u p q c) -> b c (t u) (h p) (w q)",
+            h=rows, w=columns, u=patch[0], p=patch[1], q=patch[2],
+        )  # fmt: skip
+        return out[:, :, :t, :h, :w].float()
+
+    def _time(
+        self, time_B: Tensor, fps_BD: Tensor, noisy_BT: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Features of the time and of time 0, each [B, D], and the blocks' modulation [B, T or 1, 6, D]."""
+        noisy, clean = (self.t_embedder(time) + fps_BD for time in (time_B, torch.zeros_like(time_B)))
+        modulation = rearrange(self.t_block(noisy), "b (six d) -> b 1 six d", six=6)
+        if noisy_BT is not None:
+            of_clean = rearrange(self.t_block(clean), "b (six d) -> b 1 six d", six=6)
+            modulation = torch.where(noisy_BT[:, :, None, None], modulation, of_clean)
+        return (noisy, clean), modulation
+
+    def velocity(self, output: Tensor) -> Tensor:
+        """The velocity half [B, C, t, h, w] of an output."""
+        return output[:, : self.config.in_channels]
+
+
+def load_dit(path: str | Path, device: str | torch.device = "cpu") -> STDiT3:
+    """The DiT at `path`, frozen, in evaluation mode. Raises ArtifactError."""
+    artifact = load_artifact(path, "dit")
+    with torch.device("meta"):
+        dit = STDiT3(DitConfig.model_validate(artifact.config))
+    dit.load_state_dict(artifact.tensors(device), assign=True)
+    return dit.eval().requires_grad_(False)

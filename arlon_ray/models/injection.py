@@ -1,0 +1,122 @@
+"""Semantic injection: the latent that the AR's tokens decode to steers the first layers of the DiT.
+
+ARLON (abstract; notes in docs/method.md): a latent adapter turns the coarse latent ẑ into features F on the DiT's token
+grid; layer i then adds g_i(F)·((1 + s_i(F))·Norm(x) + b_i(F)). g is zero-initialised, so an untrained injection leaves
+the base DiT exactly as it was, and its strength is learned per layer, position and channel.
+
+Legend: B batch, N tokens of the DiT, C channels of the DiT, E channels of F.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arlon_ray.config import DitConfig
+from arlon_ray.models.layers import Mlp
+
+
+class UncertaintySampling(nn.Module):
+    """Perturb the channel statistics of features as errors of the AR would (ARLON; formulas after DSU, Li et al. 2022).
+
+    Per sample: mean' ~ N(mean, spread of the means in the batch), deviation' likewise, with probability p.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, features_BNE: Tensor, generator: torch.Generator | None) -> Tensor:
+        if not self.training or self.probability == 0.0 or len(features_BNE) < 2:
+            return features_BNE
+        mean = features_BNE.mean(1, keepdim=True)
+        deviation = features_BNE.var(1, keepdim=True, unbiased=False).add(1e-6).sqrt()
+
+        def drawn(statistic: Tensor) -> Tensor:
+            noise = torch.randn(statistic.shape, generator=generator, device=statistic.device)
+            return statistic + noise * statistic.std(0, keepdim=True)
+
+        perturbed = (features_BNE - mean) / deviation * drawn(deviation) + drawn(mean)
+        chosen = torch.rand(len(features_BNE), 1, 1, generator=generator, device=features_BNE.device)
+        return torch.where(chosen < self.probability, perturbed, features_BNE)
+
+
+class LatentAdapter(nn.Module):
+    """Coarse latent [B, C, t, h, w] to features [B, N, E] on the DiT's token grid."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        width = config.injection.width
+        self.patch = config.patch_size
+        self.embed = nn.Conv3d(config.in_channels, width, self.patch, stride=self.patch)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.injection.blocks))
+        self.blocks = nn.ModuleList(Mlp(width, 2 * width, width) for _ in range(config.injection.blocks))
+
+    def forward(self, coarse_BCthw: Tensor) -> Tensor:
+        padding = [pad for size, p in zip(coarse_BCthw.shape[:1:-1], self.patch[::-1], strict=True)
+                   for pad in (0, -size % p)]
+        features = rearrange(self.embed(F.pad(coarse_BCthw, padding)), "b e t h w -> b (t h w) e")
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            features = features + block(norm(features))
+        return features
+
+
+class GatedAdaptiveNorm(nn.Module):
+    """One layer's x + g(F)·((1 + s(F))·Norm(x) + b(F))."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, 3 * dim)
+        # gate, scale and bias start at zero; the gradient of the gate needs (1 + s)·Norm(x) alone
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def modulation(self, features_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, scale, bias, each [B, N, C]: the same at every denoising step."""
+        gate, scale, bias = self.out(F.silu(self.hidden(features_BNE))).chunk(3, dim=-1)
+        return gate, scale, bias
+
+    def forward(self, x_BNC: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        gate, scale, bias = modulation
+        return x_BNC + gate * ((1.0 + scale) * self.norm(x_BNC) + bias)
+
+
+class SemanticInjection(nn.Module):
+    """Adapter, uncertainty sampling, and one gated adaptive norm for each layer that listens."""
+
+    muon_excluded = ("adapter.embed", "layers")
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.adapter = LatentAdapter(config)
+        self.uncertainty = UncertaintySampling(config.uncertainty_probability)
+        width = config.injection.width
+        self.layers = nn.ModuleDict(
+            {str(i): GatedAdaptiveNorm(width, config.hidden_size) for i in listening_layers(config)}
+        )
+
+    def prepare(
+        self, coarse_BCthw: Tensor, keep_B: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Modulation of every listening layer. Samples with `keep_B` False are left exactly as the base DiT has them."""
+        features = self.uncertainty(self.adapter(coarse_BCthw), generator)
+        prepared = {}
+        for name, layer in self.layers.items():
+            gate, scale, bias = layer.modulation(features)  # type: ignore[operator]
+            prepared[name] = (gate * keep_B[:, None, None], scale, bias)
+        return prepared
+
+
+def listening_layers(config: DitConfig) -> range:
+    """Indices of the layers (pairs of a spatial and a temporal block) that are injected into."""
+    depth = config.depth
+    return {
+        "first_quarter": range(max(1, depth // 4)),
+        "first_half": range(max(1, (depth + 1) // 2)),
+        "all": range(depth),
+        "last_half": range(depth // 2, depth),
+    }[config.injection.layers]

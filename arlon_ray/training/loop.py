@@ -1,0 +1,286 @@
+"""The one training loop: steps, logging, checkpoints, resuming, evaluation and export, for every stage and engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from arlon_ray.artifact import Artifact, whole_folder, write_json
+from arlon_ray.training.engine import (
+    Engine,
+    Evaluation,
+    NonFiniteError,
+    Stage,
+    TorchEngine,
+    derived_seed,
+    seed_everything,
+)
+from arlon_ray.training.optimizer import WeightAverage, learning_rate_scale
+from arlon_ray.training.reporting import ConsoleReporter
+
+PROGRESS_FILE, AVERAGE_FILE = "progress.json", "average.pt"
+KEPT_CHECKPOINTS = 2
+#: Clip ids named when a batch breaks the training; a batch may hold thousands.
+NAMED_CLIPS = 64
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on. One line that names the stage, the step and what to look at."""
+
+
+class Reporter(Protocol):
+    """Where a run's figures go. Called on rank 0 only."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures after `step` steps."""
+
+    def picture(self, name: str, array: np.ndarray, step: int) -> None:
+        """uint8 [H, W, 3]."""
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """A checkpoint of `step` was written."""
+
+    def line(self, text: str) -> None:
+        """Something worth saying once."""
+
+
+class Checkpoints(Protocol):
+    """Where checkpoints are kept. Every rank calls `write` for the same steps."""
+
+    def newest_first(self) -> Iterable[Path]:
+        """Folders of whole checkpoints of this run, the newest first."""
+
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+        """Keep what `fill` writes into the empty folder that it is given; returns where it lies."""
+
+
+class FolderCheckpoints:
+    """Checkpoints of one process in a folder; each appears whole or not at all, and the newest two are kept."""
+
+    def __init__(self, folder: Path, key: str = "") -> None:
+        self.folder, self.key = folder, key
+
+    def newest_first(self) -> list[Path]:
+        """See Checkpoints. Those of another key (other settings or parents) do not count."""
+        return [path for path in self._all() if read_progress(path).get("key") == self.key]
+
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+        """See Checkpoints."""
+        target = self.folder / f"step-{step:08d}"
+        with whole_folder(target) as partial:
+            fill(partial)
+        for old in self._all()[KEPT_CHECKPOINTS:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def clear(self) -> None:
+        """Remove them all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What the loop noted in a checkpoint; empty if the folder is no whole checkpoint."""
+    try:
+        progress = json.loads((folder / PROGRESS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return progress if isinstance(progress, dict) else {}
+
+
+@dataclass
+class Window:
+    """Sums since the last log line, so that a logged figure is a mean over `log_every` steps."""
+
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Take in one step."""
+        self.steps += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """The mean of each figure."""
+        return {name: value / self.steps for name, value in self.sums.items()}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage leaves; on the ranks above 0 only `steps`."""
+
+    steps: int
+    artifact: Artifact | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+class _Run:
+    """The loop's own state: the step, the sums, the average weights."""
+
+    def __init__(self, stage: Stage, engine: Engine, reporter: Reporter, checkpoints: Checkpoints, key: str) -> None:
+        self.stage, self.engine, self.reporter, self.checkpoints = stage, engine, reporter, checkpoints
+        self.key, self.step, self.saved_step = key, 0, 0
+        self.window, self.timing = Window(), Window()
+        self.generator = torch.Generator(device=engine.device)
+        decay = stage.training.ema_decay
+        self.average = WeightAverage(engine.objective, decay) if decay and engine.rank == 0 else None
+
+    def resume(self) -> None:
+        for folder in self.checkpoints.newest_first():
+            try:
+                self._load(folder)
+            # A damaged file shows itself as one of many errors, depending on where it was cut.
+            except Exception as error:
+                self.report_line(f"checkpoint {folder} cannot be read ({error}); trying the one before")
+                continue
+            self.report_line(f"{self.stage.name}: going on after step {self.step} of {self.stage.training.steps}")
+            return
+
+    def _load(self, folder: Path) -> None:
+        progress = read_progress(folder)
+        step, window = int(progress["step"]), Window(**progress["window"])
+        average = None
+        if self.average:
+            average = torch.load(folder / AVERAGE_FILE, map_location=self.engine.device, weights_only=True)
+        self.engine.load(folder)
+        if self.average and average is not None:
+            self.average.load_state_dict(average)
+        self.step, self.saved_step, self.window = step, step, window
+
+    def save(self, values: Mapping[str, float]) -> None:
+        # Every rank goes on from the ranks' mean, so that figures of a resumed run equal those of an unbroken one.
+        window = Window(self.window.steps, self.engine.average(self.window.sums)) if self.window.steps else Window()
+
+        def fill(folder: Path) -> None:
+            self.engine.save(folder)
+            if self.engine.rank == 0:
+                if self.average:
+                    torch.save(self.average.state_dict(), folder / AVERAGE_FILE)
+                progress = {"step": self.step, "stage": self.stage.name, "key": self.key, "window": window.__dict__}
+                write_json(folder / PROGRESS_FILE, progress)
+
+        folder = self.checkpoints.write(self.step, fill, values)
+        self.saved_step = self.step
+        if self.engine.rank == 0:
+            self.reporter.checkpoint(self.step, folder)
+
+    def one_step(self) -> None:
+        stage, engine = self.stage, self.engine
+        begin = time.perf_counter()
+        batch = stage.batch(self.step, engine.rank, engine.world)
+        ready = time.perf_counter()
+        seed_everything(stage.seed, stage.name, self.step, engine.rank)
+        self.generator.manual_seed(derived_seed(stage.seed, stage.name, self.step, engine.rank))
+        scale = learning_rate_scale(self.step, stage.training)
+        try:
+            values = engine.step(batch, self.generator, scale)
+        except NonFiniteError as error:
+            raise TrainingError(self._broken(batch, error)) from None
+        self.step += 1
+        if self.average:
+            self.average.update(engine.objective)
+        self.window.add(values)
+        self.timing.add({"step_s": time.perf_counter() - begin, "data_s": ready - begin})
+
+    def _broken(self, batch: Mapping[str, Any], error: NonFiniteError) -> str:
+        ids = batch.get("clip_id")
+        clips = ""
+        if ids is not None:
+            named = [str(int(i)) for i in list(ids)[:NAMED_CLIPS]]
+            clips = f"; clips of the batch: {', '.join(named)}{', …' if len(ids) > NAMED_CLIPS else ''}"
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint yet"
+        return f"{self.stage.name}: step {self.step} on rank {self.engine.rank}: {error}{clips}; {kept}"
+
+    def log(self) -> dict[str, float]:
+        means = self.engine.average(self.window.means())
+        seconds = self.timing.means()
+        training = self.stage.training
+        means["learning_rate"] = training.learning_rate * learning_rate_scale(self.step - 1, training)
+        means["step_s"] = seconds["step_s"]
+        means["data_wait"] = seconds["data_s"] / seconds["step_s"]
+        means["samples_per_s"] = training.batch_size / seconds["step_s"]
+        self.window, self.timing = Window(), Window()
+        if self.engine.rank == 0:
+            self.reporter.metrics(self.step, means)
+        return means
+
+    def report_line(self, text: str) -> None:
+        if self.engine.rank == 0:
+            self.reporter.line(text)
+
+
+def run_stage(
+    stage: Stage, engine: Engine, reporter: Reporter, *, output: Path, checkpoints: Checkpoints, key: str = ""
+) -> StageResult:
+    """Train `stage` to its last step, from the newest checkpoint of the same `key`, and write its artefact to `output`.
+
+    All randomness of a step comes from (seed, stage, step, rank): a resumed run gives the numbers of an unbroken one.
+    Raises TrainingError when the loss or the gradient stops being a number; the last checkpoint stays.
+    """
+    run, training = _Run(stage, engine, reporter, checkpoints, key), stage.training
+    run.resume()
+    latest: dict[str, float] = {}
+    while run.step < training.steps:
+        run.one_step()
+        last = run.step == training.steps
+        if last or run.step == 1 or run.step % training.log_every == 0:
+            latest = run.log()
+        if last or run.step % training.checkpoint_every == 0:
+            run.save(latest)
+    return _finish(run, output, latest) if engine.rank == 0 else StageResult(run.step)
+
+
+def _finish(run: _Run, output: Path, latest: Mapping[str, float]) -> StageResult:
+    """Evaluate and export, with the averaged weights where there are any."""
+    stage, objective = run.stage, run.engine.objective
+    seed_everything(stage.seed, stage.name, "evaluation")
+    objective.eval()
+    with run.average.applied(objective) if run.average else nullcontext():
+        evaluation = stage.evaluate(objective, run.engine.device)
+        figures = {name: float(value) for name, value in evaluation.metrics.items()}
+        if "loss" in latest:
+            figures.setdefault("loss", latest["loss"])
+        artifact = stage.export(objective, output, metrics=figures, key=run.key)
+    objective.train()
+    run.reporter.metrics(run.step, {f"held_out/{name}": value for name, value in evaluation.metrics.items()})
+    for name, picture in evaluation.pictures.items():
+        run.reporter.picture(name, picture, run.step)
+    return StageResult(run.step, artifact, evaluation)
+
+
+def train_locally(
+    stage: Stage,
+    output: Path,
+    *,
+    key: str = "",
+    device: str = "cpu",
+    checkpoints: Path | None = None,
+    reporter: Reporter | None = None,
+) -> StageResult:
+    """Train in this process.
+
+    Checkpoints lie in `checkpoints` (default: a hidden folder beside `output`) until the artefact is there.
+    """
+    store = FolderCheckpoints(checkpoints or output.parent / f".{output.name}.checkpoints", key)
+    result = run_stage(
+        stage,
+        TorchEngine(stage, device),
+        reporter or ConsoleReporter(stage.name, stage.training.steps),
+        output=output,
+        checkpoints=store,
+        key=key,
+    )
+    store.clear()
+    return result

@@ -1,0 +1,137 @@
+"""Training of the AR: next-token prediction over fine tokens, with text dropped for guidance and noise in the context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arlon_ray.artifact import Artifact, load_artifact, save_artifact
+from arlon_ray.config import GROUP_LATENTS, CodecConfig, Config
+from arlon_ray.generation.options import default_options
+from arlon_ray.generation.planning import sample_tokens
+from arlon_ray.models.ar import ArTransformer
+from arlon_ray.models.codec import LatentCodec, load_codec
+from arlon_ray.training.engine import Evaluation, Losses
+from arlon_ray.training.pictures import comparison
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look
+
+PICTURED = 4
+
+
+@dataclass(frozen=True)
+class ArPaths:
+    """Artefacts that the stage looks through: the fine codec and the VAE."""
+
+    codec_fine: Path
+    vae: Path
+
+
+class ArObjective(nn.Module):
+    """Cross-entropy of every visual token given the text and the tokens before it."""
+
+    def __init__(self, config: Config, codec: CodecConfig) -> None:
+        super().__init__()
+        self.config, self.frames_per_group = config, GROUP_LATENTS // codec.patch[0]
+        self.model = ArTransformer(
+            config.ar, codebook_size=codec.codebook_size, text_dim=config.text.dim, max_text=config.text.max_tokens
+        )
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
+        tokens = self.window(batch, generator)
+        text, mask, settings = batch["text"], batch["text_mask"], self.config.ar
+        if self.training:
+            drop = torch.rand(len(tokens), generator=generator, device=tokens.device) < settings.text_dropout
+            text, mask = self.model.without_text(text, mask, drop)
+        inputs = tokens.flatten(1)
+        if self.training and settings.token_noise:
+            noisy = torch.rand(inputs.shape, generator=generator, device=inputs.device) < settings.token_noise
+            other = torch.randint(self.model.codebook_size, inputs.shape, generator=generator, device=inputs.device)
+            inputs = torch.where(noisy, other, inputs)
+        logits = self.model(text, mask, inputs, tuple(tokens.shape[1:])).float()  # type: ignore[arg-type]
+        targets = tokens.flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets)
+        accuracy = (logits.flatten(0, 1).argmax(-1) == targets).float().mean()
+        return Losses(loss, {"accuracy": accuracy})
+
+    def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
+        """Tokens [B, t', h', w'] of as many groups as sampling ever has at once."""
+        tokens = batch["tokens_fine"]
+        groups = tokens.shape[1] // self.frames_per_group
+        segment = self.config.segment
+        longest = max(segment.groups, self.config.ar.context_groups + segment.groups - segment.overlap_groups)
+        return cut(tokens, group_window(groups, longest, generator), groups, axis=1)
+
+
+class ArStage:
+    """The AR stage."""
+
+    name = "ar"
+
+    def __init__(self, config: Config, source: BatchSource, paths: ArPaths, parents: Mapping[str, str]) -> None:
+        self.config, self.source, self.paths, self.parents = config, source, paths, dict(parents)
+        self.training, self.seed = config.ar.training, config.seed
+        self.codec: LatentCodec = load_codec(paths.codec_fine)
+
+    def objective(self) -> nn.Module:
+        """A new AR, or the one that `ar.init` names."""
+        objective = ArObjective(self.config, self.codec.config)
+        if self.config.ar.init:
+            objective.model.load_state_dict(load_artifact(self.config.ar.init, "ar").tensors())
+        return objective
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
+        """See Stage."""
+        return self.source.batch(step, rank, world)
+
+    def evaluate(self, objective: nn.Module, device: torch.device) -> Evaluation:
+        """Loss, perplexity and accuracy on held-out clips; sampled plans beside the true ones, decoded without the DiT."""
+        generator = torch.Generator(device=device).manual_seed(self.seed)
+        losses, accuracies, first = [], [], None
+        with torch.no_grad():
+            for batch in self.source.held_out_batches(self.training.batch_size):
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                result = objective(moved, generator)
+                losses.append(float(result.loss))
+                accuracies.append(float(result.metrics["accuracy"]))
+                first = first or moved
+        if first is None:
+            return Evaluation()
+        loss = sum(losses) / len(losses)
+        metrics = {
+            "loss": loss,
+            "perplexity": float(torch.tensor(loss).exp()),
+            "accuracy": sum(accuracies) / len(accuracies),
+        }
+        return Evaluation(metrics, {"sampled": self._picture(objective.model, first, device)})  # type: ignore[arg-type]
+
+    def _picture(self, model: ArTransformer, batch: dict[str, Any], device: torch.device) -> Any:
+        """True clip and sampled plan side by side, one caption a row."""
+        options = default_options(self.config.sampling)
+        true, drawn = batch["tokens_fine"][:PICTURED], []
+        for i in range(len(true)):
+            generator = torch.Generator(device=device).manual_seed(self.seed + i)
+            context = torch.zeros(0, dtype=torch.long, device=device)
+            text, mask = batch["text"][i : i + 1], batch["text_mask"][i : i + 1]
+            grid = tuple(true.shape[1:])
+            drawn.append(sample_tokens(model, text, mask, context, grid, options, generator).view(grid))  # type: ignore[arg-type]
+        clips = [look(self.codec.decode(tokens.cpu()), self.paths.vae) for tokens in (true, torch.stack(drawn))]
+        return comparison(*clips)
+
+    def export(self, objective: nn.Module, path: Path, *, metrics: dict[str, float], key: str) -> Artifact:
+        """Write the AR."""
+        model: ArTransformer = objective.model  # type: ignore[assignment]
+        return save_artifact(
+            path,
+            kind="ar",
+            config=model.settings(),
+            tensors=model.state_dict(),
+            parents=self.parents,
+            metrics=metrics,
+            key=key,
+        )

@@ -1,0 +1,194 @@
+"""Training of the DiT: rectified flow, guided by tokens of the fine and of the coarse codec, with parts left out.
+
+Coarser tokens and perturbed feature statistics make it tolerant of the AR's errors (ARLON); text and tokens are dropped
+independently, for guidance; the first groups of some samples are given, for long video (`x_mask` of Open-Sora v1.2).
+With `dit.injection.enabled=false` this is the text-only baseline, by the same code.
+
+Legend: B batch, C latent channels, t×h×w latent grid of one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, save_artifact
+from arlon_ray.config import GROUP_LATENTS, Config
+from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, sample_times, schedule, time_ratio
+from arlon_ray.generation.options import default_options
+from arlon_ray.generation.rendering import guided_velocity
+from arlon_ray.models.codec import load_codec
+from arlon_ray.models.dit import STDiT3
+from arlon_ray.training.engine import Evaluation, Losses
+from arlon_ray.training.pictures import comparison
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look
+
+PICTURED = 4
+
+
+@dataclass(frozen=True)
+class DitPaths:
+    """Artefacts that the stage needs; the codecs are None for the text-only baseline."""
+
+    vae: Path
+    codec_fine: Path | None = None
+    codec_coarse: Path | None = None
+
+
+class DitObjective(nn.Module):
+    """Mean squared error of the velocity over the frames that carry noise."""
+
+    def __init__(self, config: Config, paths: DitPaths) -> None:
+        super().__init__()
+        self.config = config
+        self.dit = STDiT3(config.dit)
+        self.fine, self.coarse = (load_codec(path) if path else None for path in (paths.codec_fine, paths.codec_coarse))
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
+        x0, tokens = self._segment(batch, generator)
+        count, _, frames = x0.shape[:3]
+        device, settings, video = x0.device, self.config.dit, self.config.video
+
+        def chosen(probability: float) -> Tensor:
+            return torch.rand(count, generator=generator, device=device) < probability
+
+        text = torch.where(
+            (chosen(settings.text_dropout))[:, None, None],
+            self.dit.y_embedder.y_embedding[: batch["text"].shape[1]],
+            batch["text"],
+        )
+        size = (video.height, video.width)
+        guide = self.guide(tokens, chosen(settings.coarse_probability)) if tokens else None
+        condition = self.dit.condition(
+            tuple(x0.shape[2:]),  # type: ignore[arg-type]
+            text, batch["text_mask"], batch["fps"], size, guide, ~chosen(settings.token_dropout), generator,
+        )  # fmt: skip
+        ratio = time_ratio(*size, frames, settings.time_base_pixels) * settings.time_scale
+        time = sample_times(count, ratio, generator, device)
+        noise = torch.randn(x0.shape, generator=generator, device=device)
+        noisy = torch.ones(count, frames, dtype=torch.bool, device=device)
+        noisy[:, : self.config.segment.overlap_latents] = ~chosen(settings.overlap_probability)[:, None]
+        x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
+        velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
+        error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
+        return Losses((error * noisy).sum() / noisy.sum(), {"gate": self._gate(condition.injection, x0)})
+
+    def _segment(
+        self, batch: dict[str, Any], generator: torch.Generator | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Latents and (fine, coarse) tokens of one segment of the clips."""
+        groups = batch["latents"].shape[2] // GROUP_LATENTS
+        window = group_window(groups, self.config.segment.groups, generator)
+        x0 = cut(batch["latents"], window, groups, axis=2)
+        if self.fine is None:
+            return x0, None
+        fine, coarse = (cut(batch[name], window, groups, axis=1) for name in ("tokens_fine", "tokens_coarse"))
+        return x0, (fine, coarse)
+
+    def guide(self, tokens: tuple[Tensor, Tensor], use_coarse_B: Tensor) -> Tensor:
+        """The latent that the fine tokens decode to, or for some samples the coarse ones."""
+        fine, coarse = tokens
+        assert self.fine is not None and self.coarse is not None
+        parts = [codec.decode(part[use]) for codec, part, use in (
+            (self.fine, fine, ~use_coarse_B), (self.coarse, coarse, use_coarse_B)) if use.any()]  # fmt: skip
+        order = torch.cat([torch.nonzero(~use_coarse_B), torch.nonzero(use_coarse_B)]).flatten()
+        return torch.cat(parts)[order.argsort()]
+
+    @staticmethod
+    def _gate(injection: Mapping[str, tuple[Tensor, Tensor, Tensor]], x0: Tensor) -> Tensor:
+        gates = [gate.detach().abs().mean() for gate, _, _ in injection.values()]
+        return torch.stack(gates).mean() if gates else x0.new_zeros(())
+
+
+class DitStage:
+    """The DiT stage; `dit_base` is the text-only one."""
+
+    def __init__(self, config: Config, source: BatchSource, paths: DitPaths, parents: Mapping[str, str]) -> None:
+        if config.dit.injection.enabled != (paths.codec_fine is not None and paths.codec_coarse is not None):
+            raise ValueError("semantic injection needs both codecs, the text-only baseline none")
+        self.name = "dit" if config.dit.injection.enabled else "dit_base"
+        self.config, self.source, self.paths, self.parents = config, source, paths, dict(parents)
+        self.training, self.seed = config.dit.training, config.seed
+
+    def objective(self) -> nn.Module:
+        """A new DiT, or the one that `dit.init` names (a text-only one gets untrained injection)."""
+        objective = DitObjective(self.config, self.paths)
+        for codec in (objective.fine, objective.coarse):
+            if codec is not None:
+                codec.requires_grad_(False)
+        if self.config.dit.init:
+            _initialise(objective.dit, self.config.dit.init)
+        if self.config.dit.train_only == "injection":
+            objective.dit.requires_grad_(False)
+            if objective.dit.injection is None:
+                raise ValueError("dit.train_only=injection needs dit.injection.enabled=true")
+            objective.dit.injection.requires_grad_(True)
+        return objective
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
+        """See Stage."""
+        return self.source.batch(step, rank, world)
+
+    def evaluate(self, objective: nn.Module, device: torch.device) -> Evaluation:
+        """Loss on held-out clips at fixed noise and times; true clips beside sampled ones (guided by true tokens)."""
+        generator = torch.Generator(device=device).manual_seed(self.seed)
+        losses, first = [], None
+        with torch.no_grad():
+            for batch in self.source.held_out_batches(self.training.batch_size):
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                losses.append(float(objective(moved, generator).loss))
+                first = first or moved
+            if first is None:
+                return Evaluation()
+            picture = self._picture(objective, first, device)  # type: ignore[arg-type]
+        return Evaluation({"loss": sum(losses) / len(losses)}, {"sampled": picture})
+
+    def _picture(self, objective: DitObjective, batch: dict[str, Any], device: torch.device) -> Any:
+        options, video = default_options(self.config.sampling), self.config.video
+        x0, tokens = objective._segment(batch, None)
+        size, sampled = (video.height, video.width), []
+        settings = self.config.dit
+        ratio = time_ratio(*size, x0.shape[2], settings.time_base_pixels) * settings.time_scale
+        for i in range(min(PICTURED, len(x0))):
+            none_coarse = torch.zeros(1, dtype=torch.bool, device=device)
+            guide = objective.guide((tokens[0][i : i + 1], tokens[1][i : i + 1]), none_coarse) if tokens else None
+            text = (batch["text"][i : i + 1], batch["text_mask"][i : i + 1])
+            velocity = guided_velocity(
+                objective.dit, tuple(x0.shape[2:]), text, guide, None, video.fps, size, options  # type: ignore[arg-type]
+            )
+            noise = torch.randn(
+                x0[:1].shape, generator=torch.Generator(device=device).manual_seed(self.seed + i), device=device
+            )
+            sampled.append(euler_sample(velocity, noise, schedule(options.steps, ratio)))
+        return comparison(*(look(latents, self.paths.vae) for latents in (x0[:PICTURED], torch.cat(sampled))))
+
+    def export(self, objective: nn.Module, path: Path, *, metrics: dict[str, float], key: str) -> Artifact:
+        """Write the DiT (without the codecs, which have artefacts of their own)."""
+        dit: STDiT3 = objective.dit  # type: ignore[assignment]
+        return save_artifact(
+            path,
+            kind="dit",
+            config=dit.config.model_copy(update={"init": None}).model_dump(mode="json"),
+            tensors=dit.state_dict(),
+            parents=self.parents,
+            metrics=metrics,
+            key=key,
+        )
+
+
+def _initialise(dit: STDiT3, path: str) -> None:
+    """Load `path` into `dit`. Raises ArtifactError if anything but the injection is missing, or does not fit."""
+    tensors = load_artifact(path, "dit").tensors()
+    own = dit.state_dict()
+    missing = [name for name in own if name not in tensors and not name.startswith("injection.")]
+    unexpected = [name for name in tensors if name not in own]
+    wrong = [n for n, value in tensors.items() if n in own and own[n].shape != value.shape]
+    for what, names in (("is missing", missing), ("is not part of this DiT", unexpected), ("has another shape", wrong)):
+        if names:
+            raise ArtifactError(f"dit.init={path}: {names[0]} {what} (and {len(names) - 1} more); are the sizes equal?")
+    dit.load_state_dict(tensors, strict=False)

@@ -1,0 +1,50 @@
+"""What the stages that train on latents share: where batches come from, windows of whole groups, and looking at latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arlon_ray.models.vae import FoldedVAE, load_vae
+
+
+class BatchSource(Protocol):
+    """Batches of a latent dataset. Keys: latents, text, text_mask, tokens_fine, tokens_coarse, clip_id, caption, fps."""
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
+        """This worker's share of the batch of `step`: a pure function of its arguments."""
+
+    def held_out_batches(self, batch_size: int) -> Iterator[dict[str, Any]]:
+        """The clips that training never sees."""
+
+
+def group_window(available: int, groups: int, generator: torch.Generator | None) -> slice:
+    """A window of at most `groups` of `available` groups, at a random place (without a generator: the first)."""
+    count = min(groups, available)
+    if generator is None:
+        return slice(0, count)
+    start = int(torch.randint(available - count + 1, (), generator=generator, device=generator.device))
+    return slice(start, start + count)
+
+
+def cut(values: Tensor, window: slice, available_groups: int, axis: int) -> Tensor:
+    """The part of `values` that belongs to a window of groups; `axis` is its time axis."""
+    per_group = values.shape[axis] // available_groups
+    return values.narrow(axis, window.start * per_group, (window.stop - window.start) * per_group)
+
+
+@lru_cache(maxsize=1)
+def _vae(path: str) -> FoldedVAE:
+    return load_vae(path)
+
+
+def look(latents_BCthw: Tensor, vae_path: Path) -> np.ndarray:
+    """Frames uint8 [B, T, H, W, 3] of normalised latents."""
+    video = _vae(str(vae_path)).decode(latents_BCthw.cpu().float())
+    return ((video + 1.0) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
