@@ -1,0 +1,47 @@
+# Everything a newcomer needs: `make demo`, `make test`. All commands run in .venv, made from pinned versions.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+OUTPUT ?= runs/tiny
+BUNDLE ?= $(OUTPUT)/bundle
+export RAY_AUTH_MODE ?= token
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test test-unit test-slow lint types serve bench clean
+
+setup: .venv/.done
+
+.venv/.done: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python jobs/pipeline.py --config tiny --output $(OUTPUT)
+
+test: setup
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu"
+	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
+
+test-unit: setup
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+serve: setup
+	$(BIN)/python jobs/serve_bundle.py --bundle $(BUNDLE)
+
+bench: setup
+	$(BIN)/python -m benchmarks.bench --bundle $(BUNDLE)
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,164 @@
+"""Stage artefacts: a folder of `config.json`, `model.safetensors` and `lineage.json`, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from arlon_ray import __version__
+
+WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "lineage.json"
+
+
+class ArtifactError(ValueError):
+    """An artefact that is missing, damaged, or does not fit the others. One line that names it."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where an artefact comes from. `parents` maps a role ("vae", "dataset", …) to that artefact's fingerprint."""
+
+    kind: str
+    fingerprint: str
+    parents: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    key: str = ""
+    code_version: str = __version__
+    created: str = ""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage's result on disk."""
+
+    path: Path
+    config: dict[str, Any]
+    lineage: Lineage
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the weights."""
+        return self.lineage.fingerprint
+
+    def tensors(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """The weights, in float32 where they are floating point (they may be stored in half precision)."""
+        try:
+            stored = load_file(self.path / WEIGHTS, device=str(device))
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{self.path / WEIGHTS}: cannot be read: {error}") from None
+        return {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends, and vanishes if it raises."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def save_artifact(
+    path: str | Path,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parents: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    key: str = "",
+    dtype: torch.dtype | None = None,
+) -> Artifact:
+    """Write an artefact, atomically, in place of what was at `path`; floating-point tensors in `dtype`, if given.
+
+    `key` is the fingerprint of all that determined the result (settings and parents): equal key, nothing to redo.
+    """
+    with whole_folder(path) as folder:
+        stored = {
+            name: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+            for name, value in tensors.items()
+        }
+        save_file(stored, folder / WEIGHTS)
+        lineage = Lineage(
+            kind=kind,
+            fingerprint=sha256_of(folder / WEIGHTS),
+            parents=dict(parents or {}),
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            key=key,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        write_json(folder / CONFIG, dict(config))
+        write_json(folder / LINEAGE, lineage.__dict__)
+    return Artifact(Path(path), dict(config), lineage)
+
+
+def load_artifact(path: str | Path, kind: str, *, verify: bool = True) -> Artifact:
+    """Open an artefact of `kind`; `verify` compares the weights with their recorded sha256.
+
+    Raises ArtifactError where a part is missing, damaged, of another kind, or not what the lineage says.
+    """
+    folder = Path(path)
+    for name in (CONFIG, LINEAGE, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder}: not a {kind} artefact: {name} is missing")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        lineage = Lineage(**json.loads((folder / LINEAGE).read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ArtifactError(f"{folder}: damaged {CONFIG} or {LINEAGE}: {error}") from None
+    if lineage.kind != kind:
+        raise ArtifactError(f"{folder}: expected a {kind} artefact, found {lineage.kind}")
+    if verify and (found := sha256_of(folder / WEIGHTS)) != lineage.fingerprint:
+        raise ArtifactError(
+            f"{folder / WEIGHTS}: sha256 {found[:12]}… is not the recorded {lineage.fingerprint[:12]}…: "
+            "the file was changed or cut short; copy or train it again"
+        )
+    return Artifact(folder, config, lineage)
+
+
+def finished(path: str | Path, kind: str, key: str) -> Artifact | None:
+    """The artefact at `path` if it is whole, of `kind`, and was made with exactly this `key`; else None."""
+    try:
+        artifact = load_artifact(path, kind)
+    except ArtifactError:
+        return None
+    return artifact if artifact.lineage.key == key else None

@@ -1,0 +1,52 @@
+"""Typed, frozen configuration. `load_config("tiny", ["dit.training.steps=100"])` is the only way in."""
+
+from arlon_ray.config.load import ConfigError, config_fingerprint, load_config, preset_names
+from arlon_ray.config.models import (
+    GROUP_FRAMES,
+    GROUP_LATENTS,
+    ArConfig,
+    CodecConfig,
+    DitConfig,
+    InjectionConfig,
+    SegmentConfig,
+    TextConfig,
+    VaeConfig,
+    VideoConfig,
+    VqvaeConfig,
+)
+from arlon_ray.config.run import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    DeploymentConfig,
+    SamplingConfig,
+    ServeConfig,
+    TrackingConfig,
+)
+from arlon_ray.config.training import TrainingConfig
+
+__all__ = [
+    "GROUP_FRAMES",
+    "GROUP_LATENTS",
+    "ArConfig",
+    "ClusterConfig",
+    "CodecConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DeploymentConfig",
+    "DitConfig",
+    "InjectionConfig",
+    "SamplingConfig",
+    "SegmentConfig",
+    "ServeConfig",
+    "TextConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "VaeConfig",
+    "VideoConfig",
+    "VqvaeConfig",
+    "config_fingerprint",
+    "load_config",
+    "preset_names",
+]

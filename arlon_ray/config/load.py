@@ -1,0 +1,106 @@
+"""Reading a configuration: a preset's name or a YAML file, then dotted overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from arlon_ray.config.run import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The text is one line and names the key."""
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("arlon_ray.config") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Read `source` (a preset's name or a YAML file) and apply `overrides` ("dotted.key=value", YAML values).
+
+    Raises ConfigError, with one line that names the key, what was found and what was expected.
+    """
+    raw = _read(source)
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def config_fingerprint(*sections: BaseModel) -> str:
+    """sha256 (hex) of the resolved sections: equal settings, equal fingerprint."""
+    text = json.dumps([section.model_dump(mode="json") for section in sections], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(source: str) -> dict[str, Any]:
+    if source in preset_names():
+        text = (resources.files("arlon_ray.config") / "presets" / f"{source}.yaml").read_text()
+    elif Path(source).is_file():
+        text = Path(source).read_text()
+    else:
+        raise ConfigError(f"--config {source}: neither a file nor one of the presets {', '.join(preset_names())}")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"--config {source}: expected a mapping of sections, found {type(raw).__name__}")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: expected dotted.key=value")
+    *path, last = key.split(".")
+    node = raw
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+    # YAML 1.1 reads 1e-3 as text; a number was meant
+    if isinstance(node[last], str):
+        with contextlib.suppress(ValueError):
+            node[last] = float(node[last])
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "config"
+    if first["type"] == "extra_forbidden":
+        return f"config: unknown key {key}{_suggestion(key)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"config: {message}" if key == "config" else f"config: {key}: {message}"
+    return f"config: {key}={first['input']!r}: {message}"
+
+
+def _suggestion(key: str) -> str:
+    *path, last = key.split(".")
+    section: Any = Config
+    for part in path:
+        field = section.model_fields.get(part)
+        section = field.annotation if field else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return ""
+    close = difflib.get_close_matches(last, section.model_fields, n=1)
+    return f"; did you mean {'.'.join([*path, close[0]])}?" if close else ""

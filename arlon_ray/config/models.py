@@ -1,0 +1,164 @@
+"""Sizes and switches of the models. Shapes: C latent channels, t latent frames, h × w latent grid."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from arlon_ray.config.base import Section
+from arlon_ray.config.training import TrainingConfig
+
+#: Frames of one VAE group and the latents it is coded to (Open-Sora v1.2: `micro_frame_size=17`).
+GROUP_FRAMES = 17
+GROUP_LATENTS = 5
+
+
+class VideoConfig(Section):
+    """Size and rate of the frames that the system is trained on and makes."""
+
+    height: int = Field(64, ge=16, description="pixels")
+    width: int = Field(64, ge=16, description="pixels")
+    fps: float = Field(16.0, gt=0, description="frames per second")
+
+
+class SegmentConfig(Section):
+    """A segment is what one DiT call renders: `groups` 17-frame groups, the first `overlap_groups` of them frozen."""
+
+    groups: int = Field(4, ge=2)
+    overlap_groups: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _overlap_is_shorter(self) -> SegmentConfig:
+        if self.overlap_groups >= self.groups:
+            raise ValueError(f"overlap_groups={self.overlap_groups} must be smaller than groups={self.groups}")
+        return self
+
+    @property
+    def latents(self) -> int:
+        """Latent frames of one segment."""
+        return self.groups * GROUP_LATENTS
+
+    @property
+    def overlap_latents(self) -> int:
+        """Latent frames that one segment takes over from the one before."""
+        return self.overlap_groups * GROUP_LATENTS
+
+
+class VaeConfig(Section):
+    """The video VAE: 17-frame groups ↔ 5 latents, 8×8 in space. `folded` is the small convolutional one."""
+
+    kind: Literal["folded"] = "folded"
+    latent_channels: int = Field(4, ge=1)
+    width: int = Field(96, ge=8, description="channels at half latent resolution")
+    deep_width: int = Field(160, ge=8, description="channels at latent resolution")
+    blocks: int = Field(3, ge=1, description="residual blocks at latent resolution, in the encoder and in the decoder")
+    kl_weight: float = Field(3e-4, ge=0)
+    detail_weight: float = Field(2.0, ge=0, description="extra loss weight on what stands out from its surroundings")
+    train: bool = Field(False, description="the pipeline trains a new VAE instead of loading `init`")
+    init: str | None = Field("weights/tiny/vae", description="artefact to load")
+    training: TrainingConfig = TrainingConfig()
+
+
+class TextConfig(Section):
+    """The text encoder, frozen. Per-token embeddings, at most `max_tokens` of them."""
+
+    kind: Literal["minilm", "t5"] = "t5"
+    path: str | None = Field(None, description="folder or hub name; MiniLM comes with a Python package if it is None")
+    dim: int = Field(4096, ge=1)
+    max_tokens: int = Field(300, ge=4)
+
+
+class CodecConfig(Section):
+    """One latent VQ-VAE. `patch` (t, h, w) latents become one token; the temporal factor is 1 or 5 (one group)."""
+
+    patch: tuple[int, int, int] = (1, 2, 2)
+    codebook_size: int = Field(512, ge=2)
+    code_dim: int = Field(16, ge=1)
+    width: int = Field(128, ge=8)
+    blocks: int = Field(2, ge=0)
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+    ema_decay: float = Field(0.95, gt=0, lt=1)
+    commitment_weight: float = Field(0.25, ge=0)
+    dead_code_threshold: float = Field(1.0, ge=0, description="codes used less than this per batch are restarted")
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _no_reach_across_groups(self) -> CodecConfig:
+        if self.patch[0] not in (1, GROUP_LATENTS):
+            raise ValueError(f"patch[0]={self.patch[0]} must be 1 or {GROUP_LATENTS}: no token reaches across groups")
+        return self
+
+
+class VqvaeConfig(Section):
+    """Two codecs of one class: `fine` is what the AR predicts, `coarse` is what the DiT also trains on."""
+
+    fine: CodecConfig = CodecConfig()
+    coarse: CodecConfig = CodecConfig(patch=(1, 4, 4))
+
+
+class ArConfig(Section):
+    """The autoregressive transformer."""
+
+    dim: int = Field(192, ge=16)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(8 / 3, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    text_dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained without text, for guidance")
+    token_noise: float = Field(0.05, ge=0, lt=1, description="share of context tokens replaced by random codes")
+    context_groups: int = Field(3, ge=1, description="groups of earlier tokens that the AR looks back on")
+    init: str | None = None
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ArConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim={self.dim} must be an even multiple of heads={self.heads}")
+        return self
+
+
+class InjectionConfig(Section):
+    """Semantic injection: gated adaptive norm from the latent that the tokens decode to."""
+
+    enabled: bool = True
+    layers: Literal["first_quarter", "first_half", "all", "last_half"] = "first_half"
+    width: int = Field(128, ge=8, description="channels of the latent adapter's features")
+    blocks: int = Field(2, ge=0, description="residual blocks of the latent adapter")
+
+
+class DitConfig(Section):
+    """STDiT3 (Open-Sora v1.2), with public parameter names; field names are those of its config.json."""
+
+    depth: int = Field(28, ge=1, description="pairs of one spatial and one temporal block")
+    hidden_size: int = Field(1152, ge=16)
+    num_heads: int = Field(16, ge=1)
+    in_channels: int = Field(4, ge=1)
+    caption_channels: int = Field(4096, ge=1)
+    model_max_length: int = Field(300, ge=1)
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    mlp_ratio: float = Field(4.0, gt=0)
+    qk_norm: bool = True
+    pred_sigma: bool = True
+    input_sq_size: int = Field(512, ge=1)
+    temporal_attention: Literal["temporal", "joint"] = Field(
+        "temporal", description="`joint`: temporal blocks attend over all tokens of the segment, not one place"
+    )
+    injection: InjectionConfig = InjectionConfig()
+    coarse_probability: float = Field(0.5, ge=0, le=1, description="share of samples guided by the coarse codec")
+    uncertainty_probability: float = Field(0.3, ge=0, le=1, description="share of samples with perturbed statistics")
+    text_dropout: float = Field(0.1, ge=0, lt=1)
+    token_dropout: float = Field(0.1, ge=0, lt=1)
+    overlap_probability: float = Field(0.5, ge=0, le=1, description="share of samples with their first group frozen")
+    time_base_pixels: int = Field(512 * 512, ge=1, description="resolution at which the time-step transform is neutral")
+    time_scale: float = Field(1.0, gt=0)
+    init: str | None = None
+    train_only: Literal["all", "injection"] = Field("all", description="`injection` freezes the base")
+    base_steps: int = Field(0, ge=0, description="steps of text-only training before the guided one, in the pipeline")
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> DitConfig:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"hidden_size={self.hidden_size} must be an even multiple of num_heads={self.num_heads}")
+        return self

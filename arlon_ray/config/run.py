@@ -1,0 +1,140 @@
+"""What is run where: data, workers, sampling, serving, and the whole configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from arlon_ray.config.base import Section
+from arlon_ray.config.models import (
+    ArConfig,
+    DitConfig,
+    SegmentConfig,
+    TextConfig,
+    VaeConfig,
+    VideoConfig,
+    VqvaeConfig,
+)
+
+
+class DataConfig(Section):
+    """Raw video to latents. `bucket_groups` are the clip lengths kept, in 17-frame groups."""
+
+    sample_videos: int = Field(2000, ge=1, description="videos that the pipeline renders when it is given none")
+    bucket_groups: tuple[int, ...] = (2, 3, 4)
+    max_clips_per_video: int = Field(64, ge=1)
+    decode_threads: int = Field(1, ge=1)
+    encode_batch: int = Field(16, ge=1, description="clips of one VAE batch")
+    encoders: int = Field(1, ge=1, description="encoder actors")
+    encoder_gpus: float = Field(0.0, ge=0, description="GPUs of one encoder actor")
+    row_group: int = Field(64, ge=1, description="clips of one Parquet row group: the unit in which training reads")
+    cache_bytes: int = Field(512 * 2**20, ge=0, description="decoded row groups that a training worker keeps")
+
+
+class ClusterConfig(Section):
+    """What a training job asks Ray for."""
+
+    num_workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    use_gpu: bool = False
+    max_failures: int = Field(1, ge=0, description="worker failures after which a job gives up")
+
+
+class SamplingConfig(Section):
+    """How a video is made."""
+
+    steps: int = Field(8, ge=1, description="denoising steps")
+    guidance_scale: float = Field(2.0, ge=0, description="text guidance of the DiT")
+    token_guidance_scale: float = Field(1.0, ge=0, description="token guidance of the DiT; 1 costs nothing")
+    ar_guidance_scale: float = Field(1.5, ge=0, description="text guidance of the AR; 1 costs nothing")
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0, description="0: all codes")
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
+class DeploymentConfig(Section):
+    """One Ray Serve deployment: its resources and its own autoscaling."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(2, ge=1)
+    target_ongoing_requests: float = Field(2.0, gt=0)
+    max_ongoing_requests: int = Field(4, ge=1)
+    num_cpus: float = Field(0.5, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> DeploymentConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
+        return self
+
+
+class ServeConfig(Section):
+    """The HTTP service."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    data_dir: str | None = Field(None, description="where finished videos and the job store lie; default: the output")
+    max_segments: int = Field(64, ge=1, description="longest video that a request may ask for")
+    max_prompt_characters: int = Field(1000, ge=1)
+    max_running: int = Field(2, ge=1, description="videos made at the same time; the others wait")
+    max_queued: int = Field(64, ge=1, description="videos waiting; more are refused with 429")
+    planned_ahead: int = Field(2, ge=1, description="segments that the AR may be ahead of the DiT")
+    ar: DeploymentConfig = DeploymentConfig()
+    dit: DeploymentConfig = DeploymentConfig()
+    decoder: DeploymentConfig = DeploymentConfig(num_cpus=0.25)
+
+
+class TrackingConfig(Section):
+    """MLflow. Without a URI the store is SQLite in the output folder (or MLFLOW_TRACKING_URI, where it is set)."""
+
+    uri: str | None = None
+    experiment: str = "arlon-ray"
+
+
+class Config(Section):
+    """The whole configuration of every job."""
+
+    name: str = "custom"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    video: VideoConfig = VideoConfig()
+    segment: SegmentConfig = SegmentConfig()
+    vae: VaeConfig = VaeConfig()
+    text: TextConfig = TextConfig()
+    vqvae: VqvaeConfig = VqvaeConfig()
+    ar: ArConfig = ArConfig()
+    dit: DitConfig = DitConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    serve: ServeConfig = ServeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        if self.dit.in_channels != self.vae.latent_channels:
+            raise ValueError(
+                f"dit.in_channels={self.dit.in_channels} must equal vae.latent_channels={self.vae.latent_channels}"
+            )
+        if self.dit.caption_channels != self.text.dim:
+            raise ValueError(f"dit.caption_channels={self.dit.caption_channels} must equal text.dim={self.text.dim}")
+        if self.dit.model_max_length != self.text.max_tokens:
+            raise ValueError(
+                f"dit.model_max_length={self.dit.model_max_length} must equal text.max_tokens={self.text.max_tokens}"
+            )
+        if self.ar.context_groups < self.segment.overlap_groups:
+            raise ValueError(
+                f"ar.context_groups={self.ar.context_groups} must cover segment.overlap_groups="
+                f"{self.segment.overlap_groups}"
+            )
+        for name, size in (("video.height", self.video.height), ("video.width", self.video.width)):
+            if size % 8:
+                raise ValueError(f"{name}={size} must be a multiple of 8 (one latent is 8×8 pixels)")
+        return self
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """Latent grid (h, w) of one frame."""
+        return self.video.height // 8, self.video.width // 8

@@ -1,0 +1,101 @@
+"""Batch function: decoded clips → VAE latents and text embeddings. One instance lives in each encoder actor.
+
+Legend: B clips of one bucket, C latent channels, T frames, t latent frames, H × W pixels, h × w latent grid.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from arlon_ray.config import TextConfig
+from arlon_ray.models.text import load_text_encoder
+from arlon_ray.models.vae import load_vae
+from data_pipeline import schema
+from data_pipeline.schema import ENCODED, REJECTED_BUCKET, STAGE_DECODE, STAGE_ENCODE, Row, one_line
+
+
+class ClipEncoder:
+    """Encodes tables of `schema.DECODED` into tables of `schema.ENCODED`; batches are formed within each bucket."""
+
+    def __init__(
+        self, vae: str | Path, text: TextConfig, *, batch_size: int = 16, device: str = "cpu", threads: int = 0
+    ) -> None:
+        """`vae` is the artefact's folder; `threads` > 0 sets torch's CPU threads. Raises ArtifactError."""
+        if threads:
+            torch.set_num_threads(threads)
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.vae = load_vae(vae, self.device)
+        self.text = load_text_encoder(text, self.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Every row in comes out once, in the same order: encoded, or in the bucket of the rejected ones."""
+        rows: list[Row] = table.to_pylist()
+        results: list[Row] = [_rejected(row, STAGE_DECODE, row["reason"], row["error"]) for row in rows]
+        buckets: dict[str, list[int]] = defaultdict(list)
+        for position, row in enumerate(rows):
+            if not row["reason"]:
+                buckets[row["bucket"]].append(position)
+        for positions in buckets.values():
+            for first in range(0, len(positions), self.batch_size):
+                chosen = positions[first : first + self.batch_size]
+                for position, result in zip(chosen, self._encode([rows[p] for p in chosen]), strict=True):
+                    results[position] = result
+        return pa.Table.from_pylist(results, schema=ENCODED)
+
+    def _encode(self, rows: list[Row]) -> list[Row]:
+        """Encode rows of one bucket together; if that fails, one by one, so that only the bad ones are lost."""
+        try:
+            return self._encode_batch(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                return [_rejected(rows[0], STAGE_ENCODE, schema.ENCODE_FAILED, f"{type(error).__name__}: {error}")]
+            return [result for row in rows for result in self._encode([row])]
+
+    def _encode_batch(self, rows: list[Row]) -> list[Row]:
+        shape = (rows[0]["num_frames"], rows[0]["height"], rows[0]["width"], 3)
+        frames = np.stack([np.frombuffer(row["frames"], np.uint8).reshape(shape) for row in rows])
+        latents = self.encode_video(frames)
+        if not np.isfinite(latents).all():
+            raise ValueError("the latents are not finite")
+        embedding = self.text.encode([row["caption"] for row in rows])
+        lengths = embedding.mask.sum(1).tolist()
+        values = embedding.values.to(torch.float16).cpu().numpy()
+        return [
+            {
+                **{name: row[name] for name in schema.CLIP.names},
+                "latent": latent.tobytes(),
+                "latent_shape": list(latent.shape),
+                "text_embedding": value[:length].tobytes(),
+                "text_length": length,
+                "stage": "",
+                "reason": "",
+                "error": "",
+            }
+            for row, latent, value, length in zip(rows, latents, values, lengths, strict=True)
+        ]
+
+    def encode_video(self, frames: NDArray[np.uint8]) -> NDArray[np.float16]:
+        """Latents float16 [B,C,t,h,w] of frames uint8 [B,T,H,W,3]."""
+        pixels = torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+        return self.vae.encode(pixels).to(torch.float16).cpu().numpy()
+
+
+def _rejected(row: Row, stage: str, reason: str, error: str) -> Row:
+    """The row of `schema.ENCODED` that carries a rejected clip to the writer."""
+    return {
+        **{name: row[name] for name in schema.CLIP.names},
+        "bucket": REJECTED_BUCKET,
+        "latent": b"",
+        "latent_shape": [],
+        "text_embedding": b"",
+        "text_length": 0,
+        "stage": stage,
+        "reason": reason,
+        "error": one_line(error),
+    }

@@ -1,0 +1,1 @@
+"""Entry points: `python jobs/X.py --config NAME|FILE --set key=value --output DIR`."""

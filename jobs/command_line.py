@@ -1,0 +1,70 @@
+"""What all jobs share on the command line: the flags, and how bad input and Ctrl-C end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from arlon_ray.artifact import ArtifactError
+from arlon_ray.config import Config, ConfigError, load_config, preset_names
+
+
+class InputError(ValueError):
+    """Input that a job cannot work with. One line that says what was wrong and what to do."""
+
+
+def parser(description: str, *, output: str, config: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that every job has; `output` is the default of --output.
+
+    Without `config` for the jobs that take their configuration from a bundle.
+    """
+    result = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    if config:
+        result.add_argument(
+            "--config", default="tiny", metavar="NAME|FILE", help=f"preset ({', '.join(preset_names())}) or YAML file"
+        )
+        result.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override, repeatable"
+        )
+    result.add_argument("--output", default=output, metavar="PATH", help=f"where results go (default: {output})")
+    return result
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The configuration that the flags ask for. Raises ConfigError."""
+    return load_config(arguments.config, arguments.overrides)
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    """--output as an absolute path (a submitted job's working directory is temporary), created and writable."""
+    folder = Path(arguments.output).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be created: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder}: not writable")
+    return folder
+
+
+def existing(path: str, flag: str) -> Path:
+    """`path` as an absolute path. Raises InputError that names `flag` if there is nothing."""
+    found = Path(path).expanduser().absolute()
+    if not found.exists():
+        raise InputError(f"{flag} {found}: not found")
+    return found
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a job: exit code 2 and one line for bad input, 130 for Ctrl-C."""
+    try:
+        main()
+    except (ConfigError, ArtifactError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing is lost, run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None

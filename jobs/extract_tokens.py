@@ -1,0 +1,164 @@
+"""Tokens of both codecs for every clip of a dataset. Interrupt it at will; rerun to go on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, write_json
+from arlon_ray.config import Config
+from arlon_ray.models.codec import load_codec
+from data_pipeline.dataset import LatentDataset, token_file
+from data_pipeline.manifest import (
+    MANIFEST,
+    DatasetManifest,
+    TokenManifest,
+    differences,
+    finished_manifest,
+    read_manifest,
+    settings_key,
+    write_manifest,
+)
+from data_pipeline.schema import SCHEMA_VERSION
+from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
+from jobs.ray_session import connect
+
+#: The settings of a run that is under way; the finished folder has them in its manifest.
+SETTINGS = ".settings.json"
+
+
+@dataclass(frozen=True)
+class TokenSummary:
+    """What a run ended with. `skipped`: it was all there already."""
+
+    folder: Path
+    manifest: TokenManifest
+    skipped: bool
+
+
+def run_extract_tokens(
+    config: Config, dataset: Path, fine: Path, coarse: Path, output: Path, *, overwrite: bool = False
+) -> TokenSummary:
+    """Write the tokens of `dataset` to `output`; nothing to do where they are there already.
+
+    Raises ArtifactError where a codec is missing, does not fit the latents, or was trained on another VAE's; InputError
+    where `output` holds tokens that were made otherwise (unless `overwrite`). All of that before Ray starts.
+    """
+    manifest = read_manifest(dataset, DatasetManifest)
+    codecs = {name: load_artifact(path, "codec") for name, path in (("fine", fine), ("coarse", coarse))}
+    sizes = {}
+    for name, artifact in codecs.items():
+        sizes[name] = _check_codec(name, artifact, dataset, manifest)
+    settings: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": manifest.fingerprint,
+        "fine": codecs["fine"].fingerprint,
+        "coarse": codecs["coarse"].fingerprint,
+    }
+    there = finished_manifest(output, TokenManifest)
+    if there is not None and there.key == settings_key(settings):
+        return TokenSummary(output, there, skipped=True)
+    _prepare(output, there, settings, overwrite)
+
+    files = [(path, output / token_file(path)) for path in sorted((dataset / "latents").glob("bucket=*/*.parquet"))]
+    missing = [(source, target) for source, target in files if not target.exists()]
+    total = sum(pq.read_metadata(source).num_rows for source, _ in missing)
+    with connect(config):
+        # imported once Ray is there: it takes seconds, and bad input must not wait for it
+        from data_pipeline.ray_pipeline import extract_all_tokens
+
+        device = "cuda" if config.data.encoder_gpus else "cpu"
+        extract_all_tokens(missing, fine, coarse, config, device, total)
+    result = TokenManifest(
+        schema_version=SCHEMA_VERSION,
+        key=settings_key(settings),
+        settings=settings,
+        fingerprint=settings_key(settings),
+        vae_fingerprint=manifest.vae_fingerprint,
+        rows=sum(pq.read_metadata(target).num_rows for _, target in files),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        dataset_fingerprint=manifest.fingerprint,
+        fine_fingerprint=codecs["fine"].fingerprint,
+        coarse_fingerprint=codecs["coarse"].fingerprint,
+        fine_codebook_size=sizes["fine"],
+        coarse_codebook_size=sizes["coarse"],
+    )
+    if result.rows != manifest.rows:
+        raise ArtifactError(
+            f"{dataset}: {result.rows} latent rows, but {manifest.rows} in its manifest: preprocess again"
+        )
+    write_manifest(output, result)
+    (output / SETTINGS).unlink(missing_ok=True)
+    LatentDataset(dataset, tokens=output)
+    return TokenSummary(output, result, skipped=False)
+
+
+def _check_codec(name: str, artifact: Artifact, dataset: Path, manifest: DatasetManifest) -> int:
+    """The codebook's size. Raises ArtifactError unless the codec fits the dataset's latents."""
+    trained_on = artifact.lineage.parents.get("vae")
+    if trained_on is not None and trained_on != manifest.vae_fingerprint:
+        raise ArtifactError(
+            f"{name} codec {artifact.path} was trained on latents of VAE {trained_on[:12]}…, but dataset {dataset} was "
+            f"encoded by VAE {manifest.vae_fingerprint[:12]}…: train the codec on this dataset"
+        )
+    codec = load_codec(artifact.path)
+    if codec.latent_channels != manifest.latent_channels:
+        raise ArtifactError(
+            f"{name} codec {artifact.path} is for {codec.latent_channels} latent channels, dataset {dataset} has "
+            f"{manifest.latent_channels}"
+        )
+    return codec.config.codebook_size
+
+
+def _prepare(output: Path, there: TokenManifest | None, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make `output` ready to go on with these settings. Raises InputError if it was begun with others."""
+    marker = output / SETTINGS
+    other = there.settings if there is not None else None
+    if other is None and marker.exists():
+        try:
+            other = json.loads(marker.read_text())
+        except (OSError, ValueError):
+            other = None
+        if other == settings:
+            return
+    if other is not None and not overwrite:
+        raise InputError(
+            f"{output}: holds tokens made otherwise: {differences(other, settings)}; "
+            "choose another --output, or --overwrite it"
+        )
+    if output.exists():
+        # only what this job writes: the folder may be the user's own
+        for path in [*output.glob("*.parquet"), output / MANIFEST]:
+            path.unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(marker, settings)
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser(__doc__ or "", output="DATASET/tokens")
+    flags.add_argument("--dataset", required=True, metavar="DIR", help="dataset made by jobs/preprocess.py")
+    flags.add_argument("--fine", required=True, metavar="DIR", help="fine codec's artefact")
+    flags.add_argument("--coarse", required=True, metavar="DIR", help="coarse codec's artefact")
+    flags.add_argument("--overwrite", action="store_true", help="replace tokens that were made otherwise")
+    flags.set_defaults(output=None)
+    arguments = flags.parse_args()
+    config = read_config(arguments)
+    dataset = existing(arguments.dataset, "--dataset")
+    fine, coarse = existing(arguments.fine, "--fine"), existing(arguments.coarse, "--coarse")
+    output = output_folder(arguments) if arguments.output else dataset / "tokens"
+    summary = run_extract_tokens(config, dataset, fine, coarse, output, overwrite=arguments.overwrite)
+    manifest = summary.manifest
+    print(
+        f"{summary.folder}: {'was there already' if summary.skipped else 'done'}, tokens of {manifest.rows} clips "
+        f"(codebooks {manifest.fine_codebook_size} fine, {manifest.coarse_codebook_size} coarse)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

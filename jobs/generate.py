@@ -1,0 +1,69 @@
+"""Make a video from a bundle in this process, without Ray: `python jobs/generate.py --bundle DIR --prompt "…"`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from arlon_ray.bundle import load_bundle
+from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options, spread_prompts
+from arlon_ray.generation.video import encode_fragment, join_fragments
+from jobs.command_line import InputError, existing, parser, run
+
+
+def make_video(
+    generator: VideoGenerator, prompts: list[str], path: Path, seed: int, options: GenerationOptions
+) -> int:
+    """Write the video of one prompt a segment to `path`; returns its frames. Memory does not grow with its length."""
+    fps, frames, fragments = generator.bundle.config.video.fps, 0, []
+    with tempfile.TemporaryDirectory(prefix="arlon-video-") as folder:
+        for index, part in enumerate(generator.generate(prompts, seed, options)):
+            fragments.append(Path(folder) / f"{index:06d}.mp4")
+            fragments[-1].write_bytes(encode_fragment(part, fps))
+            frames += len(part)
+            print(f"segment {index + 1}/{len(prompts)}  {frames} frames", file=sys.stderr)
+        join_fragments(fragments, path)
+    return frames
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser("Make a video from a bundle, without Ray.", output="video.mp4", config=False)
+    flags.add_argument("--bundle", required=True, metavar="DIR", help="model bundle, by jobs/pipeline.py")
+    flags.add_argument("--prompt", action="append", required=True, help="repeat it for progressive prompts")
+    flags.add_argument("--segments", type=int, metavar="N", help="length of the video (default: one a prompt)")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--steps", type=int, help="denoising steps")
+    flags.add_argument("--guidance-scale", type=float)
+    flags.add_argument("--token-guidance-scale", type=float)
+    flags.add_argument("--baseline", action="store_true", help="the text-only DiT, without the AR's tokens")
+    arguments = flags.parse_args()
+    if any(not prompt.strip() for prompt in arguments.prompt):
+        raise InputError("--prompt: empty; expected a description of the video")
+    bundle = load_bundle(existing(arguments.bundle, "--bundle"))
+    try:
+        options = default_options(
+            bundle.config.sampling,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            token_guidance_scale=arguments.token_guidance_scale,
+            baseline=arguments.baseline,
+        )
+        segments = arguments.segments if arguments.segments is not None else len(arguments.prompt)
+        prompts = spread_prompts(arguments.prompt, segments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}={first['input']}: {first['msg']}") from None
+    except ValueError as error:
+        raise InputError(f"--segments: {error}") from None
+    begin, path = time.perf_counter(), Path(arguments.output).absolute()
+    frames = make_video(VideoGenerator(bundle), prompts, path, arguments.seed, options)
+    print(f"{path}: {frames} frames in {time.perf_counter() - begin:.1f} s")
+
+
+if __name__ == "__main__":
+    run(main)

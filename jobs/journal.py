@@ -1,0 +1,125 @@
+"""How a training in Ray's workers tells its driver: rank 0 appends lines to a file that the driver follows.
+
+The driver then prints and tracks. So workers need no MLflow, the terminal gets clean lines, and after a worker's death
+the new one goes on in the same file. The file lies in the training's storage folder, which all nodes share.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import traceback
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arlon_ray.training.loop import Reporter
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+class JournalReporter:
+    """The Reporter of a worker."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """See Reporter."""
+        self._write("metrics", step=step, values=dict(values))
+
+    def picture(self, name: str, array: np.ndarray, step: int) -> None:
+        """See Reporter."""
+        file = f"picture-{uuid.uuid4().hex}.npy"
+        np.save(self.folder / file, array)
+        self._write("picture", step=step, name=name, file=file)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """See Reporter."""
+        self._write("checkpoint", step=step, folder=str(folder))
+
+    def line(self, text: str) -> None:
+        """See Reporter."""
+        self._write("line", text=text)
+
+    def done(self, artifact_kind: str) -> None:
+        """The artefact is written."""
+        self._write("done", artifact_kind=artifact_kind)
+
+    def _write(self, kind: str, **values: Any) -> None:
+        with (self.folder / JOURNAL_FILE).open("a") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+
+class JournalReader:
+    """Follows a journal from its present end and passes everything on."""
+
+    def __init__(self, folder: Path, reporters: Sequence[Reporter]) -> None:
+        self.folder, self.reporters = folder, reporters
+        self.artifact_kind: str | None = None
+        path = folder / JOURNAL_FILE
+        # What an earlier, interrupted run wrote was passed on then; its last line may be cut short.
+        with path.open("a") as file:
+            if file.tell():
+                file.write("\n")
+            self._position = file.tell()
+
+    def drain(self) -> None:
+        """Pass on the whole lines that are new."""
+        with (self.folder / JOURNAL_FILE).open("rb") as file:
+            file.seek(self._position)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._position += len(whole)
+        for line in whole.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # cut short by the death of a worker
+            self._pass_on(event)
+
+    def follow(self, until: threading.Event, interval_s: float = 0.3) -> None:
+        """Pass on until `until` is set, in the calling thread."""
+        while not until.wait(interval_s):
+            self.drain()
+        self.drain()
+
+    def _pass_on(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "done":
+            self.artifact_kind = event["artifact_kind"]
+        for reporter in self.reporters:
+            if kind == "metrics":
+                reporter.metrics(event["step"], event["values"])
+            elif kind == "picture":
+                reporter.picture(event["name"], np.load(self.folder / event["file"]), event["step"])
+            elif kind == "checkpoint":
+                reporter.checkpoint(event["step"], Path(event["folder"]))
+            elif kind == "line":
+                reporter.line(event["text"])
+
+
+class FailureNote:
+    """Why a training cannot go on, for the next attempt's workers and for the driver.
+
+    Ray Train restarts the workers after any error. One that must come again (a NaN: every step is deterministic) is
+    noted with the driver's attempt id, and restarted workers give up at once.
+    """
+
+    def __init__(self, folder: Path, attempt: str) -> None:
+        self._path = folder / f"failure-{attempt}.json"
+
+    def write(self, error: BaseException) -> None:
+        """Note the error and its traceback."""
+        text = json.dumps({"error": str(error), "traceback": traceback.format_exc()})
+        self._path.write_text(text)
+
+    def read(self) -> str | None:
+        """The error's line, if there was one in this attempt."""
+        try:
+            return str(json.loads(self._path.read_text())["error"])
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,185 @@
+"""The whole of it: raw video in, long video served. `python jobs/pipeline.py --config tiny`.
+
+Every stage is skipped if what it would make is there already, made from the same settings and parents (lineage decides,
+not the presence of files); so the same command goes on after Ctrl-C, and reaches the video at once when all is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from arlon_ray.artifact import ArtifactError
+from arlon_ray.bundle import Bundle, save_bundle
+from arlon_ray.config import Config, config_fingerprint
+from jobs.command_line import existing, output_folder, parser, read_config, run
+from jobs.extract_tokens import run_extract_tokens
+from jobs.preprocess import run_preprocess
+from jobs.ray_session import connect
+from jobs.render_samples import run_render_samples
+from jobs.serve_demo import DEMO_PROMPTS, serve_demo
+from jobs.stage_runs import StageOutcome, run_ar, run_codec, run_dit, run_vae
+from jobs.tracking import Tracking
+
+
+class Ledger:
+    """What each stage took and its key figure, for the table at the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, str]] = []
+
+    def stage(self, name: str, work: Callable[[], Any], figure: Callable[[Any], str]) -> Any:
+        """Run one stage under a heading and note it."""
+        print(f"\n── {name}", flush=True)
+        begin = time.perf_counter()
+        result = work()
+        self.rows.append((name, time.perf_counter() - begin, figure(result)))
+        return result
+
+    def table(self) -> str:
+        """Stage, seconds, key figure."""
+        lines = [f"{'stage':<16}{'seconds':>9}  key figure"]
+        lines += [f"{name:<16}{seconds:>9.1f}  {figure}" for name, seconds, figure in self.rows]
+        total = sum(seconds for _, seconds, _ in self.rows)
+        return "\n".join([*lines, f"{'total':<16}{total:>9.1f}"])
+
+
+class Pipeline:
+    """The stages in order, over one output folder."""
+
+    def __init__(self, config: Config, source: Path | None, output: Path) -> None:
+        self.config, self.source, self.output = config, source, output
+        self.tracking, self.ledger = Tracking(config, output), Ledger()
+
+    def run(self) -> None:
+        """All stages, in one Ray session and under one MLflow run."""
+        key = config_fingerprint(self.config)
+        with connect(self.config), self.tracking.pipeline("pipeline", key=key):
+            bundle = self.train()
+            self.serve(bundle)
+        print(f"\n{self.ledger.table()}\n\n{self.next_commands(bundle)}", flush=True)
+
+    def train(self) -> Path:
+        """Videos to a bundle."""
+        config, output, stage = self.config, self.output, self.ledger.stage
+        videos = self.source or output / "videos"
+        if self.source is None:
+            stage(
+                "sample videos",
+                lambda: run_render_samples(config, videos),
+                lambda rendered: f"{rendered} rendered" if rendered else "there already",
+            )
+        vae = self._vae(videos)
+        dataset = stage(
+            "preprocess",
+            lambda: run_preprocess(config, videos, output / "dataset", vae=vae, overwrite=True),
+            lambda summary: f"{summary.manifest.rows} clips, {summary.manifest.rejects} rejected",
+        ).folder
+        fine, coarse = (
+            self._trained(f"vqvae {role}", lambda r=role: run_codec(config, r, dataset, vae, output / f"codec_{r}", self.tracking))
+            for role in ("fine", "coarse")
+        )  # fmt: skip
+        tokens = stage(
+            "extract tokens",
+            lambda: run_extract_tokens(config, dataset, fine, coarse, output / "tokens", overwrite=True),
+            lambda summary: f"{summary.manifest.rows} clips",
+        ).folder
+        ar = self._trained("ar", lambda: run_ar(config, dataset, tokens, vae, fine, output / "ar", self.tracking))
+        parts = {"vae": vae, "codec_fine": fine, "codec_coarse": coarse, "ar": ar, **self._dits(dataset, tokens, vae, (fine, coarse))}
+        return stage("bundle", lambda: self._bundle(parts), lambda path: str(path.name))
+
+    def _vae(self, videos: Path) -> Path:
+        if self.config.vae.train:
+            return self._trained(
+                "vae", lambda: run_vae(self.config, [(videos, 1.0)], self.output / "vae", self.tracking)
+            )
+        return existing(str(self.config.vae.init), "vae.init")
+
+    def _dits(self, dataset: Path, tokens: Path, vae: Path, codecs: tuple[Path, Path]) -> dict[str, Path]:
+        """The guided DiT; where `dit.base_steps` asks for it, trained on from a text-only one, which is the baseline."""
+        config, output, parts = self.config, self.output, {}
+        if config.dit.base_steps:
+            base = _text_only(config)
+            parts["dit_base"] = self._trained(
+                "dit (text-only)",
+                lambda: run_dit(base, dataset, vae, output / "dit_base", tracking=self.tracking),
+            )
+            dit = config.dit.model_copy(update={"init": str(parts["dit_base"])})
+            config = config.model_copy(update={"dit": dit})
+        parts["dit"] = self._trained(
+            "dit (guided)", lambda: run_dit(config, dataset, vae, output / "dit", tokens, codecs, self.tracking)
+        )
+        return parts
+
+    def _trained(self, name: str, work: Callable[[], StageOutcome]) -> Path:
+        def figure(outcome: StageOutcome) -> str:
+            metrics = "  ".join(f"{n} {v:.4g}" for n, v in outcome.artifact.lineage.metrics.items())
+            return f"{'(there already)  ' if outcome.skipped else ''}{metrics}"
+
+        return self.ledger.stage(name, work, figure).artifact.path
+
+    def _bundle(self, parts: dict[str, Path]) -> Path:
+        """Write the bundle, unless the one that is there has these very parts and this configuration."""
+        from arlon_ray.artifact import load_artifact
+        from arlon_ray.bundle import PARTS
+
+        path = self.output / "bundle"
+        wanted = {name: load_artifact(part, PARTS[name][1]).fingerprint for name, part in parts.items()}
+        try:
+            there = Bundle(path)
+            found = {name: artifact.fingerprint for name, artifact in there.artifacts.items()}
+            if found == wanted and there.config == self.config:
+                return path
+        except ArtifactError:
+            pass
+        identity = load_artifact(parts["ar"], "ar").lineage.parents["text"]
+        return save_bundle(path, self.config, parts, identity)
+
+    def serve(self, bundle: Path) -> None:
+        """Serve the bundle, ask it for a long video over HTTP, and save what comes back."""
+        self.ledger.stage(
+            "serve",
+            lambda: serve_demo(self.config, bundle, self.output),
+            lambda result: f"{result.seconds_per_video:.1f} s for {result.frames} frames, AR share {result.ar_share:.0%}",
+        )
+
+    def next_commands(self, bundle: Path) -> str:
+        """What to try next."""
+        here = Path(os.path.relpath(self.output))
+        prompt = DEMO_PROMPTS[0]
+        return "\n".join([
+            f"video           {here / 'demo.mp4'}   contact sheet  {here / 'demo.png'}   baseline  {here / 'baseline.mp4'}",
+            "next:",
+            f"  make serve BUNDLE={os.path.relpath(bundle)}        # then open the URL that it prints",
+            f"  .venv/bin/python jobs/generate.py --bundle {os.path.relpath(bundle)} --prompt {prompt!r} --segments 6",
+            f"  .venv/bin/mlflow ui --backend-store-uri {self.tracking.uri}",
+            "  RAY_AUTH_MODE=token .venv/bin/ray job submit --working-dir . -- python jobs/train_dit.py --help",
+        ])  # fmt: skip
+
+
+def _text_only(config: Config) -> Config:
+    """The configuration of the text-only DiT: no injection, `dit.base_steps` steps."""
+    dit = config.dit.model_copy(
+        update={
+            "injection": config.dit.injection.model_copy(update={"enabled": False}),
+            "training": config.dit.training.model_copy(update={"steps": config.dit.base_steps}),
+        }
+    )
+    return config.model_copy(update={"dit": dit})
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser("Raw video in, long video served: all stages, skipping what is done.", output="runs/tiny")
+    flags.add_argument("--input", metavar="DIR", help="your own captioned videos (default: renders a sample set)")
+    arguments = flags.parse_args()
+    config = read_config(arguments)
+    source = existing(arguments.input, "--input") if arguments.input else None
+    Pipeline(config, source, output_folder(arguments)).run()
+
+
+if __name__ == "__main__":
+    run(main)

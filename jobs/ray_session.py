@@ -1,0 +1,93 @@
+"""One Ray for a job: the cluster it was submitted to, or a local one that it starts and ends itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from arlon_ray.config import Config
+
+#: Ray Train's workers hold their CPUs while Ray Data or Serve need some: with fewer than this, one waits for the other
+#: for ever. On a box with two cores they are logical: the threads share the cores.
+LEAST_LOCAL_CPUS = 4
+OBJECT_STORE_BYTES = 512 * 2**20
+
+#: Passed on to workers from the driver's environment.
+PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
+
+
+def path_with_interpreter() -> str:
+    """PATH with this interpreter's folder in front: DeepSpeed compiles with the `ninja` that lies there."""
+    folder = str(Path(sys.executable).parent)
+    parts = os.environ.get("PATH", "").split(os.pathsep)
+    return os.pathsep.join([folder, *(part for part in parts if part != folder)])
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment of the training workers."""
+    threads = str(threads_per_worker(config))
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    result = {**passed_on, "PATH": path_with_interpreter(), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    # Only without GPUs: DeepSpeed would otherwise look for them on its own.
+    return result if config.cluster.use_gpu else {**result, "DS_ACCELERATOR": "cpu"}
+
+
+def threads_per_worker(config: Config) -> int:
+    """Threads that one training worker computes with."""
+    return max(1, math.floor(config.cluster.cpus_per_worker))
+
+
+def local_cpus(config: Config) -> int:
+    """Logical CPUs of a local Ray: what training asks for, and some for data and serving beside it."""
+    needed = math.ceil(config.cluster.num_workers * config.cluster.cpus_per_worker) + 1
+    return max(LEAST_LOCAL_CPUS, os.cpu_count() or 1, needed)
+
+
+@contextmanager
+def connect(config: Config, *, dashboard: bool = False, worker_output: bool = False) -> Iterator[None]:
+    """Within the block Ray is there. Ends only what it started.
+
+    Under `ray job submit`, or with RAY_ADDRESS set, that cluster is used; an initialised Ray is used as it is (the
+    pipeline keeps one for all stages). `worker_output` lets what workers print reach this terminal; progress does
+    without it (see jobs/journal).
+    """
+    _set_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=worker_output, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            # Not an address of a cluster that some earlier command noted on this machine.
+            address="local",
+            num_cpus=local_cpus(config),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            log_to_driver=worker_output,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_environment() -> None:
+    """What Ray reads from the environment when it is imported or started."""
+    os.environ["PATH"] = path_with_interpreter()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Relative paths of the configuration (weights/…) are relative to where the job was started.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # How often Ray Train's controller looks: for checkpoints to take in, for dead workers, for the end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

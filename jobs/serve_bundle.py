@@ -1,0 +1,103 @@
+"""Serve a model bundle over HTTP: text in, long video out. `python jobs/serve_bundle.py --bundle DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+
+import yaml
+
+from arlon_ray.bundle import load_bundle
+from arlon_ray.config import Config, ConfigError, load_config
+from jobs import command_line
+from jobs.ray_session import connect
+from serve.app import check_devices, serve_bundle
+
+#: What may differ from the bundle's own configuration; all else is what its weights were trained with.
+ADJUSTABLE = {"device", "sampling", "serve"}
+
+EXAMPLE = """\
+serving {bundle} at {url}
+
+  curl -s {url}/v1/videos -H 'Content-Type: application/json' \\
+    -d '{{"segments": [{{"prompt": "a red ball rolls to the left"}}, {{"prompt": "a blue ball rolls to the right"}}], \
+"num_segments": 4}}'
+  curl -s {url}/v1/videos/ID
+  curl -s {url}/v1/videos/ID/content -o video.mp4
+
+API description: {url}/docs    videos: {data}    Ctrl-C ends"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of every job, and --bundle, --host, --port."""
+    parser = command_line.parser(__doc__ or "", output="output/serve")
+    parser.set_defaults(config=None)
+    parser.add_argument("--bundle", required=True, metavar="DIR", help="model bundle; its configuration is the default")
+    parser.add_argument("--host", metavar="ADDRESS", help="same as --set serve.host=ADDRESS")
+    parser.add_argument("--port", metavar="NUMBER", help="same as --set serve.port=NUMBER")
+    result = parser.parse_args(arguments)
+    for name in ("host", "port"):
+        if (value := getattr(result, name)) is not None:
+            result.overrides.append(f"serve.{name}={value}")
+    return result
+
+
+def served_config(trained: Config, source: str | None, overrides: list[str]) -> Config:
+    """The bundle's configuration with device, sampling and serve of `source` (if any) and `overrides`.
+
+    Raises ConfigError, also for overrides of what the weights were trained with.
+    """
+    base = trained.model_dump(mode="json")
+    if source is not None:
+        base |= load_config(source).model_dump(mode="json", include=ADJUSTABLE)
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(yaml.safe_dump(base))
+        config = load_config(str(resolved), overrides)
+    for name in sorted(set(type(config).model_fields) - ADJUSTABLE):
+        if getattr(config, name) != getattr(trained, name):
+            allowed = ", ".join(sorted(ADJUSTABLE))
+            raise ConfigError(f"--set {name}: fixed by the bundle; what can be set here is {allowed}")
+    return config
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises InputError if nothing can listen there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            # as the server itself does: connections of an earlier one that are fading away are no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise command_line.InputError(f"--host {host} --port {port}: cannot listen: {error.strerror}") from None
+
+
+def main() -> None:
+    """Check everything, start Ray and Serve, and wait for the end."""
+    arguments = parse()
+    path = command_line.existing(arguments.bundle, "--bundle")
+    bundle = load_bundle(path)
+    config = served_config(bundle.config, arguments.config, arguments.overrides)
+    check_devices(config)
+    check_port(config.serve.host, config.serve.port)
+    data = command_line.output_folder(arguments)
+    # a wrong text encoder would otherwise show as replicas that never start
+    _ = bundle.text
+    del bundle
+    print("starting Ray Serve …", flush=True)
+    with connect(config), serve_bundle(config, path, data) as url:
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        print(EXAMPLE.format(bundle=path, url=url, data=config.serve.data_dir or data), flush=True)
+        ended.wait()
+        print("stopping: unfinished videos will be marked as failed …", flush=True)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

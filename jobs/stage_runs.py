@@ -1,0 +1,225 @@
+"""One function a stage: work out its key, skip it if its artefact is there, else train it on Ray Train.
+
+Used by `jobs/train_*.py` and by `jobs/pipeline.py`, so that both do the same. Workers build their stage from paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from arlon_ray.artifact import Artifact, finished, load_artifact
+from arlon_ray.config import Config, TrainingConfig, config_fingerprint
+from arlon_ray.training.engine import Stage
+from arlon_ray.training.stages.ar import ArPaths, ArStage
+from arlon_ray.training.stages.codec import CodecStage
+from arlon_ray.training.stages.dit import DitPaths, DitStage
+from arlon_ray.training.stages.vae import VaeStage
+from data_pipeline.manifest import DatasetManifest, TokenManifest, read_manifest, settings_key
+from data_pipeline.pixels import PixelClips
+from data_pipeline.reader import BucketBatches, LatentDataset
+from jobs.command_line import InputError
+from jobs.ray_training import check_workers, train_stage
+from jobs.tracking import Tracking
+
+Role = Literal["fine", "coarse"]
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """A stage's artefact; `skipped`: it was there already, made from the same settings and parents."""
+
+    artifact: Artifact
+    skipped: bool
+
+
+def report(outcome: StageOutcome) -> None:
+    """Say on the screen what a stage ended with and where it is."""
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.artifact.lineage.metrics.items())
+    print(f"{'nothing to do, it is there' if outcome.skipped else 'done'}: {outcome.artifact.path}  {figures}")
+
+
+def run_vae(
+    config: Config, inputs: Sequence[tuple[Path, float]], output: Path, tracking: Tracking | None = None
+) -> StageOutcome:
+    """Train the small VAE on the videos of weighted folders."""
+    files = sorted((path.name, path.stat().st_size) for folder, _ in inputs for path in folder.rglob("*.*"))
+    settings = {"stage": "vae", "config": config_fingerprint(config.vae, config.video), "files": files}
+    arguments = {"config": config, "inputs": [(str(folder), weight) for folder, weight in inputs]}
+    return _run("vae", "vae", build_vae, arguments, config, config.vae.training, output, settings, {}, tracking)
+
+
+def run_codec(
+    config: Config, role: Role, dataset: Path, vae: Path, output: Path, tracking: Tracking | None = None
+) -> StageOutcome:
+    """Train the fine or the coarse latent VQ-VAE."""
+    codec = getattr(config.vqvae, role)
+    parents = _dataset_parents(dataset, vae)
+    settings = {"stage": f"vqvae_{role}", "config": config_fingerprint(codec), "seed": config.seed, "parents": parents}
+    arguments = {"config": config, "role": role, "dataset": dataset, "vae": vae, "parents": parents}
+    return _run(
+        f"vqvae_{role}", "codec", build_codec, arguments, config, codec.training, output, settings, parents, tracking
+    )
+
+
+def run_ar(
+    config: Config,
+    dataset: Path,
+    tokens: Path,
+    vae: Path,
+    codec_fine: Path,
+    output: Path,
+    tracking: Tracking | None = None,
+) -> StageOutcome:
+    """Train the AR on the fine tokens."""
+    parents = _dataset_parents(dataset, vae) | _token_parents(tokens)
+    _expect(codec_fine, "codec", parents["codec_fine"], f"{tokens}: made by the fine codec")
+    if config.ar.init:
+        parents["ar_init"] = load_artifact(config.ar.init, "ar").fingerprint
+    settings = {
+        "stage": "ar",
+        "config": config_fingerprint(config.ar, config.segment, config.text),
+        "seed": config.seed,
+        "parents": parents,
+    }
+    arguments = {
+        "config": config,
+        "dataset": dataset,
+        "tokens": tokens,
+        "paths": ArPaths(codec_fine, vae),
+        "parents": parents,
+    }
+    return _run("ar", "ar", build_ar, arguments, config, config.ar.training, output, settings, parents, tracking)
+
+
+def run_dit(
+    config: Config,
+    dataset: Path,
+    vae: Path,
+    output: Path,
+    tokens: Path | None = None,
+    codecs: tuple[Path, Path] | None = None,
+    tracking: Tracking | None = None,
+) -> StageOutcome:
+    """Train the DiT, guided by tokens; with `dit.injection.enabled=false` the text-only one, which needs no tokens."""
+    parents = _dataset_parents(dataset, vae)
+    paths = DitPaths(vae)
+    if config.dit.injection.enabled:
+        if tokens is None or codecs is None:
+            raise InputError("semantic injection needs --tokens and both codecs; or set dit.injection.enabled=false")
+        parents |= _token_parents(tokens)
+        for role, path in zip(("fine", "coarse"), codecs, strict=True):
+            _expect(path, "codec", parents[f"codec_{role}"], f"{tokens}: made by the {role} codec")
+        paths = DitPaths(vae, *codecs)
+    if config.dit.init:
+        parents["dit_init"] = load_artifact(config.dit.init, "dit").fingerprint
+    settings = {
+        "stage": "dit",
+        "config": config_fingerprint(config.dit.model_copy(update={"init": None}), config.segment, config.video),
+        "seed": config.seed,
+        "parents": parents,
+    }
+    arguments = {
+        "config": config,
+        "dataset": dataset,
+        "tokens": tokens if config.dit.injection.enabled else None,
+        "paths": paths,
+        "parents": parents,
+    }
+    name = "dit" if config.dit.injection.enabled else "dit_base"
+    return _run(name, "dit", build_dit, arguments, config, config.dit.training, output, settings, parents, tracking)
+
+
+def _run(
+    name: str,
+    kind: str,
+    factory: Any,
+    arguments: dict[str, Any],
+    config: Config,
+    training: TrainingConfig,
+    output: Path,
+    settings: dict[str, Any],
+    parents: dict[str, str],
+    tracking: Tracking | None,
+) -> StageOutcome:
+    check_workers(name, training, config)
+    key = settings_key(settings)
+    if there := finished(output, kind, key):
+        return StageOutcome(there, skipped=True)
+    artifact = train_stage(
+        name,
+        factory,
+        arguments,
+        config=config,
+        training=training,
+        output=output,
+        key=key,
+        tracking=tracking,
+        parents=parents,
+    )
+    return StageOutcome(artifact, skipped=False)
+
+
+def build_vae(config: Config, inputs: Sequence[tuple[str, float]]) -> Stage:
+    """In a worker: the VAE stage over folders of videos."""
+    folders = [(Path(folder), weight) for folder, weight in inputs]
+    source = PixelClips(folders, config.video, config.vae.training.held_out, config.data.cache_bytes)
+    return VaeStage(config.vae, source, config.seed)
+
+
+def build_codec(config: Config, role: Role, dataset: Path, vae: Path, parents: dict[str, str]) -> Stage:
+    """In a worker: a codec stage over a latent dataset."""
+    codec = getattr(config.vqvae, role)
+    source = _batches(config, codec.training, dataset, parents, tokens=None)
+    return CodecStage(codec, role, config.vae.latent_channels, source, vae, parents, config.seed)
+
+
+def build_ar(config: Config, dataset: Path, tokens: Path, paths: ArPaths, parents: dict[str, str]) -> Stage:
+    """In a worker: the AR stage; it reads no latents."""
+    source = _batches(config, config.ar.training, dataset, parents, tokens, latents=False)
+    return ArStage(config, source, paths, parents)
+
+
+def build_dit(
+    config: Config, dataset: Path, tokens: Path | None, paths: DitPaths, parents: dict[str, str]
+) -> Stage:
+    """In a worker: the DiT stage."""
+    return DitStage(config, _batches(config, config.dit.training, dataset, parents, tokens), paths, parents)
+
+
+def _batches(
+    config: Config,
+    training: TrainingConfig,
+    dataset: Path,
+    parents: dict[str, str],
+    tokens: Path | None,
+    latents: bool = True,
+) -> BucketBatches:
+    opened = LatentDataset(dataset, expect_vae=parents["vae"], tokens=tokens)
+    return BucketBatches(
+        opened,
+        training.batch_size,
+        config.seed,
+        held_out=training.held_out,
+        latents=latents,
+        cache_bytes=config.data.cache_bytes,
+    )
+
+
+def _dataset_parents(dataset: Path, vae: Path) -> dict[str, str]:
+    manifest = read_manifest(dataset, DatasetManifest)
+    _expect(vae, "vae", manifest.vae_fingerprint, f"{dataset}: encoded by the VAE")
+    return {"dataset": manifest.fingerprint, "vae": manifest.vae_fingerprint, "text": manifest.text_identity}
+
+
+def _token_parents(tokens: Path) -> dict[str, str]:
+    manifest = read_manifest(tokens, TokenManifest)
+    return {"codec_fine": manifest.fine_fingerprint, "codec_coarse": manifest.coarse_fingerprint}
+
+
+def _expect(path: Path, kind: str, fingerprint: str, what: str) -> None:
+    found = load_artifact(path, kind).fingerprint
+    if found != fingerprint:
+        raise InputError(f"{what} {fingerprint[:12]}…, but {path} is {found[:12]}…: use the one it was made with")

@@ -1,0 +1,28 @@
+"""Train the autoregressive transformer: `python jobs/train_ar.py --dataset DIR --codec-fine DIR`."""
+
+from __future__ import annotations
+
+from jobs.command_line import existing, output_folder, parser, read_config, run
+from jobs.stage_runs import report, run_ar
+from jobs.tracking import Tracking
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser("Train the autoregressive transformer.", output="runs/ar")
+    flags.add_argument("--dataset", required=True, metavar="DIR", help="latents, by jobs/preprocess.py")
+    flags.add_argument("--tokens", metavar="DIR", help="tokens, by jobs/extract_tokens.py (default: DATASET/tokens)")
+    flags.add_argument("--codec-fine", required=True, metavar="DIR", help="the codec that made the fine tokens")
+    flags.add_argument("--vae", metavar="DIR", help="VAE artefact (default: vae.init)")
+    arguments = flags.parse_args()
+    config = read_config(arguments)
+    dataset = existing(arguments.dataset, "--dataset")
+    tokens = existing(arguments.tokens or str(dataset / "tokens"), "--tokens")
+    codec = existing(arguments.codec_fine, "--codec-fine")
+    vae = existing(arguments.vae or str(config.vae.init), "--vae")
+    output = output_folder(arguments)
+    report(run_ar(config, dataset, tokens, vae, codec, output / "ar", Tracking(config, output)))
+
+
+if __name__ == "__main__":
+    run(main)

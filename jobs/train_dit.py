@@ -1,0 +1,38 @@
+"""Train the DiT: `python jobs/train_dit.py --dataset DIR --codec-fine DIR --codec-coarse DIR`.
+
+With `--set dit.injection.enabled=false` it is the text-only baseline, which needs neither tokens nor codecs;
+`--set dit.init=DIR` starts from an artefact, a text-only one included.
+"""
+
+from __future__ import annotations
+
+from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
+from jobs.stage_runs import report, run_dit
+from jobs.tracking import Tracking
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser("Train the diffusion transformer.", output="runs/dit")
+    flags.add_argument("--dataset", required=True, metavar="DIR", help="latents, by jobs/preprocess.py")
+    flags.add_argument("--tokens", metavar="DIR", help="tokens, by jobs/extract_tokens.py (default: DATASET/tokens)")
+    flags.add_argument("--codec-fine", metavar="DIR", help="the codec that made the fine tokens")
+    flags.add_argument("--codec-coarse", metavar="DIR", help="the codec that made the coarse tokens")
+    flags.add_argument("--vae", metavar="DIR", help="VAE artefact (default: vae.init)")
+    arguments = flags.parse_args()
+    config = read_config(arguments)
+    dataset = existing(arguments.dataset, "--dataset")
+    vae = existing(arguments.vae or str(config.vae.init), "--vae")
+    tokens = codecs = None
+    if config.dit.injection.enabled:
+        if not arguments.codec_fine or not arguments.codec_coarse:
+            raise InputError("--codec-fine and --codec-coarse are needed; or --set dit.injection.enabled=false")
+        tokens = existing(arguments.tokens or str(dataset / "tokens"), "--tokens")
+        codecs = (existing(arguments.codec_fine, "--codec-fine"), existing(arguments.codec_coarse, "--codec-coarse"))
+    output = output_folder(arguments)
+    name = "dit" if config.dit.injection.enabled else "dit_base"
+    report(run_dit(config, dataset, vae, output / name, tokens, codecs, Tracking(config, output)))
+
+
+if __name__ == "__main__":
+    run(main)

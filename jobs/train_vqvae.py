@@ -1,0 +1,32 @@
+"""Train the fine and the coarse latent VQ-VAE: `python jobs/train_vqvae.py --dataset DIR`."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jobs.command_line import existing, output_folder, parser, read_config, run
+from jobs.ray_session import connect
+from jobs.stage_runs import Role, report, run_codec
+from jobs.tracking import Tracking
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser("Train the latent VQ-VAEs.", output="runs/vqvae")
+    flags.add_argument("--dataset", required=True, metavar="DIR", help="latents, by jobs/preprocess.py")
+    flags.add_argument("--vae", metavar="DIR", help="VAE artefact (default: vae.init)")
+    flags.add_argument("--role", choices=("fine", "coarse", "both"), default="both")
+    arguments = flags.parse_args()
+    config = read_config(arguments)
+    dataset = existing(arguments.dataset, "--dataset")
+    vae = existing(arguments.vae or str(config.vae.init), "--vae")
+    output = output_folder(arguments)
+    tracking = Tracking(config, output)
+    roles = ("fine", "coarse") if arguments.role == "both" else (arguments.role,)
+    with connect(config):
+        for role in roles:
+            report(run_codec(config, cast(Role, role), dataset, vae, output / f"codec_{role}", tracking))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,62 @@
+"""The Serve application: API, AR, DiT and decoder, from one bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import WARNING, getLogger
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from arlon_ray.config import Config, ConfigError
+from serve.api import bind_api
+from serve.deployments import bind_stages
+
+APP = "arlon"
+
+
+def check_devices(config: Config) -> None:
+    """Raises ConfigError if `device` and the deployments' GPUs contradict each other."""
+    for name, settings in (("ar", config.serve.ar), ("dit", config.serve.dit), ("decoder", config.serve.decoder)):
+        if config.device == "cuda" and not settings.num_gpus:
+            raise ConfigError(f"serve.{name}.num_gpus=0, but device=cuda: give every deployment a share of a GPU")
+        if config.device == "cpu" and settings.num_gpus:
+            raise ConfigError(f"serve.{name}.num_gpus={settings.num_gpus:g}, but device=cpu: one of them must change")
+
+
+def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve.Application:
+    """The application that serves `bundle` with the settings of `config`; videos are kept in `data_dir`.
+
+    `config.serve.data_dir`, where it is set, goes before `data_dir`. Both paths must be readable wherever replicas run.
+    Raises ConfigError as `check_devices` does.
+    """
+    check_devices(config)
+    data = Path(config.serve.data_dir or data_dir).expanduser().absolute()
+    return bind_api(config, str(data), bind_stages(config, str(Path(bundle).expanduser().absolute())))
+
+
+@contextmanager
+def serve_bundle(config: Config, bundle: str | Path, data_dir: str | Path) -> Iterator[str]:
+    """Serve `bundle` on the connected Ray cluster until the block ends; yields the URL.
+
+    Raises RuntimeError if Serve runs there already (its HTTP address could not be set), or a deployment cannot start.
+    """
+    app = build_app(config, bundle, data_dir)
+    if any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in ray.util.list_named_actors(all_namespaces=True)):
+        raise RuntimeError("Ray Serve runs on this cluster already: end it with `serve shutdown`")
+    http = HTTPOptions(host=config.serve.host, port=config.serve.port)
+    # clients poll: a line for each request would bury all others
+    quiet = LoggingConfig(enable_access_log=False)
+    # Serve's own start-up lines speak of "existing" apps and options "not applied" where all is well
+    getLogger("ray.serve").setLevel(WARNING)
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    try:
+        serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
+        shown = "127.0.0.1" if config.serve.host in ("0.0.0.0", "::") else config.serve.host
+        yield f"http://{shown}:{config.serve.port}"
+    finally:
+        serve.shutdown()

@@ -1,0 +1,156 @@
+"""AR, DiT and frame decoder as Ray Serve deployments, each with its own resources and autoscaling.
+
+The classes hold no generation logic: they run `arlon_ray.generation` in one thread per replica, so that the replica's
+event loop stays free for cancellations and health checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from ray import serve
+
+from arlon_ray.config import Config, DeploymentConfig
+from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder
+from arlon_ray.generation.video import encode_fragment
+from serve.work import Job, Latents, Permit, Timed, Tokens
+
+T = TypeVar("T")
+
+AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
+
+
+class Cancelled(RuntimeError):
+    """The request was cancelled: raised in the model's thread before its next denoising step or token."""
+
+
+class _Worker:
+    """One thread for a replica's model: calls take turns, and torch uses `threads` threads for each."""
+
+    def __init__(self, threads: int) -> None:
+        # OpenMP's limit holds for the thread that sets it
+        self._pool = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, threads))
+
+    def now(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run in the thread and block."""
+        return self._pool.submit(call, *arguments).result()
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> Timed[T]:
+        """Run in the thread. If the caller is cancelled, a call that has not begun never does."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(_timed, call, *arguments))
+
+
+class ArDeployment:
+    """Plans videos: streams one segment's tokens at a time; a cancelled request stops before its next token."""
+
+    def __init__(self, bundle: str, device: str, threads: int) -> None:
+        self._worker = _Worker(threads)
+        self._planner = self._worker.now(ArPlanner.from_bundle, bundle, device)
+
+    async def plan(self, job: Job, permit: Permit) -> AsyncIterator[Timed[Tokens]]:
+        """Tokens of the job's segments, in order; `permit(index)` is awaited before each and may end the plan."""
+        stop = threading.Event()
+        segments = self._planner.plan(job.prompts, job.seed, job.options, on_token=lambda _: _unless(stop))
+        try:
+            for index in range(len(job.prompts)):
+                if not await permit(index):
+                    return
+                planned = await self._worker.run(next, segments)
+                yield Timed(planned.value.tokens, planned.started, planned.seconds)
+        finally:
+            stop.set()
+
+
+class DitDeployment:
+    """Renders segments, one at a time; a cancelled request stops before its next denoising step."""
+
+    def __init__(self, bundle: str, device: str, threads: int) -> None:
+        self._worker = _Worker(threads)
+        self._renderer = self._worker.now(DiTRenderer.from_bundle, bundle, device)
+        self._counts = {"steps": 0, "segments": 0}
+
+    async def render(self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None) -> Timed[Latents]:
+        """The new latents [C, n, h, w] of segment `index`."""
+        stop = threading.Event()
+
+        def on_step(_: int) -> None:
+            _unless(stop)
+            self._counts["steps"] += 1
+
+        def render() -> Latents:
+            rendered = self._renderer.render(
+                job.prompts[index], _own(tokens), _own(overlap), job.seed, index, job.options, on_step
+            )
+            self._counts["segments"] += 1
+            return rendered.latents
+
+        try:
+            return await self._worker.run(render)
+        finally:
+            stop.set()
+
+    def statistics(self) -> dict[str, int]:
+        """Denoising steps begun and segments rendered since this replica started."""
+        return dict(self._counts)
+
+
+class DecoderDeployment:
+    """Latents to an mp4 fragment."""
+
+    def __init__(self, bundle: str, device: str, threads: int, fps: float) -> None:
+        self._worker = _Worker(threads)
+        self._fps = fps
+        self._decoder = self._worker.now(FrameDecoder.from_bundle, bundle, device)
+
+    async def decode(self, latents: Latents) -> Timed[bytes]:
+        """A fragment for `join_fragments` out of latents [C, n, h, w]."""
+        return await self._worker.run(lambda: encode_fragment(self._decoder.decode(_own(latents)), self._fps))
+
+
+def bind_stages(config: Config, bundle: str) -> tuple[serve.Application, serve.Application, serve.Application]:
+    """The three deployments of `bundle`, ready to be bound to the API."""
+
+    def bound(kind: type, name: str, settings: DeploymentConfig, *arguments: Any) -> serve.Application:
+        deployment = serve.deployment(
+            name=name,
+            max_ongoing_requests=settings.max_ongoing_requests,
+            autoscaling_config={
+                "min_replicas": settings.min_replicas,
+                "max_replicas": settings.max_replicas,
+                "target_ongoing_requests": settings.target_ongoing_requests,
+            },
+            ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+            graceful_shutdown_timeout_s=5,
+        )(kind)
+        device = "cuda" if settings.num_gpus else "cpu"
+        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments)
+
+    return (
+        bound(ArDeployment, AR, config.serve.ar),
+        bound(DitDeployment, DIT, config.serve.dit),
+        bound(DecoderDeployment, DECODER, config.serve.decoder, config.video.fps),
+    )
+
+
+def _unless(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Cancelled
+
+
+def _timed(call: Callable[..., T], *arguments: Any) -> Timed[T]:
+    started, clock = time.time(), time.perf_counter()
+    value = call(*arguments)
+    return Timed(value, started, time.perf_counter() - clock)
+
+
+def _own(array: Any) -> Any:
+    """A copy that may be written to: arrays that come through Ray may not, which torch complains about."""
+    return None if array is None else np.array(array)

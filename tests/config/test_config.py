@@ -1,0 +1,66 @@
+"""Bad settings end in one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from arlon_ray.config import Config, ConfigError, config_fingerprint, load_config, preset_names
+
+
+def test_every_preset_loads_and_is_frozen() -> None:
+    assert "tiny" in preset_names()
+    for name in preset_names():
+        config = load_config(name)
+        with pytest.raises(ValidationError):
+            config.seed = 3  # type: ignore[misc]
+
+
+def test_overrides_are_typed_yaml() -> None:
+    config = load_config("tiny", ["dit.training.learning_rate=1e-4", "vqvae.fine.patch=[1, 4, 4]", "vae.train=true"])
+    assert config.dit.training.learning_rate == 1e-4
+    assert config.vqvae.fine.patch == (1, 4, 4)
+    assert config.vae.train is True
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("dit.trainin.steps=3", "unknown key dit.trainin; did you mean dit.training?"),
+        ("seeed=3", "unknown key seeed; did you mean seed?"),
+        ("dit.training.steps=many", "dit.training.steps='many'"),
+        ("dit.training.steps=0", "greater than or equal to 1"),
+        ("segment.overlap_groups=2", "must be smaller than groups=2"),
+        ("vae.latent_channels=4", "dit.in_channels=8 must equal vae.latent_channels=4"),
+        ("video.height=60", "multiple of 8"),
+        ("name.x=1", "name is a value, not a section"),
+        ("no_value", "expected dotted.key=value"),
+    ],
+)
+def test_bad_overrides_name_the_key_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config("tiny", [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_and_missing_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 5\n")
+    assert load_config(str(path)).seed == 5
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(str(path))
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(str(path))
+    with pytest.raises(ConfigError, match="neither a file nor one of the presets"):
+        load_config("tinny")
+
+
+def test_the_fingerprint_follows_the_settings() -> None:
+    base, same, other = load_config("tiny"), load_config("tiny"), load_config("tiny", ["seed=1"])
+    assert config_fingerprint(base) == config_fingerprint(same) != config_fingerprint(other)
+    assert Config.model_validate(base.model_dump(mode="json")) == base

@@ -1,0 +1,94 @@
+"""Sources, captions and spans: every file ends as clips or as a reject with its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from arlon_ray.config import DataConfig, VideoConfig
+from data_pipeline import schema
+from data_pipeline.clips import clip_id, find_clips, split_spans
+from data_pipeline.decode import decode_row
+from data_pipeline.sources import find_sources, read_caption
+from tests.data_pipeline.inputs import numbered, write_broken, write_video
+
+VIDEO = VideoConfig(height=32, width=32, fps=16)
+
+
+def test_spans_take_the_longest_that_fits_and_do_not_overlap() -> None:
+    assert list(split_spans(68 + 51 + 5, (34, 51, 68))) == [(0, 68), (68, 51)]
+    assert list(split_spans(33, (34,))) == []
+    assert list(split_spans(34 * 3, (34,))) == [(0, 34), (34, 34), (68, 34)]
+
+
+def test_every_broken_file_is_a_reject_with_its_reason(tmp_path: Path) -> None:
+    expected = write_broken(tmp_path)
+    found = {}
+    for source in find_sources(tmp_path):
+        clips, rejects = find_clips(source, VIDEO, DataConfig(bucket_groups=(2,)))
+        rows = [decode_row(row) for row in clips]
+        assert len({row["reason"] for row in [*rejects, *rows]}) == 1, source.name
+        found[source.name] = [*rejects, *rows][0]["reason"]
+    assert found == expected
+
+
+def test_captions_from_text_or_json(tmp_path: Path) -> None:
+    video = tmp_path / "a.mp4"
+    assert read_caption(video) == ("", "")
+    video.with_suffix(".json").write_text(json.dumps({"caption": "from\n json"}))
+    assert read_caption(video) == ("from json", "")
+    video.with_suffix(".txt").write_text(" from   text\n")
+    assert read_caption(video) == ("from text", "")
+    video.with_suffix(".txt").write_bytes(b"\xff\xfe\x00bad")
+    caption, error = read_caption(video)
+    assert caption == "" and "decode" in error
+
+
+def test_bad_caption_files_reject_the_video(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered(34))
+    for content in ("{not json", '{"caption": 3}'):
+        (tmp_path / "a.json").write_text(content)
+        _, rejects = find_clips(find_sources(tmp_path)[0], VIDEO, DataConfig())
+        assert [row["reason"] for row in rejects] == [schema.BAD_CAPTION]
+
+
+def test_sources_are_recursive_sorted_and_leave_hidden_files_out(tmp_path: Path) -> None:
+    for name in ("b/x.mp4", "a/x.MP4", ".hidden/x.mp4", "a/.y.mp4", "a/note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    sources = find_sources(tmp_path)
+    assert [source.name for source in sources] == ["a/x.MP4", "b/x.mp4"]
+    assert len({source.identity for source in sources}) == 2
+
+
+def test_clip_ids_depend_on_content_and_span_but_not_on_the_place(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        write_video(folder / "a.mp4", numbered(68))
+        (folder / "a.txt").write_text("a ramp")
+    rows = [find_clips(find_sources(f)[0], VIDEO, DataConfig(bucket_groups=(2,)))[0] for f in (first, second)]
+    ids = [[row["clip_id"] for row in found] for found in rows]
+    assert ids[0] == ids[1] and len(set(ids[0])) == 2
+    assert 0 <= clip_id("a", "b", 0, 34, 16.0) < 2**63
+    assert clip_id("a", "b", 0, 34, 16.0) != clip_id("a", "c", 0, 34, 16.0)
+
+
+def test_the_frame_rate_decides_how_many_clips_there_are(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered(80), fps=32)
+    (tmp_path / "a.txt").write_text("a ramp")
+    clips, _ = find_clips(find_sources(tmp_path)[0], VIDEO, DataConfig(bucket_groups=(2,)))
+    assert [(row["num_frames"], row["start_s"], row["end_s"]) for row in clips] == [(34, 0.0, 34 / 16)]
+    assert clips[0]["bucket"] == "34x32x32"
+
+
+def test_clips_beyond_the_limit_are_filtered_with_their_span(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered(34 * 3))
+    (tmp_path / "a.txt").write_text("a ramp")
+    data = DataConfig(bucket_groups=(2,), max_clips_per_video=2)
+    clips, rejects = find_clips(find_sources(tmp_path)[0], VIDEO, data)
+    assert len(clips) == 2
+    assert [(row["reason"], row["start_s"]) for row in rejects] == [(schema.TOO_MANY_CLIPS, 68 / 16)]
+    assert np.isclose(rejects[0]["end_s"], 102 / 16)

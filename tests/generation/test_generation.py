@@ -1,0 +1,100 @@
+"""Segments: lengths, exact hand-over of the overlap, determinism, and options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arlon_ray.generation import ArPlanner, DiTRenderer, VideoGenerator, default_options, spread_prompts
+from tests.bundles import make_random_bundle
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
+    return VideoGenerator.from_bundle(make_random_bundle(tmp_path_factory.mktemp("bundle") / "b"))
+
+
+def test_a_long_video_has_its_frames_and_is_reproducible(generator: VideoGenerator) -> None:
+    prompts = ["a red circle moves right", "a blue square moves up", "a blue square rests"]
+    first, second = (list(generator.generate(prompts, seed=3)) for _ in range(2))
+    assert [len(part) for part in first] == [34, 17, 17]
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    other = list(generator.generate(prompts, seed=4))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_a_video_is_the_beginning_of_a_longer_one(generator: VideoGenerator) -> None:
+    """What is done does not depend on what follows: segments can leave as soon as they are there."""
+    short, long = list(generator.generate(["a"] * 2, 1)), list(generator.generate(["a", "a", "b"], 1))
+    assert all(np.array_equal(a, b) for a, b in zip(short, long[:2], strict=True))
+
+
+def test_plans_carry_the_overlap_and_follow_the_prompt(generator: VideoGenerator) -> None:
+    planner: ArPlanner = generator.planner
+    # random weights hardly tell texts apart: a low temperature makes small differences count
+    options = default_options(generator.bundle.config.sampling, temperature=0.02)
+    plans = list(planner.plan(["a red circle"] * 5, 0, options))
+    assert all(plan.tokens.shape == (10, 4, 4) and plan.tokens.dtype == np.int32 for plan in plans)
+    for before, after in zip(plans, plans[1:], strict=False):
+        assert np.array_equal(before.tokens[5:], after.tokens[:5])
+    changed = list(planner.plan(["a red circle", "a red circle", "a blue square falls", "x", "x"], 0, options))
+    assert np.array_equal(plans[1].tokens, changed[1].tokens)
+    assert not np.array_equal(plans[2].tokens, changed[2].tokens)
+
+
+def test_the_overlap_is_seen_by_the_next_segment(generator: VideoGenerator) -> None:
+    renderer: DiTRenderer = generator.renderer
+    options = default_options(generator.bundle.config.sampling)
+    tokens = np.zeros((10, 4, 4), np.int32)
+    overlap = np.random.default_rng(0).normal(size=(8, 5, 8, 8)).astype(np.float32)
+    one = renderer.render("a", tokens, overlap, 0, 1, options).latents
+    two = renderer.render("a", tokens, overlap + 1, 0, 1, options).latents
+    assert one.shape == (8, 5, 8, 8)
+    assert np.abs(one - two).max() > 1e-4
+
+
+def test_every_guidance_scale_of_one_is_free_and_others_change_the_video(generator: VideoGenerator) -> None:
+    sampling = generator.bundle.config.sampling
+    tokens = np.arange(160, dtype=np.int32).reshape(10, 4, 4) % 32
+
+    def render(**changes: object) -> np.ndarray:
+        return generator.renderer.render("a", tokens, None, 0, 0, default_options(sampling, **changes)).latents
+
+    plain = render(guidance_scale=1.0, token_guidance_scale=1.0)
+    assert np.abs(plain - render(guidance_scale=3.0, token_guidance_scale=1.0)).max() > 1e-4
+    assert np.abs(plain - render(guidance_scale=1.0, token_guidance_scale=3.0)).max() > 1e-4
+    assert np.abs(plain - render(guidance_scale=1.0, token_guidance_scale=1.0, baseline=True)).max() > 1e-4
+
+
+def test_rendering_stops_between_steps(generator: VideoGenerator) -> None:
+    steps = []
+
+    def stop(step: int) -> None:
+        steps.append(step)
+        if step == 1:
+            raise InterruptedError
+
+    options = default_options(generator.bundle.config.sampling, steps=5)
+    with pytest.raises(InterruptedError):
+        generator.renderer.render("a", np.zeros((10, 4, 4), np.int32), None, 0, 0, options, stop)
+    assert steps == [0, 1]
+
+
+def test_what_does_not_fit_is_refused(generator: VideoGenerator) -> None:
+    options = default_options(generator.bundle.config.sampling)
+    render = generator.renderer.render
+    with pytest.raises(ValueError, match="tokens of shape"):
+        render("a", np.zeros((5, 4, 4), np.int32), None, 0, 0, options)
+    with pytest.raises(ValueError, match="overlap of shape"):
+        render("a", np.zeros((10, 4, 4), np.int32), np.zeros((8, 4, 8, 8), np.float32), 0, 1, options)
+    with pytest.raises(ValueError, match="needs the AR's plan"):
+        render("a", None, None, 0, 0, options)
+
+
+def test_prompts_are_spread_in_order() -> None:
+    assert spread_prompts(["a", "b"], 5) == ["a", "a", "a", "b", "b"]
+    assert spread_prompts(["a"], 3) == ["a"] * 3
+    with pytest.raises(ValueError, match="3 prompts for 2 segments"):
+        spread_prompts(["a", "b", "c"], 2)

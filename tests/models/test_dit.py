@@ -1,0 +1,142 @@
+"""STDiT3 computes what Open-Sora v1.2 computes, and untrained injection changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arlon_ray.config import DitConfig, InjectionConfig
+from arlon_ray.diffusion.rectified_flow import euler_sample, guided, schedule, time_ratio
+from arlon_ray.models.dit import STDiT3
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+PREFIX = "opensora_v1_2_"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="Open-Sora's numbers are not beside this checkout")
+
+
+def public_model(injection: bool) -> STDiT3:
+    config = json.loads((GOLDEN / f"{PREFIX}stdit3_config.json").read_text())
+    model = STDiT3(DitConfig(**config, injection=InjectionConfig(enabled=injection, width=16))).eval()
+    state = load_file(GOLDEN / f"{PREFIX}stdit3_state.safetensors")
+    missing = model.load_state_dict(state, strict=not injection).missing_keys
+    assert all(name.startswith("injection.") for name in missing)
+    return model
+
+
+def forward(model: STDiT3, io: dict[str, torch.Tensor], noisy: torch.Tensor | None, coarse: torch.Tensor | None):
+    size = (float(io["height"][0]), float(io["width"][0]))
+    condition = model.condition(tuple(io["x"].shape[2:]), io["y"][:, 0], io["mask"].bool(), io["fps"], size, coarse)
+    with torch.no_grad():
+        return model(io["x"], io["timestep"], condition, noisy)
+
+
+@needs_golden
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_agrees_with_open_sora(masked: bool) -> None:
+    io = load_file(GOLDEN / f"{PREFIX}stdit3_io.safetensors")
+    out = forward(public_model(False), io, io["x_mask"].bool() if masked else None, None)
+    assert (out - io["out_x_mask" if masked else "out"]).abs().max() < 1e-4
+
+
+@needs_golden
+def test_untrained_injection_leaves_the_base_exactly_as_it_is() -> None:
+    io = load_file(GOLDEN / f"{PREFIX}stdit3_io.safetensors")
+    coarse = torch.randn(io["x"].shape, generator=torch.Generator().manual_seed(0))
+    plain = forward(public_model(False), io, None, None)
+    injected = public_model(True)
+    assert torch.equal(forward(injected, io, None, coarse), plain)
+    with torch.no_grad():
+        injected.injection.layers["0"].out.bias.add_(0.5)
+    assert not torch.allclose(forward(injected, io, None, coarse), plain)
+
+
+@needs_golden
+def test_sampling_agrees_with_open_sora() -> None:
+    settings = json.loads((GOLDEN / f"{PREFIX}rflow_sample.json").read_text())
+    data, model = load_file(GOLDEN / f"{PREFIX}rflow_sample.safetensors"), public_model(False)
+    count, size = len(data["z"]), (settings["height"], settings["width"])
+    times = schedule(settings["steps"], time_ratio(*size, settings["num_frames"] // 17 * 5))
+    assert torch.allclose(torch.tensor(times).float(), data["timesteps"][:, 0].float(), atol=1e-2)
+    null = model.y_embedder.y_embedding.expand(count, -1, -1)
+    mask = data["mask"].bool()
+    condition = model.condition(
+        tuple(data["z"].shape[2:]),
+        torch.cat([data["y"][:, 0], null]),
+        torch.cat([mask, mask]),
+        torch.full((2 * count,), float(settings["fps"])),
+        size,
+    )
+
+    @torch.no_grad()
+    def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        out = model.velocity(model(torch.cat([x, x]), torch.cat([time, time]), condition))
+        return guided(*out.chunk(2), settings["cfg_scale"])
+
+    assert (euler_sample(velocity, data["z"], times) - data["out"]).abs().max() < 1e-3
+
+
+@needs_golden
+def test_full_size_has_the_public_names_and_shapes() -> None:
+    with torch.device("meta"):
+        model = STDiT3(DitConfig(injection=InjectionConfig(enabled=False)))
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert shapes == json.loads((GOLDEN / f"{PREFIX}stdit3_xl2_keys.json").read_text())
+
+
+def small(**changes: object) -> STDiT3:
+    torch.manual_seed(0)
+    config = DitConfig(
+        depth=2, hidden_size=32, num_heads=2, in_channels=4, caption_channels=8, model_max_length=6, pred_sigma=False,
+        **changes,
+    )  # fmt: skip
+    model = STDiT3(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_frozen_frames_do_not_depend_on_the_time() -> None:
+    """A conditioning frame is modulated as at time 0: with all frames frozen the time does not matter."""
+    model = small()
+    x, text = torch.randn(1, 4, 5, 4, 4), torch.randn(1, 6, 8)
+    condition = model.condition((5, 4, 4), text, None, torch.tensor([16.0]), (32, 32))
+    frozen = torch.zeros(1, 5, dtype=torch.bool)
+    outputs = [model(x, torch.tensor([t]), condition, frozen)[:, :, 0] for t in (100.0, 900.0)]
+    free = [model(x, torch.tensor([t]), condition)[:, :, 0] for t in (100.0, 900.0)]
+    assert (outputs[0] - outputs[1]).abs().max() < (free[0] - free[1]).abs().max()
+
+
+def test_joint_attention_sees_other_places_and_temporal_does_not_within_one_block() -> None:
+    for kind, seen in (("temporal", False), ("joint", True)):
+        block = small(temporal_attention=kind).temporal_blocks[0]
+        x = torch.randn(1, 3, 4, 32, generator=torch.Generator().manual_seed(1))
+        changed = x.clone()
+        changed[0, 0, 0, :4] += 3.0
+        rotary = small().rope.angles(torch.arange(3))
+        text = block.cross_attn.keys_values(torch.randn(1, 6, 32))
+        time = torch.zeros(1, 1, 6, 32)
+        with torch.no_grad():
+            moved = (block(x, time, text, None, rotary) - block(changed, time, text, None, rotary)).abs()
+        assert bool((moved[0, 2, 3] > 1e-6).any()) is seen
+
+
+def test_tokens_without_injection_are_refused() -> None:
+    model = small(injection=InjectionConfig(enabled=False))
+    with pytest.raises(ValueError, match="without semantic injection"):
+        model.condition((5, 4, 4), torch.randn(1, 6, 8), None, torch.tensor([16.0]), (32, 32), torch.randn(1, 4, 5, 4, 4))
+
+
+def test_dropped_tokens_give_the_base() -> None:
+    model = small()
+    text, fps, coarse = torch.randn(2, 6, 8), torch.full((2,), 16.0), torch.randn(2, 4, 5, 4, 4)
+    x, time = torch.randn(2, 4, 5, 4, 4), torch.full((2,), 500.0)
+    keep = torch.tensor([True, False])
+    guided_out = model(x, time, model.condition((5, 4, 4), text, None, fps, (32, 32), coarse, keep))
+    plain = model(x, time, model.condition((5, 4, 4), text, None, fps, (32, 32)))
+    assert torch.allclose(guided_out[1], plain[1], atol=1e-6)
+    assert not torch.allclose(guided_out[0], plain[0], atol=1e-3)

@@ -1,0 +1,308 @@
+"""The API over stages of one process: queue, statuses, cancellation, errors. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import io
+import json
+import weakref
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from arlon_ray.generation.video import read_video
+from serve.api import build_api
+from serve.jobs_store import JobStore
+from serve.service import VideoService
+from tests.serve.stages import FakeStages, small_config
+
+Scenario = Callable[[httpx.AsyncClient, FakeStages], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, folder: Path, *overrides: str) -> None:
+    """Run a scenario against a fresh service with its files in `folder`."""
+
+    async def run() -> None:
+        config = small_config("serve.max_running=1", *overrides)
+        stages = FakeStages(config)
+        service = VideoService(config, JobStore.in_folder(folder), stages, folder / "videos")
+        transport = httpx.ASGITransport(build_api(service, config.name), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            try:
+                async with asyncio.timeout(30):
+                    await scenario(client, stages)
+            finally:
+                await service.close()
+
+    asyncio.run(run())
+
+
+async def post(client: httpx.AsyncClient, **body: Any) -> dict:
+    response = await client.post("/v1/videos", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def until(client: httpx.AsyncClient, video_id: str, *statuses: str) -> dict:
+    while True:
+        video = (await client.get(f"/v1/videos/{video_id}")).json()
+        if video["status"] in statuses:
+            return video
+        await asyncio.sleep(0.01)
+
+
+def test_from_request_to_file(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        created = await post(client, segments=[{"prompt": "one"}, {"prompt": "two"}], num_segments=4, seed=7)
+        assert (created["status"], created["progress"], created["seed"]) == ("queued", 0, 7)
+        video = await until(client, created["id"], "completed", "failed")
+        assert (video["status"], video["progress"], video["error"]) == ("completed", 100, None)
+        assert [segment["prompt"] for segment in video["segments"]] == ["one", "one", "two", "two"]
+        assert {segment["status"] for segment in video["segments"]} == {"completed"}
+        assert all(None not in timing.values() for timing in video["timings"])
+        content = await client.get(f"/v1/videos/{video['id']}/content")
+        assert content.headers["content-type"] == "video/mp4"
+        frames = len(read_video(io.BytesIO(content.content)))
+        assert frames == 34 + 3 * 17 == sum(segment["frames"] for segment in video["segments"])
+        assert float(video["seconds"]) == frames / 16
+        # every segment got its own tokens and the last five latents of the one before
+        assert [int(tokens[0, 0, 0]) for tokens in stages.tokens if tokens is not None] == [0, 1, 2, 3]
+        assert stages.overlaps[0] is None
+        starts = [overlap[0, :, 0, 0].tolist() for overlap in stages.overlaps[1:] if overlap is not None]
+        assert starts == [[5, 6, 7, 8, 9], [100, 101, 102, 103, 104], [200, 201, 202, 203, 204]]
+        assert sorted(entry.name for entry in (tmp_path / "videos" / video["id"]).iterdir()) == ["video.mp4"]
+
+    play(scenario, tmp_path)
+
+
+def test_an_overlap_longer_than_what_is_new_reaches_further_back(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        await until(client, (await post(client, prompt="a", num_segments=3))["id"], "completed")
+        last = stages.overlaps[2]
+        assert last is not None
+        # segments of three groups with an overlap of two: each adds one group
+        assert last[0, :, 0, 0].tolist() == [10, 11, 12, 13, 14, 100, 101, 102, 103, 104]
+
+    play(scenario, tmp_path, "segment.groups=3", "segment.overlap_groups=2")
+
+
+def test_the_baseline_has_no_plan(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        video = await until(client, (await post(client, prompt="a", num_segments=2, baseline=True))["id"], "completed")
+        assert (stages.planned, stages.tokens) == ([], [None, None])
+        assert video["baseline"] and video["timings"][1]["ar_s"] is None and video["timings"][1]["dit_s"] is not None
+
+    play(scenario, tmp_path)
+
+
+def test_planning_stays_within_its_window(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.gate.clear()
+        created = await post(client, prompt="a", num_segments=6)
+        await until(client, created["id"], "in_progress")
+        await asyncio.sleep(0.2)
+        assert [index for _, index in stages.planned] == [0, 1, 2]  # 0 is being rendered, and two are ahead
+        stages.gate.set()
+        await until(client, created["id"], "completed")
+        assert [index for _, index in stages.planned] == [0, 1, 2, 3, 4, 5]
+        assert stages.closed_plans == 1
+
+    play(scenario, tmp_path, "serve.planned_ahead=2")
+
+
+def test_the_queue_is_bounded_and_honest(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.gate.clear()
+        accepted = [(await post(client, prompt="a"))["id"] for _ in range(3)]
+        await until(client, accepted[0], "in_progress")
+        refused = await client.post("/v1/videos", json={"prompt": "a"})
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        await asyncio.sleep(0.1)
+        assert [(await client.get(f"/v1/videos/{name}")).json()["status"] for name in accepted[1:]] == ["queued"] * 2
+        health = (await client.get("/healthz")).json()
+        assert (health["queued"], health["running"]) == (2, 1)
+        stages.gate.set()
+        for name in accepted:
+            await until(client, name, "completed")
+        assert [name for name, _ in stages.rendered] == accepted
+        assert stages.most_alive == 1
+
+    play(scenario, tmp_path, "serve.max_queued=2")
+
+
+def test_simultaneous_requests_do_not_slip_past_the_bound(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.gate.clear()
+        answers = await asyncio.gather(*(client.post("/v1/videos", json={"prompt": "a"}) for _ in range(12)))
+        assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 9
+
+    play(scenario, tmp_path, "serve.max_queued=2")
+
+
+def test_delete_stops_the_work_and_removes_all_traces(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.gate.clear()
+        running, waiting, after = [(await post(client, prompt="a", num_segments=3))["id"] for _ in range(3)]
+        await until(client, running, "in_progress")
+        assert (await client.get(f"/v1/videos/{running}/content")).status_code == 409
+        answer = await client.delete(f"/v1/videos/{waiting}")
+        assert answer.json() == {"id": waiting, "object": "video.deleted", "deleted": True}
+        assert (await client.delete(f"/v1/videos/{running}")).status_code == 200
+        assert stages.cancelled == [running]
+        stages.gate.set()
+        await until(client, after, "completed")
+        assert {name for name, _ in stages.rendered} == {after}
+        assert [entry.name for entry in (tmp_path / "videos").iterdir()] == [after]
+        for name in (running, waiting):
+            assert (await client.get(f"/v1/videos/{name}")).status_code == 404
+        assert (await client.delete(f"/v1/videos/{running}")).status_code == 404
+
+    play(scenario, tmp_path)
+
+
+def test_a_failure_is_told_without_inner_details(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.fail_at = 1
+        failed = await until(client, (await post(client, prompt="a", num_segments=3))["id"], "failed", "completed")
+        assert failed["error"] == {
+            "code": "generation_failed",
+            "message": "segment 1: rendering failed (MemoryError)",
+        }
+        assert stages.closed_plans == 1
+        content = await client.get(f"/v1/videos/{failed['id']}/content")
+        assert (content.status_code, content.json()["error"]["code"]) == (409, "video_failed")
+        stages.fail_at = None
+        await until(client, (await post(client, prompt="a"))["id"], "completed")
+
+    play(scenario, tmp_path)
+
+
+def test_a_restart_keeps_what_is_finished(tmp_path: Path) -> None:
+    names: dict[str, str] = {}
+
+    async def before(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        names["done"] = (await post(client, prompt="a"))["id"]
+        await until(client, names["done"], "completed")
+        stages.gate.clear()
+        names["cut"] = (await post(client, prompt="a"))["id"]
+        await until(client, names["cut"], "in_progress")
+
+    async def after(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        assert (await client.get(f"/v1/videos/{names['done']}/content")).status_code == 200
+        cut = (await client.get(f"/v1/videos/{names['cut']}")).json()
+        assert (cut["status"], cut["error"]["code"]) == ("failed", "server_restarted")
+        listed = (await client.get("/v1/videos", params={"order": "asc"})).json()
+        assert [video["id"] for video in listed["data"]] == [names["done"], names["cut"]]
+        assert not listed["has_more"]
+        page = (await client.get("/v1/videos", params={"limit": 1})).json()
+        assert (page["first_id"], page["has_more"]) == (names["cut"], True)
+
+    play(before, tmp_path)
+    play(after, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"prompt": ""}, 422, "prompt"),
+        ({"prompt": "x" * 1001}, 422, "prompt"),
+        ({"prompt": "a", "size": "1280x720"}, 422, "size"),
+        ({"prompt": "a", "seconds": "1e9"}, 422, "seconds"),
+        ({"prompt": "a", "seconds": "soon"}, 422, "seconds"),
+        ({"prompt": "a", "num_segments": "4"}, 422, "num_segments"),
+        ({"prompt": "a", "promt": "b"}, 422, "promt"),
+        ({"segments": [{"prompt": "a"}, {"prompt": " "}]}, 422, "segments.1.prompt"),
+        ({"segments": [{}]}, 422, "segments.0.prompt"),
+        ([1], 422, None),
+        ("{", 400, None),
+        ('{"prompt": "\\ud800"}', 422, "prompt"),
+        ('{"prompt": "a", "\\ud800": 1}', 422, None),
+    ],
+)
+def test_bad_bodies_name_the_field(tmp_path: Path, body: Any, status: int, param: str | None) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        text = body if isinstance(body, str) else json.dumps(body)
+        response = await client.post("/v1/videos", content=text, headers={"content-type": "application/json"})
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["param"], error["type"]) == (param, "invalid_request_error")
+        assert (await client.get("/v1/videos")).json()["data"] == []
+
+    play(scenario, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "param"),
+    [
+        ("/v1/videos/video_0", 404, "video_id"),
+        ("/v1/videos/..%2F..%2Fetc%2Fpasswd/content", 404, None),
+        ("/v1/videos/'%20OR%201=1/content", 404, "video_id"),
+        ("/v1/nothing", 404, None),
+        ("/v1/videos?limit=0", 422, "limit"),
+        ("/v1/videos?order=up", 422, "order"),
+        ("/v1/videos?after=unknown", 422, "after"),
+    ],
+)
+def test_bad_addresses(tmp_path: Path, path: str, status: int, param: str | None) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        response = await client.get(path)
+        assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+    play(scenario, tmp_path)
+
+
+def test_the_work_outlives_the_context_of_its_request(tmp_path: Path) -> None:
+    """Serve cancels calls made in a request's context with that request."""
+    context: contextvars.ContextVar[str] = contextvars.ContextVar("context", default="none")
+    seen = []
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        plain = stages.render
+
+        async def render(*arguments: Any) -> Any:
+            seen.append(context.get())
+            return await plain(*arguments)
+
+        stages.render = render  # type: ignore[method-assign]
+        context.set("request")
+        await until(client, (await post(client, prompt="a"))["id"], "completed")
+
+    play(scenario, tmp_path)
+    assert seen == ["none"]
+
+
+def test_latents_held_do_not_grow_with_the_video(tmp_path: Path) -> None:
+    """Only the latest segment's latents are alive, however many came before."""
+    held: list[int] = []
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        alive: list[weakref.ref[np.ndarray]] = []
+        plain = stages.render
+
+        async def render(*arguments: Any) -> Any:
+            held.append(sum(reference() is not None for reference in alive))
+            result = await plain(*arguments)
+            alive.append(weakref.ref(result.value))
+            return result
+
+        stages.render = render  # type: ignore[method-assign]
+        stages.overlaps = _Forget()
+        await until(client, (await post(client, prompt="a", num_segments=12))["id"], "completed")
+
+    play(scenario, tmp_path)
+    assert len(held) == 12
+    assert max(held) <= 2
+
+
+class _Forget(list):
+    """A list that keeps nothing."""
+
+    def append(self, _: object) -> None: ...

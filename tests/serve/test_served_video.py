@@ -1,0 +1,155 @@
+"""A real bundle behind a real Ray Serve: from HTTP request to mp4."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from arlon_ray.bundle import load_bundle
+from arlon_ray.config import Config
+from arlon_ray.generation import VideoGenerator, default_options
+from arlon_ray.generation.video import encode_fragment, join_fragments, read_video
+from jobs.ray_session import connect
+from serve.app import APP, serve_bundle
+from serve.deployments import DIT
+from tests.bundles import make_random_bundle
+
+pytestmark = pytest.mark.ray
+
+PROMPTS = ["a red ball rolls to the left", "a blue square falls"]
+
+
+@dataclass(frozen=True)
+class Served:
+    client: httpx.Client
+    config: Config
+    bundle: Path
+    data: Path
+
+    def post(self, **body: object) -> dict:
+        response = self.client.post("/v1/videos", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def until(self, video_id: str, *statuses: str, limit_s: float = 50) -> dict:
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            video = self.client.get(f"/v1/videos/{video_id}").json()
+            if video["status"] in statuses:
+                return video
+            time.sleep(0.02)
+        raise AssertionError(f"still {video}")
+
+    def steps(self) -> int:
+        """Denoising steps that the DiT's replica has begun."""
+        from ray import serve
+
+        return serve.get_deployment_handle(DIT, APP).statistics.remote().result()["steps"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    single = [f"serve.{stage}.max_replicas=1" for stage in ("ar", "dit", "decoder")]
+    bundle = make_random_bundle(
+        folder / "bundle", "dit.depth=6", "dit.hidden_size=64", f"serve.port={port}", "serve.max_running=1",
+        "serve.max_queued=1", *single,
+    )  # fmt: skip
+    config = load_bundle(bundle).config
+    with connect(config), serve_bundle(config, bundle, folder / "data") as url, httpx.Client(base_url=url) as client:
+        yield Served(client, config, bundle, folder / "data")
+
+
+def test_two_prompts_over_four_segments(served: Served, tmp_path: Path) -> None:
+    decord = pytest.importorskip("decord")
+    created = served.post(
+        segments=[{"prompt": prompt} for prompt in PROMPTS], num_segments=4, seed=11, num_inference_steps=6
+    )
+    assert created["status"] == "queued"
+    video = served.until(created["id"], "completed", "failed")
+    assert video["status"] == "completed", video["error"]
+    assert [segment["prompt"] for segment in video["segments"]] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+
+    path = tmp_path / "video.mp4"
+    path.write_bytes(served.client.get(f"/v1/videos/{video['id']}/content").content)
+    segment = served.config.segment
+    expected = segment.groups * 17 + 3 * (segment.groups - segment.overlap_groups) * 17
+    assert len(decord.VideoReader(str(path), num_threads=1)) == expected
+    assert read_video(path).shape == (expected, served.config.video.height, served.config.video.width, 3)
+
+    # the AR plans the next segment before the DiT is done with this one
+    times = video["timings"]
+    for now, following in itertools.pairwise(times):
+        assert following["ar_start_s"] < now["dit_start_s"] + now["dit_s"]
+        assert following["dit_start_s"] >= now["dit_start_s"] + now["dit_s"] - 0.002
+        assert now["decode_start_s"] >= now["dit_start_s"] + now["dit_s"] - 0.002
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_served_and_in_process_make_the_same_video(served: Served, tmp_path: Path, baseline: bool) -> None:
+    created = served.post(prompt=PROMPTS[0], num_segments=2, seed=5, baseline=baseline)
+    served.until(created["id"], "completed")
+    path = tmp_path / "served.mp4"
+    path.write_bytes(served.client.get(f"/v1/videos/{created['id']}/content").content)
+
+    generator = VideoGenerator.from_bundle(served.bundle)
+    options = default_options(served.config.sampling, baseline=baseline)
+    segments = generator.generate([PROMPTS[0]] * 2, 5, options)
+    fps = served.config.video.fps
+    own = join_fragments([encode_fragment(frames, fps) for frames in segments], tmp_path / "own.mp4")
+    difference = np.abs(read_video(path).astype(int) - read_video(own).astype(int))
+    assert difference.mean() < 0.5  # the number of threads may change the last bits
+
+
+def test_delete_stops_within_one_denoising_step(served: Served) -> None:
+    created = served.post(prompt=PROMPTS[0], num_inference_steps=1000)
+    before = served.steps()
+    while served.steps() < before + 3:
+        time.sleep(0.01)
+    assert served.client.delete(f"/v1/videos/{created['id']}").json()["deleted"]
+    at_answer = served.steps()
+    time.sleep(1.0)
+    assert served.steps() <= at_answer + 1
+    assert at_answer < before + 900
+    assert served.client.get(f"/v1/videos/{created['id']}").status_code == 404
+    assert not (served.data / "videos" / created["id"]).exists()
+    # and the replica works on
+    served.until(served.post(prompt=PROMPTS[0])["id"], "completed")
+
+
+def test_the_queue_refuses_and_says_when_to_come_back(served: Served) -> None:
+    first, second = (served.post(prompt="a", num_inference_steps=1000) for _ in range(2))
+    served.until(first["id"], "in_progress")
+    refused = served.client.post("/v1/videos", json={"prompt": "a"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert served.client.get(f"/v1/videos/{second['id']}").json()["status"] == "queued"
+    assert served.client.get(f"/v1/videos/{first['id']}/content").status_code == 409
+    assert served.client.get("/healthz").json() == {"status": "ok", "model": "tiny", "queued": 1, "running": 1}
+    for video in (second, first):
+        assert served.client.delete(f"/v1/videos/{video['id']}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"), [({"prompt": ""}, "prompt"), ({"prompt": "a", "size": "8x8"}, "size"), ({"promt": "a"}, "promt")]
+)
+def test_bad_requests_name_the_field(served: Served, body: dict, param: str) -> None:
+    response = served.client.post("/v1/videos", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (422, param)
+
+
+def test_unknown_videos_are_not_found(served: Served) -> None:
+    for path in ("/v1/videos/video_0", "/v1/videos/video_0/content"):
+        response = served.client.get(path)
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
