@@ -10,6 +10,7 @@ from pathlib import Path
 
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import Config, ConfigError, load_config, preset_names
+from arlon_ray.training.loop import TrainingError
 
 
 class InputError(ValueError):
@@ -59,12 +60,15 @@ def existing(path: str, flag: str) -> Path:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a job: exit code 2 and one line for bad input, 130 for Ctrl-C."""
+    """Run a job: exit code 2 and one line for bad input, 1 and one line for a training that broke, 130 for Ctrl-C."""
     try:
         main()
     except (ConfigError, ArtifactError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\ninterrupted: nothing is lost, run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

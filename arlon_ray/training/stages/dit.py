@@ -26,7 +26,7 @@ from arlon_ray.models.codec import load_codec
 from arlon_ray.models.dit import STDiT3
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
-from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look, trimmed
 
 PICTURED = 4
 
@@ -57,16 +57,14 @@ class DitObjective(nn.Module):
         def chosen(probability: float) -> Tensor:
             return torch.rand(count, generator=generator, device=device) < probability
 
-        text = torch.where(
-            (chosen(settings.text_dropout))[:, None, None],
-            self.dit.y_embedder.y_embedding[: batch["text"].shape[1]],
-            batch["text"],
-        )
+        text, text_mask = trimmed(batch)
+        null = self.dit.y_embedder.y_embedding[: text.shape[1]]
+        text = torch.where(chosen(settings.text_dropout)[:, None, None], null, text)
         size = (video.height, video.width)
         guide = self.guide(tokens, chosen(settings.coarse_probability)) if tokens else None
         condition = self.dit.condition(
             tuple(x0.shape[2:]),  # type: ignore[arg-type]
-            text, batch["text_mask"], batch["fps"], size, guide, ~chosen(settings.token_dropout), generator,
+            text, text_mask, batch["fps"], size, guide, ~chosen(settings.token_dropout), generator,
         )  # fmt: skip
         ratio = time_ratio(*size, frames, settings.time_base_pixels) * settings.time_scale
         time = sample_times(count, ratio, generator, device)
