@@ -1,8 +1,8 @@
 """A model bundle: one folder with everything that makes videos, whose parts are proven to belong together.
 
-    bundle.json   configuration and the fingerprint of every part
-    vae/ vqvae/fine/ vqvae/coarse/ ar/ dit/ dit_base/ (optional: the text-only baseline)   stage artefacts
-    text/config.json   which text encoder, with its sha256
+bundle.json   configuration and the fingerprint of every part
+vae/ vqvae/fine/ vqvae/coarse/ ar/ dit/ dit_base/ (optional: the text-only baseline)   stage artefacts
+text/config.json   which text encoder, with its sha256
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Bundle:
         try:
             self.config = Config.model_validate(manifest["config"])
         except (ValidationError, KeyError) as error:
-            raise ArtifactError(f"{self.path / MANIFEST}: unusable configuration: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(f"{self.path / MANIFEST}: unusable configuration: {reason}") from None
         self.text_identity = str(_read_json(self.path / "text" / "config.json").get("identity", ""))
         self.artifacts = {
             name: load_artifact(self.path / folder, kind)

@@ -54,7 +54,7 @@ class PixelClips:
         return np.stack([self._cut(self._frames(path), rng, first=True) for path in self._held_out[:count]])
 
     def _group(self, paths: Sequence[Path], rng: np.random.Generator) -> np.ndarray:
-        return self._cut(self._frames(paths[rng.integers(len(paths))]), rng, first=False)
+        return self._cut(self._frames(paths[int(rng.integers(len(paths)))]), rng, first=False)
 
     def _cut(self, frames: np.ndarray, rng: np.random.Generator, first: bool) -> np.ndarray:
         height, width = self.video.height, self.video.width

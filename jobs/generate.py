@@ -15,9 +15,7 @@ from arlon_ray.generation.video import encode_fragment, join_fragments
 from jobs.command_line import InputError, existing, parser, run
 
 
-def make_video(
-    generator: VideoGenerator, prompts: list[str], path: Path, seed: int, options: GenerationOptions
-) -> int:
+def make_video(generator: VideoGenerator, prompts: list[str], path: Path, seed: int, options: GenerationOptions) -> int:
     """Write the video of one prompt a segment to `path`; returns its frames. Memory does not grow with its length."""
     fps, frames, fragments = generator.bundle.config.video.fps, 0, []
     with tempfile.TemporaryDirectory(prefix="arlon-video-") as folder:

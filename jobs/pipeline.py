@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arlon_ray.artifact import ArtifactError
-from arlon_ray.bundle import Bundle, save_bundle
+from arlon_ray.artifact import ArtifactError, load_artifact
+from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
 from jobs.command_line import existing, output_folder, parser, read_config, run
 from jobs.extract_tokens import run_extract_tokens
@@ -21,7 +21,7 @@ from jobs.preprocess import run_preprocess
 from jobs.ray_session import connect
 from jobs.render_samples import run_render_samples
 from jobs.serve_demo import DEMO_PROMPTS, serve_demo
-from jobs.stage_runs import StageOutcome, run_ar, run_codec, run_dit, run_vae
+from jobs.stage_runs import Role, StageOutcome, run_ar, run_codec, run_dit, run_vae
 from jobs.tracking import Tracking
 
 
@@ -78,17 +78,20 @@ class Pipeline:
             lambda: run_preprocess(config, videos, output / "dataset", vae=vae, overwrite=True),
             lambda summary: f"{summary.manifest.rows} clips, {summary.manifest.rejects} rejected",
         ).folder
-        fine, coarse = (
-            self._trained(f"vqvae {role}", lambda r=role: run_codec(config, r, dataset, vae, output / f"codec_{r}", self.tracking))
-            for role in ("fine", "coarse")
-        )  # fmt: skip
+        fine, coarse = self._codec("fine", dataset, vae), self._codec("coarse", dataset, vae)
         tokens = stage(
             "extract tokens",
             lambda: run_extract_tokens(config, dataset, fine, coarse, output / "tokens", overwrite=True),
             lambda summary: f"{summary.manifest.rows} clips",
         ).folder
         ar = self._trained("ar", lambda: run_ar(config, dataset, tokens, vae, fine, output / "ar", self.tracking))
-        parts = {"vae": vae, "codec_fine": fine, "codec_coarse": coarse, "ar": ar, **self._dits(dataset, tokens, vae, (fine, coarse))}
+        parts = {
+            "vae": vae,
+            "codec_fine": fine,
+            "codec_coarse": coarse,
+            "ar": ar,
+            **self._dits(dataset, tokens, vae, (fine, coarse)),
+        }
         return stage("bundle", lambda: self._bundle(parts), lambda path: str(path.name))
 
     def _vae(self, videos: Path) -> Path:
@@ -98,8 +101,12 @@ class Pipeline:
             )
         return existing(str(self.config.vae.init), "vae.init")
 
+    def _codec(self, role: Role, dataset: Path, vae: Path) -> Path:
+        output = self.output / f"codec_{role}"
+        return self._trained(f"vqvae {role}", lambda: run_codec(self.config, role, dataset, vae, output, self.tracking))
+
     def _dits(self, dataset: Path, tokens: Path, vae: Path, codecs: tuple[Path, Path]) -> dict[str, Path]:
-        """The guided DiT; where `dit.base_steps` asks for it, trained on from a text-only one, which is the baseline."""
+        """The guided DiT; where `dit.base_steps` asks for it, from a text-only one, which is the baseline."""
         config, output, parts = self.config, self.output, {}
         if config.dit.base_steps:
             base = _text_only(config)
@@ -123,9 +130,6 @@ class Pipeline:
 
     def _bundle(self, parts: dict[str, Path]) -> Path:
         """Write the bundle, unless the one that is there has these very parts and this configuration."""
-        from arlon_ray.artifact import load_artifact
-        from arlon_ray.bundle import PARTS
-
         path = self.output / "bundle"
         wanted = {name: load_artifact(part, PARTS[name][1]).fingerprint for name, part in parts.items()}
         try:
@@ -143,7 +147,9 @@ class Pipeline:
         self.ledger.stage(
             "serve",
             lambda: serve_demo(self.config, bundle, self.output),
-            lambda result: f"{result.seconds_per_video:.1f} s for {result.frames} frames, AR share {result.ar_share:.0%}",
+            lambda result: (
+                f"{result.seconds_per_video:.1f} s for {result.frames} frames, AR share {result.ar_share:.0%}"
+            ),
         )
 
     def next_commands(self, bundle: Path) -> str:
@@ -151,7 +157,7 @@ class Pipeline:
         here = Path(os.path.relpath(self.output))
         prompt = DEMO_PROMPTS[0]
         return "\n".join([
-            f"video           {here / 'demo.mp4'}   contact sheet  {here / 'demo.png'}   baseline  {here / 'baseline.mp4'}",
+            f"video {here / 'demo.mp4'}   contact sheet {here / 'demo.png'}   baseline {here / 'baseline.mp4'}",
             "next:",
             f"  make serve BUNDLE={os.path.relpath(bundle)}        # then open the URL that it prints",
             f"  .venv/bin/python jobs/generate.py --bundle {os.path.relpath(bundle)} --prompt {prompt!r} --segments 6",

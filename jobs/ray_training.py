@@ -136,7 +136,8 @@ def _trainer(task: dict[str, Any], config: Config) -> Any:
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
-        run_config=ray.train.RunConfig(
+        # mypy sees the class of Ray Train v1 behind this name
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),

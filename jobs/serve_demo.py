@@ -35,9 +35,11 @@ def serve_demo(config: Config, bundle: Path, output: Path) -> DemoResult:
     Raises RuntimeError if a video fails.
     """
     serve_config = config.serve.model_copy(update={"port": _free_port(config.serve.host)})
-    with connect(config), serve_bundle(
-        config.model_copy(update={"serve": serve_config}), bundle, output / "serve"
-    ) as url, httpx.Client(base_url=url, timeout=60.0) as client:
+    with (
+        connect(config),
+        serve_bundle(config.model_copy(update={"serve": serve_config}), bundle, output / "serve") as url,
+        httpx.Client(base_url=url, timeout=60.0) as client,
+    ):
         print(f"serving at {url}", flush=True)
         video, seconds = _make(client, output / "demo.mp4", baseline=False)
         _make(client, output / "baseline.mp4", baseline=True)

@@ -182,9 +182,7 @@ def build_ar(config: Config, dataset: Path, tokens: Path, paths: ArPaths, parent
     return ArStage(config, source, paths, parents)
 
 
-def build_dit(
-    config: Config, dataset: Path, tokens: Path | None, paths: DitPaths, parents: dict[str, str]
-) -> Stage:
+def build_dit(config: Config, dataset: Path, tokens: Path | None, paths: DitPaths, parents: dict[str, str]) -> Stage:
     """In a worker: the DiT stage."""
     return DitStage(config, _batches(config, config.dit.training, dataset, parents, tokens), paths, parents)
 

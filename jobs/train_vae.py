@@ -10,7 +10,7 @@ from jobs.tracking import Tracking
 
 
 def weighted_folder(text: str) -> tuple[Path, float]:
-    """"FOLDER" or "FOLDER=WEIGHT". Raises InputError."""
+    """ "FOLDER" or "FOLDER=WEIGHT". Raises InputError."""
     folder, separator, weight = text.rpartition("=")
     if not separator:
         return existing(text, "--input"), 1.0

@@ -33,7 +33,7 @@ def randomized(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """The model's state with every floating-point tensor drawn anew: zero-initialised outputs would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(value.shape, generator=generator) * 0.1 if "scale" != name and "freqs" not in name else value
+        name: torch.randn(value.shape, generator=generator) * 0.1 if name != "scale" and "freqs" not in name else value
         for name, value in model.state_dict().items()
     }
 

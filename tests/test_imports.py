@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_CODE = [p for part in ("models", "diffusion", "generation") for p in (ROOT / "arlon_ray" / part).rglob("*.py")]
 ALL = list((ROOT / "arlon_ray").rglob("*.py"))
-HEAVY = ("ray", "deepspeed", "transformers", "diffusers", "mlflow", "av", "decord", "pyarrow", "vector_quantize_pytorch")
+HEAVY = (
+    "ray",
+    "deepspeed",
+    "transformers",
+    "diffusers",
+    "mlflow",
+    "av",
+    "decord",
+    "pyarrow",
+    "vector_quantize_pytorch",
+)
 
 
 def imported(path: Path) -> set[str]:

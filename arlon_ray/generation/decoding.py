@@ -11,7 +11,7 @@ from arlon_ray.bundle import Bundle, load_bundle
 
 
 class FrameDecoder:
-    """Decodes the latents of whole groups; each group on its own, so that segments join without a seam of our making."""
+    """Decodes the latents of whole groups, each on its own: segments join without a seam of our making."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config, self.vae = bundle, bundle.config, bundle.vae
@@ -22,6 +22,6 @@ class FrameDecoder:
         return cls(load_bundle(path, device))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Normalised latents float32 [C, 5·G, h, w] to frames uint8 [17·G, H, W, 3]. Raises ValueError on part groups."""
+        """Latents float32 [C, 5·G, h, w] to frames uint8 [17·G, H, W, 3]. Raises ValueError on part groups."""
         video = self.vae.decode(torch.from_numpy(latents)[None].to(self.bundle.device))[0]
         return ((video + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()

@@ -16,7 +16,7 @@ from arlon_ray.generation.rendering import DiTRenderer
 
 
 def spread_prompts(prompts: Sequence[str], segments: int) -> list[str]:
-    """A prompt for each of `segments`: in order, as evenly as it goes. Raises ValueError if a prompt gets no segment."""
+    """A prompt for each of `segments`, in order and evenly. Raises ValueError if a prompt gets no segment."""
     if not prompts or segments < len(prompts):
         raise ValueError(f"{len(prompts)} prompts for {segments} segments: expected 1 prompt to {segments}")
     return [prompts[i * len(prompts) // segments] for i in range(segments)]

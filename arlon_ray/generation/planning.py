@@ -74,7 +74,7 @@ def sample_tokens(
             on_token(len(tokens))
         start, end = cache.length, cache.length + x.shape[1]
         for layer, block in enumerate(model.blocks):
-            x = block(x, (rotary[0][start:end], rotary[1][start:end]), attention, cache, layer)
+            x = block(x, rotary.part(start, end), attention, cache, layer)
         cache.length = end
         logits = model.head(model.norm(x[:, -1]))
         logits = logits[0] if scale == 1.0 else logits[1] + scale * (logits[0] - logits[1])

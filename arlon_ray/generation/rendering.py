@@ -41,7 +41,8 @@ def guided_velocity(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The velocity field of one segment, with text and token guidance of their own scales.
 
-    v = v(text, tokens) + (s_text − 1)·(v(text, tokens) − v(null, tokens)) + (s_token − 1)·(v(text, tokens) − v(text)).
+    v = v(text, tokens) + (s_text − 1)·(v(text, tokens) − v(null, tokens))
+      + (s_token − 1)·(v(text, tokens) − v(text)).
     The branches are one batch; a scale of 1 needs no branch. Everything constant is computed here, once.
     """
     with_text, with_tokens, weights = [True], [coarse_1Cthw is not None], []
@@ -68,7 +69,8 @@ def guided_velocity(
     def velocity(x: Tensor, time: Tensor) -> Tensor:
         output = dit(x.expand(branches, -1, -1, -1, -1), time.expand(branches), condition, noisy)
         both, *others = dit.velocity(output).split(1)
-        return both + sum((w * (both - other) for w, other in zip(weights, others, strict=True)), torch.zeros_like(both))
+        guidance = (w * (both - other) for w, other in zip(weights, others, strict=True))
+        return sum(guidance, both)
 
     return velocity
 
@@ -118,9 +120,8 @@ class DiTRenderer:
         size = (self.config.video.height, self.config.video.width)
         model = self.bundle.baseline if options.baseline else self.dit
         frozen = (noisy, given) if kept else None
-        velocity = guided_velocity(
-            model, shape, self.text.encode([prompt]), coarse, noisy if kept else None, self.config.video.fps, size, options
-        )
+        text, fps = self.text.encode([prompt]), self.config.video.fps
+        velocity = guided_velocity(model, shape, text, coarse, noisy if kept else None, fps, size, options)
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
         ratio = time_ratio(*size, segment.latents, self.config.dit.time_base_pixels) * self.config.dit.time_scale

@@ -1,16 +1,20 @@
 """The autoregressive transformer: plans a video as tokens of the fine codec, from text.
 
-One decoder-only transformer: the text is a bidirectional-free prefix (causal like all else), then a start token, then
-visual tokens in (t, h, w) raster order. 3-D rotary positions turn the visual tokens; text stays unturned. Each visual
-input also carries the place of the token it predicts. Pre-norm blocks with RMS norm and SwiGLU, no biases (Llama;
+One decoder-only transformer: first the text (causal like all else), then a start token, then
+visual tokens in (t, h, w) raster order. 3-D rotary positions turn the visual tokens; text stays unturned. A query is
+turned by the place of the token that it predicts, a key by the place of the token that it holds, so that "the same
+place one frame ago" is one and the same rotation everywhere (in raster order alone it is not: rows wrap around).
+Pre-norm blocks with RMS norm and SwiGLU, no biases (Llama;
 LlamaGen for visual tokens). Training runs the whole sequence; sampling runs one token a time through a KV cache.
 
-Legend: B batch, L text tokens, N visual tokens, P = L + 1 + N positions, C channels, A heads, D channels a head, K codes.
+Legend: B batch, L text tokens, N visual tokens, P = L + 1 + N positions, C channels, A heads, D channels a head,
+K codes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -22,6 +26,17 @@ from arlon_ray.config import ArConfig
 from arlon_ray.models.layers import RMSNorm, attend, rotate, sinusoidal
 
 Grid = tuple[int, int, int]
+
+
+class Rotary(NamedTuple):
+    """(cos, sin), each [P, D], for queries and for keys."""
+
+    query: tuple[Tensor, Tensor]
+    key: tuple[Tensor, Tensor]
+
+    def part(self, start: int, end: int) -> Rotary:
+        """Those of positions `start` to `end`."""
+        return Rotary(*((cos[start:end], sin[start:end]) for cos, sin in self))
 
 
 class KeyValueCache:
@@ -61,7 +76,7 @@ class ArBlock(nn.Module):
     def forward(
         self,
         x_BNC: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         mask: Tensor,
         cache: KeyValueCache | None = None,
         layer: int = 0,
@@ -69,7 +84,7 @@ class ArBlock(nn.Module):
         q, k, v = rearrange(
             self.qkv(self.attention_norm(x_BNC)), "b n (three a d) -> three b a n d", three=3, a=self.heads
         )
-        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        q, k = rotate(self.q_norm(q), *rotary.query), rotate(self.k_norm(k), *rotary.key)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         y = self.proj(rearrange(attend(q, k, v, mask), "b a n d -> b n (a d)"))
@@ -140,19 +155,23 @@ class ArTransformer(nn.Module):
         features = torch.cat([sinusoidal(coordinates[:, axis], half, 100.0) for axis in range(3)], dim=-1)
         return self.place(features.to(self.place.weight.dtype))
 
-    def rotary(self, text_length: int, grid: Grid, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [count, D] for the first `count` positions: none for text and start, (t, h, w) for tokens."""
+    def rotary(self, text_length: int, grid: Grid, count: int, device: torch.device) -> Rotary:
+        """Rotations of the first `count` positions: none for text, (t, h, w) for tokens.
+
+        Position text_length + n holds token n − 1 (n = 0: the start token) and predicts token n.
+        """
         head_dim = self.config.dim // self.config.heads
         pairs = head_dim // 2
         share = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
-        angles = []
         coordinates = grid_coordinates(grid, device)
+        angles = []
         for axis, number in enumerate(share):
             freqs = 100.0 ** (-torch.arange(number, device=device).float() / max(number, 1))
             angles.append(coordinates[:, axis, None].float() * freqs)
         visual = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
-        table = torch.cat([visual.new_zeros(text_length + 1, head_dim), visual])[:count]
-        return table.cos(), table.sin()
+        query = torch.cat([visual.new_zeros(text_length, head_dim), visual])[:count]
+        key = torch.cat([visual.new_zeros(text_length + 1, head_dim), visual])[:count]
+        return Rotary((query.cos(), query.sin()), (key.cos(), key.sin()))
 
 
 def grid_coordinates(grid: Grid, device: torch.device | str = "cpu") -> Tensor:

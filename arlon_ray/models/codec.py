@@ -1,8 +1,8 @@
 """The latent VQ-VAE: compresses the DiT's latent space into tokens, and decodes tokens to a coarse latent.
 
-ARLON's bridge between AR and DiT. It works group by group (5 latents): no receptive field across groups, so the tokens of
-a group never depend on frames that do not exist yet. The model holds the codebook as a plain table; how it is learned
-(moving averages, restarts) is the training stage's concern.
+ARLON's bridge between AR and DiT. It works group by group (5 latents): no receptive field across groups, so the
+tokens of a group never depend on frames that do not exist yet. The model holds the codebook as a plain table; how it is
+learned (moving averages, restarts) is the training stage's concern.
 
 Legend: B batch, G groups, C latent channels, t×h×w latent grid (t = 5·G), t'×h'×w' token grid, K codes of D channels.
 """
@@ -90,14 +90,14 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, latents_BCthw: Tensor) -> Tensor:
-        """Tokens int64 [B, t', h', w']: the nearest code of each feature. Raises ValueError on a grid that does not fit."""
+        """Tokens int64 [B, t', h', w']: the nearest code of each feature. ValueError if the grid does not fit."""
         codes = self.features(latents_BCthw)
         distance = self.codebook.square().sum(-1) - 2.0 * codes @ self.codebook.T
         return rearrange(distance.argmin(-1), "(b g) t h w -> b (g t) h w", b=len(latents_BCthw))
 
     @torch.no_grad()
     def decode(self, tokens_Bthw: Tensor) -> Tensor:
-        """Coarse latent ẑ [B, C, t, h, w] of tokens [B, t', h', w']. Raises ValueError on a code outside the codebook."""
+        """Coarse latent ẑ [B, C, t, h, w] of tokens [B, t', h', w']. Raises ValueError on unknown codes."""
         if tokens_Bthw.numel() and not 0 <= int(tokens_Bthw.min()) <= int(tokens_Bthw.max()) < len(self.codebook):
             raise ValueError(
                 f"tokens from {int(tokens_Bthw.min())} to {int(tokens_Bthw.max())}: expected 0 to "

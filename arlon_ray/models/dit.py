@@ -1,6 +1,6 @@
 """STDiT3, the diffusion transformer of Open-Sora v1.2, with public parameter names, and semantic injection beside it.
 
-Legend: B batch, C latent channels, t×h×w latent grid, T×S tokens (frames × places), N = T·S, D hidden size, L text tokens.
+Legend: B batch, C latent channels, t×h×w latent grid, T×S tokens (frames × places), D hidden size, L text tokens.
 Time runs from 0 (data) to 1000 (noise). Without injection this is the public model, formula by formula.
 """
 
@@ -74,7 +74,7 @@ class STDiT3Block(nn.Module):
         text_mask_BL: Tensor | None,
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
-        batch, frames, places, _ = x_BTSD.shape
+        batch, _, places, _ = x_BTSD.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D)[:, :, None].unbind(3)
         y = self.norm1(x_BTSD) * (1 + scale1) + shift1
         if self.joint:
@@ -150,15 +150,13 @@ class STDiT3(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        for embedder in (self.t_embedder, self.fps_embedder):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
-        nn.init.normal_(self.t_block[1].weight, std=0.02)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        for block in self.temporal_blocks:
-            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
-                nn.init.zeros_(layer.weight)  # type: ignore[union-attr]
+        state = dict(self.named_parameters())
+        for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "fps_embedder.mlp.0", "t_block.1"):
+            nn.init.normal_(state[f"{name}.weight"], std=0.02)
+        for name, parameter in state.items():
+            new = name.startswith("temporal_blocks") and name.endswith(("proj.weight", "fc2.weight"))
+            if new or name in ("fps_embedder.mlp.2.weight", "final_layer.linear.weight"):
+                nn.init.zeros_(parameter)
 
     def condition(
         self,
@@ -198,9 +196,7 @@ class STDiT3(nn.Module):
     def _layers(self) -> list[tuple[STDiT3Block, STDiT3Block]]:
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
-    def forward(
-        self, x_BCthw: Tensor, time_B: Tensor, condition: Condition, noisy_Bt: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BCthw: Tensor, time_B: Tensor, condition: Condition, noisy_Bt: Tensor | None = None) -> Tensor:
         """Velocity x0 − noise (and, with `pred_sigma`, unused variances): [B, C or 2C, t, h, w] in float32.
 
         `time_B` in [0, 1000]. `noisy_Bt` marks the frames that carry noise (`x_mask` of Open-Sora); the others are
@@ -230,9 +226,7 @@ class STDiT3(nn.Module):
         )  # fmt: skip
         return out[:, :, :t, :h, :w].float()
 
-    def _time(
-        self, time_B: Tensor, fps_BD: Tensor, noisy_BT: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def _time(self, time_B: Tensor, fps_BD: Tensor, noisy_BT: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Features of the time and of time 0, each [B, D], and the blocks' modulation [B, T or 1, 6, D]."""
         noisy, clean = (self.t_embedder(time) + fps_BD for time in (time_B, torch.zeros_like(time_B)))
         modulation = rearrange(self.t_block(noisy), "b (six d) -> b 1 six d", six=6)

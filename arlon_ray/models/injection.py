@@ -55,8 +55,9 @@ class LatentAdapter(nn.Module):
         self.blocks = nn.ModuleList(Mlp(width, 2 * width, width) for _ in range(config.injection.blocks))
 
     def forward(self, coarse_BCthw: Tensor) -> Tensor:
-        padding = [pad for size, p in zip(coarse_BCthw.shape[:1:-1], self.patch[::-1], strict=True)
-                   for pad in (0, -size % p)]
+        padding = [
+            pad for size, p in zip(coarse_BCthw.shape[:1:-1], self.patch[::-1], strict=True) for pad in (0, -size % p)
+        ]
         features = rearrange(self.embed(F.pad(coarse_BCthw, padding)), "b e t h w -> b (t h w) e")
         for norm, block in zip(self.norms, self.blocks, strict=True):
             features = features + block(norm(features))
@@ -102,7 +103,7 @@ class SemanticInjection(nn.Module):
     def prepare(
         self, coarse_BCthw: Tensor, keep_B: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Modulation of every listening layer. Samples with `keep_B` False are left exactly as the base DiT has them."""
+        """Modulation of every listening layer. Samples with `keep_B` False stay exactly the base DiT's."""
         features = self.uncertainty(self.adapter(coarse_BCthw), generator)
         prepared = {}
         for name, layer in self.layers.items():

@@ -130,11 +130,12 @@ class ScalarEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, values_B: Tensor) -> Tensor:
-        return self.mlp(sinusoidal(values_B, self.frequencies).to(self.mlp[0].weight.dtype))
+        weight = next(self.mlp.parameters())
+        return self.mlp(sinusoidal(values_B, self.frequencies).to(weight.dtype))
 
 
 def position_table(height: int, width: int, dim: int, scale: float, device: torch.device) -> Tensor:
-    """2-D sine-cosine positions [h·w, dim] of Open-Sora v1.2: the grid is stretched to a square, then divided by `scale`.
+    """2-D sine-cosine positions [h·w, dim] of Open-Sora v1.2: the grid stretched to a square, divided by `scale`.
 
     The first half of the channels holds the column, the second the row.
     """

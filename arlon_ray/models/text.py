@@ -46,7 +46,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
-        """Embed captions; what is beyond `max_tokens` is cut off. The same caption gives the same values in any batch."""
+        """Embed captions, cut off at `max_tokens`. The same caption gives the same values in any batch."""
         if not captions:
             raise ValueError("no captions to encode: expected at least one")
         limit = self.config.max_tokens

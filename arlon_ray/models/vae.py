@@ -3,7 +3,8 @@
 17-frame groups ↔ 5 latents, 8×8 in space, each group coded on its own [Open-Sora v1.2, `micro_frame_size=17`].
 Four frames of 4×4 pixels are folded into channels first, so that the convolutions run on a small grid.
 
-Legend: B batch, G groups, T frames (17·G, or 1), t latent frames (5·G, or 1), C latent channels, H×W pixels, h×w = H/8×W/8.
+Legend: B batch, G groups, T frames (17·G, or 1), t latent frames (5·G, or 1), C latent channels, H×W pixels,
+h×w = H/8×W/8.
 """
 
 from __future__ import annotations

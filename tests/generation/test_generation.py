@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_plans_carry_the_overlap_and_follow_the_prompt(generator: VideoGenerator
     options = default_options(generator.bundle.config.sampling, temperature=0.02)
     plans = list(planner.plan(["a red circle"] * 5, 0, options))
     assert all(plan.tokens.shape == (10, 4, 4) and plan.tokens.dtype == np.int32 for plan in plans)
-    for before, after in zip(plans, plans[1:], strict=False):
+    for before, after in pairwise(plans):
         assert np.array_equal(before.tokens[5:], after.tokens[:5])
     changed = list(planner.plan(["a red circle", "a red circle", "a blue square falls", "x", "x"], 0, options))
     assert np.array_equal(plans[1].tokens, changed[1].tokens)

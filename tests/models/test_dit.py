@@ -128,7 +128,9 @@ def test_joint_attention_sees_other_places_and_temporal_does_not_within_one_bloc
 def test_tokens_without_injection_are_refused() -> None:
     model = small(injection=InjectionConfig(enabled=False))
     with pytest.raises(ValueError, match="without semantic injection"):
-        model.condition((5, 4, 4), torch.randn(1, 6, 8), None, torch.tensor([16.0]), (32, 32), torch.randn(1, 4, 5, 4, 4))
+        model.condition(
+            (5, 4, 4), torch.randn(1, 6, 8), None, torch.tensor([16.0]), (32, 32), torch.randn(1, 4, 5, 4, 4)
+        )
 
 
 def test_dropped_tokens_give_the_base() -> None:

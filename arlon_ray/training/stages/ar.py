@@ -1,4 +1,4 @@
-"""Training of the AR: next-token prediction over fine tokens, with text dropped for guidance and noise in the context."""
+"""Training of the AR: next-token prediction over fine tokens, text dropped for guidance, noise in the context."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ArStage:
         return self.source.batch(step, rank, world)
 
     def evaluate(self, objective: nn.Module, device: torch.device) -> Evaluation:
-        """Loss, perplexity and accuracy on held-out clips; sampled plans beside the true ones, decoded without the DiT."""
+        """Loss, perplexity and accuracy on held-out clips; sampled plans beside true ones, decoded without DiT."""
         generator = torch.Generator(device=device).manual_seed(self.seed)
         losses, accuracies, first = [], [], None
         with torch.no_grad():

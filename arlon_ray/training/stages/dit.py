@@ -150,18 +150,16 @@ class DitStage:
         options, video = default_options(self.config.sampling), self.config.video
         x0, tokens = objective._segment(batch, None)
         size, sampled = (video.height, video.width), []
+        grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         settings = self.config.dit
         ratio = time_ratio(*size, x0.shape[2], settings.time_base_pixels) * settings.time_scale
         for i in range(min(PICTURED, len(x0))):
             none_coarse = torch.zeros(1, dtype=torch.bool, device=device)
             guide = objective.guide((tokens[0][i : i + 1], tokens[1][i : i + 1]), none_coarse) if tokens else None
             text = (batch["text"][i : i + 1], batch["text_mask"][i : i + 1])
-            velocity = guided_velocity(
-                objective.dit, tuple(x0.shape[2:]), text, guide, None, video.fps, size, options  # type: ignore[arg-type]
-            )
-            noise = torch.randn(
-                x0[:1].shape, generator=torch.Generator(device=device).manual_seed(self.seed + i), device=device
-            )
+            velocity = guided_velocity(objective.dit, grid, text, guide, None, video.fps, size, options)
+            drawn = torch.Generator(device=device).manual_seed(self.seed + i)
+            noise = torch.randn(x0[:1].shape, generator=drawn, device=device)
             sampled.append(euler_sample(velocity, noise, schedule(options.steps, ratio)))
         return comparison(*(look(latents, self.paths.vae) for latents in (x0[:PICTURED], torch.cat(sampled))))
 

@@ -1,4 +1,4 @@
-"""What the stages that train on latents share: where batches come from, windows of whole groups, and looking at latents."""
+"""What the stages that train on latents share: batches, windows of whole groups, and looking at latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arlon_ray.models.vae import FoldedVAE, load_vae
 
 
 class BatchSource(Protocol):
-    """Batches of a latent dataset. Keys: latents, text, text_mask, tokens_fine, tokens_coarse, clip_id, caption, fps."""
+    """Batches: latents, text, text_mask, tokens_fine, tokens_coarse, clip_id, caption, fps."""
 
     def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
         """This worker's share of the batch of `step`: a pure function of its arguments."""
