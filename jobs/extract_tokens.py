@@ -143,14 +143,14 @@ def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="DATASET/tokens")
     flags.add_argument("--dataset", required=True, metavar="DIR", help="dataset made by jobs/preprocess.py")
-    flags.add_argument("--fine", required=True, metavar="DIR", help="fine codec's artefact")
-    flags.add_argument("--coarse", required=True, metavar="DIR", help="coarse codec's artefact")
+    flags.add_argument("--codec-fine", required=True, metavar="DIR", help="fine codec's artefact")
+    flags.add_argument("--codec-coarse", required=True, metavar="DIR", help="coarse codec's artefact")
     flags.add_argument("--overwrite", action="store_true", help="replace tokens that were made otherwise")
     flags.set_defaults(output=None)
     arguments = flags.parse_args()
     config = read_config(arguments)
     dataset = existing(arguments.dataset, "--dataset")
-    fine, coarse = existing(arguments.fine, "--fine"), existing(arguments.coarse, "--coarse")
+    fine, coarse = existing(arguments.codec_fine, "--codec-fine"), existing(arguments.codec_coarse, "--codec-coarse")
     output = output_folder(arguments) if arguments.output else dataset / "tokens"
     summary = run_extract_tokens(config, dataset, fine, coarse, output, overwrite=arguments.overwrite)
     manifest = summary.manifest

@@ -77,6 +77,7 @@ class CodecConfig(Section):
     code_dim: int = Field(16, ge=1)
     width: int = Field(128, ge=8)
     blocks: int = Field(2, ge=0)
+    encoder_kernel: Literal[1, 3] = Field(3, description="1: a token depends on its own patch alone, and is steadier")
     metric: Literal["euclidean", "cosine"] = "euclidean"
     ema_decay: float = Field(0.95, gt=0, lt=1)
     commitment_weight: float = Field(0.25, ge=0)

@@ -114,6 +114,13 @@ class ArTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
 
+    @torch.no_grad()
+    def start_from_codebook(self, codebook_KD: Tensor, generator: torch.Generator) -> None:
+        """Codes that are alike start with embeddings that are alike: a random projection of the codebook."""
+        codes = (codebook_KD - codebook_KD.mean(0)) / codebook_KD.std(0).clamp(min=1e-6)
+        projection = torch.randn(codes.shape[1], self.config.dim, generator=generator) / codes.shape[1] ** 0.5
+        self.codes.weight.add_(0.1 * codes @ projection)
+
     def settings(self) -> dict[str, object]:
         """What `load_ar` needs to build the model again."""
         sizes = {"codebook_size": self.codebook_size, "text_dim": self.text_dim, "max_text": self.max_text}

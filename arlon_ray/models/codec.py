@@ -21,17 +21,19 @@ from arlon_ray.config import GROUP_LATENTS, CodecConfig
 
 
 class GroupBlock(nn.Module):
-    """Residual 3×3×3 convolutions within one group."""
+    """Residual convolutions within one group; with a kernel of 1 each token sees its own patch alone."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.conv1 = nn.Conv3d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv3d(width, width, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(width))
+        self.conv1 = nn.Conv3d(width, width, kernel, padding=kernel // 2)
+        self.conv2 = nn.Conv3d(width, width, kernel, padding=kernel // 2)
         nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+    def forward(self, x_NEthw: Tensor) -> Tensor:
+        # normed over the channels of each place: statistics over the group would tie all its tokens together
+        normed = x_NEthw * torch.rsqrt(x_NEthw.square().mean(1, keepdim=True) + 1e-6) * self.scale.view(-1, 1, 1, 1)
+        return x_NEthw + self.conv2(F.silu(self.conv1(F.silu(normed))))
 
 
 class LatentCodec(nn.Module):
@@ -45,10 +47,10 @@ class LatentCodec(nn.Module):
         width, patch = config.width, config.patch
         folded = latent_channels * patch[0] * patch[1] * patch[2]
         self.fold_in = nn.Conv3d(folded, width, 1)
-        self.encoder = nn.ModuleList(GroupBlock(width) for _ in range(config.blocks))
+        self.encoder = nn.ModuleList(GroupBlock(width, config.encoder_kernel) for _ in range(config.blocks))
         self.to_code = nn.Conv3d(width, config.code_dim, 1)
         self.from_code = nn.Conv3d(config.code_dim, width, 1)
-        self.decoder = nn.ModuleList(GroupBlock(width) for _ in range(config.blocks))
+        self.decoder = nn.ModuleList(GroupBlock(width, 3) for _ in range(config.blocks))
         self.fold_out = nn.Conv3d(width, folded, 1)
         self.register_buffer("codebook", torch.zeros(config.codebook_size, config.code_dim))
 

@@ -114,7 +114,11 @@ def test_a_run_with_other_settings_is_refused_by_name(tmp_path: Path, config: Co
     [
         ("preprocess", ["--input", "/nowhere"], "--input /nowhere: not found"),
         ("preprocess", ["--input", ".", "--set", "data.bucket_group=[2]"], "did you mean data.bucket_groups?"),
-        ("extract_tokens", ["--dataset", "/nowhere", "--fine", "a", "--coarse", "b"], "--dataset /nowhere: not found"),
+        (
+            "extract_tokens",
+            ["--dataset", "/nowhere", "--codec-fine", "a", "--codec-coarse", "b"],
+            "--dataset /nowhere: not found",
+        ),
         ("render_samples", ["--count", "0"], "--count 0: expected at least 1"),
     ],
 )

@@ -81,6 +81,7 @@ class ArStage:
     def objective(self) -> nn.Module:
         """A new AR, or the one that `ar.init` names."""
         objective = ArObjective(self.config, self.codec.config)
+        objective.model.start_from_codebook(self.codec.codebook, torch.Generator().manual_seed(self.seed))
         if self.config.ar.init:
             objective.model.load_state_dict(load_artifact(self.config.ar.init, "ar").tensors())
         return objective

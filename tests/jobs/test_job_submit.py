@@ -1,0 +1,83 @@
+"""`ray job submit` of a real job to a real local cluster, with token authentication on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from arlon_ray.config import load_config
+from data_pipeline.manifest import DatasetManifest, read_manifest
+from data_pipeline.synthetic import write_samples
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A head node in a process group of its own, so that ending it touches no other Ray."""
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    head = subprocess.Popen(
+        [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4",
+         "--object-store-memory=200000000", "--disable-usage-stats"],
+        env=environment, stdout=(tmp_path / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            listed = subprocess.run([RAY, "job", "list", "--address", address], env=environment, capture_output=True)
+            if listed.returncode == 0:
+                break
+            time.sleep(1)
+        else:
+            raise AssertionError((tmp_path / "head.log").read_text())
+        yield address, environment
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)
+
+
+def test_a_submitted_job_does_what_it_does_alone(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, environment = cluster
+    write_samples(tmp_path / "videos", 6, 0, load_config("tiny").video, (2,))
+    output = tmp_path / "dataset"
+    submitted = subprocess.run(
+        [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--",
+         "python", "jobs/preprocess.py", "--input", str(tmp_path / "videos"), "--output", str(output)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "succeeded" in submitted.stdout + submitted.stderr
+    assert read_manifest(output, DatasetManifest).rows == 6
+
+    refused = subprocess.run(
+        [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--",
+         "python", "jobs/preprocess.py", "--input", str(tmp_path / "nothing"), "--output", str(output)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "not found" in refused.stdout + refused.stderr
+    denied = subprocess.run(
+        [RAY, "job", "list", "--address", address],
+        env={**environment, "RAY_AUTH_TOKEN": "0" * 64}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert denied.returncode != 0

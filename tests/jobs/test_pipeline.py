@@ -1,0 +1,95 @@
+"""The main job: real mp4 files in, a served long video out; run again it skips all that is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arlon_ray.artifact import load_artifact
+from arlon_ray.bundle import load_bundle
+from arlon_ray.config import load_config
+from arlon_ray.generation.video import read_video
+from data_pipeline.synthetic import write_samples
+from tests.bundles import SMALL
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("vqvae.fine", "vqvae.coarse", "ar", "dit")
+QUICK = [
+    *(f"{stage}.training.{setting}" for stage in STAGES for setting in ("steps=4", "batch_size=4", "held_out=2")),
+    "dit.base_steps=4",
+    *(item for item in SMALL if not item.startswith("vae.")),
+]
+
+
+def command(folder: Path, videos: Path) -> list[str]:
+    overrides = [word for setting in QUICK for word in ("--set", setting)]
+    job = str(ROOT / "jobs" / "pipeline.py")
+    return [sys.executable, job, "--output", str(folder), "--input", str(videos), *overrides]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    write_samples(folder, 24, 0, load_config("tiny").video, (2, 3))
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    (folder / "broken.txt").write_text("nothing")
+    return folder
+
+
+def test_raw_video_to_served_video_and_again(videos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    first = subprocess.Popen(
+        command(output, videos), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    # Ctrl-C in the middle of the second stage that trains
+    assert first.stdout is not None
+    seen = ""
+    for line in first.stdout:
+        seen += line
+        if "── vqvae coarse" in line:
+            time.sleep(1)
+            os.kill(first.pid, signal.SIGINT)
+            break
+    first.communicate(timeout=120)
+    assert first.returncode == 130, seen
+    assert load_artifact(output / "codec_fine", "codec")
+
+    second = subprocess.run(command(output, videos), cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "vqvae_fine" not in second.stdout, "the finished codec was trained again"
+    report = json.loads((output / "dataset" / "report.json").read_text())
+    assert "24" in json.dumps(report) and "broken.mp4" in json.dumps(report)
+    video = read_video(output / "demo.mp4")
+    assert video.shape == (34 + 5 * 17, 64, 64, 3) == read_video(output / "baseline.mp4").shape
+    assert (output / "demo.png").stat().st_size > 1000
+    bundle = load_bundle(output / "bundle")
+    lineage = bundle.artifacts["dit"].lineage
+    assert lineage.parents["codec_fine"] == bundle.artifacts["codec_fine"].fingerprint
+    assert lineage.parents["dit_init"] == bundle.artifacts["dit_base"].fingerprint
+    _check_runs(output)
+
+
+def _check_runs(output: Path) -> None:
+    """Every stage is a finished MLflow run under one parent, with losses and pictures."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("arlon-ray")
+    runs = client.search_runs([experiment.experiment_id])
+    stages = {run.data.tags["stage"]: run for run in runs if "stage" in run.data.tags and run.info.status == "FINISHED"}
+    assert set(stages) == {"vqvae_fine", "vqvae_coarse", "ar", "dit_base", "dit"}
+    parents = {run.data.tags["mlflow.parentRunId"] for run in stages.values()}
+    assert parents <= {run.info.run_id for run in runs}
+    for name, run in stages.items():
+        assert len(client.get_metric_history(run.info.run_id, "loss")) >= 2, name
+        assert "samples_per_s" in run.data.metrics
+        assert client.list_artifacts(run.info.run_id), name
