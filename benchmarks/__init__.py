@@ -1,0 +1,1 @@
+"""Measurements. Figures are medians of several runs; nothing here is a test."""
