@@ -1,0 +1,112 @@
+"""What the stages do with a batch: windows, dropped parts, guidance by the right codec, starting from an artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from arlon_ray.artifact import ArtifactError, load_artifact
+from arlon_ray.config import load_config
+from arlon_ray.training.stages.codec import usage
+from arlon_ray.training.stages.dit import DitObjective, DitPaths, DitStage
+from arlon_ray.training.stages.latents import cut, group_window, trimmed
+from tests.bundles import SMALL, make_random_parts, small_config
+from tests.training.sources import ToySource
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_random_parts(tmp_path_factory.mktemp("parts"), small_config())
+
+
+def paths(parts: dict[str, Path]) -> DitPaths:
+    return DitPaths(parts["vae"], parts["codec_fine"], parts["codec_coarse"])
+
+
+def test_windows_are_whole_groups_and_reach_everywhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = {group_window(4, 2, generator).start for _ in range(60)}
+    assert starts == {0, 1, 2}
+    assert group_window(4, 2, None) == slice(0, 2)
+    assert group_window(2, 4, generator) == slice(0, 2)
+    latents = torch.arange(20).view(1, 1, 20, 1, 1)
+    assert cut(latents, slice(1, 3), 4, axis=2).flatten().tolist() == list(range(5, 15))
+
+
+def test_text_is_cut_to_the_longest_caption() -> None:
+    mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    text, short = trimmed({"text": torch.ones(2, 4, 3), "text_mask": mask})
+    assert text.shape == (2, 3, 3) and short.tolist() == mask[:, :3].tolist()
+
+
+def test_each_sample_is_guided_by_the_codec_chosen_for_it(parts: dict[str, Path]) -> None:
+    objective = DitObjective(small_config(), paths(parts))
+    batch = ToySource(small_config(), 6).batch(0, 0, 1)
+    tokens = (batch["tokens_fine"], batch["tokens_coarse"])
+    use_coarse = torch.tensor([False, True, True, False, True, False])
+    mixed = objective.guide(tokens, use_coarse)
+    fine, coarse = objective.fine.decode(tokens[0]), objective.coarse.decode(tokens[1])
+    assert torch.allclose(mixed, torch.where(use_coarse[:, None, None, None, None], coarse, fine), atol=1e-5)
+    assert torch.allclose(objective.guide(tokens, torch.ones(6, dtype=torch.bool)), coarse, atol=1e-5)
+
+
+def loss(config, parts, step: int, seed: int) -> float:
+    torch.manual_seed(0)
+    objective = DitStage(config, ToySource(config, 6), paths(parts), {}).objective().train()
+    with torch.no_grad():
+        for layer in objective.dit.injection.layers.values():
+            layer.out.weight.normal_(std=0.2)
+        for block in objective.dit.final_layer.parameters():
+            block.normal_(std=0.2)
+        batch = ToySource(config, 6).batch(step, 0, 1)
+        return float(objective(batch, torch.Generator().manual_seed(seed)).loss)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    ["dit.coarse_probability=1", "dit.uncertainty_probability=1", "dit.token_dropout=0.99", "dit.text_dropout=0.99",
+     "dit.overlap_probability=1"],
+)  # fmt: skip
+def test_every_switch_changes_the_objective(switch: str, parts: dict[str, Path]) -> None:
+    off = ["dit.coarse_probability=0", "dit.uncertainty_probability=0", "dit.token_dropout=0", "dit.text_dropout=0",
+           "dit.overlap_probability=0"]  # fmt: skip
+    plain, switched = small_config(*off), small_config(*off, switch)
+    assert loss(plain, parts, 0, 0) == loss(plain, parts, 0, 0)
+    assert loss(plain, parts, 0, 0) != loss(switched, parts, 0, 0)
+
+
+def test_a_guided_dit_starts_from_a_text_only_one_and_computes_the_same(parts, tmp_path: Path) -> None:
+    base_config = small_config("dit.injection.enabled=false")
+    base = DitStage(base_config, ToySource(base_config, 4), DitPaths(parts["vae"]), {"vae": "x"})
+    objective = base.objective()
+    with torch.no_grad():
+        objective.dit.final_layer.linear.weight.normal_(std=0.1)
+    base.export(objective, tmp_path / "base", metrics={}, key="k")
+    config = small_config(f"dit.init={tmp_path / 'base'}", "dit.train_only=injection")
+    guided = DitStage(config, ToySource(config, 4), paths(parts), {}).objective()
+    trained = [name for name, parameter in guided.named_parameters() if parameter.requires_grad]
+    assert trained and all(name.startswith("dit.injection.") for name in trained)
+    x, time, text = torch.randn(1, 8, 10, 8, 8), torch.tensor([500.0]), torch.randn(1, 4, config.text.dim)
+    outputs = []
+    for dit, coarse in ((objective.dit, None), (guided.dit, torch.randn(1, 8, 10, 8, 8))):
+        condition = dit.eval().condition((10, 8, 8), text, None, torch.tensor([16.0]), (64, 64), coarse)
+        outputs.append(dit(x, time, condition))
+    assert torch.equal(*outputs) and outputs[0].abs().max() > 1e-3
+    wrong = load_config("tiny", [*SMALL, "dit.hidden_size=48", f"dit.init={tmp_path / 'base'}"])
+    with pytest.raises(ArtifactError, match="has another shape"):
+        DitStage(wrong, ToySource(wrong, 4), paths(parts), {}).objective()
+    assert "init" in load_artifact(tmp_path / "base", "dit").config
+
+
+def test_injection_needs_codecs_and_the_baseline_none(parts: dict[str, Path]) -> None:
+    config = small_config()
+    with pytest.raises(ValueError, match="needs both codecs"):
+        DitStage(config, ToySource(config, 4), DitPaths(parts["vae"]), {})
+
+
+def test_codebook_usage() -> None:
+    figures = usage(torch.tensor([0, 0, 1, 1]), 4)
+    assert figures["codebook_used"] == 0.5
+    assert figures["codebook_perplexity"] == pytest.approx(2.0)
