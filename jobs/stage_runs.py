@@ -117,7 +117,7 @@ def run_dit(
         parents["dit_init"] = load_artifact(config.dit.init, "dit").fingerprint
     settings = {
         "stage": "dit",
-        "config": config_fingerprint(config.dit.model_copy(update={"init": None}), config.segment, config.video),
+        "config": config_fingerprint(config.dit, config.segment, config.video, config.text),
         "seed": config.seed,
         "parents": parents,
     }

@@ -41,10 +41,20 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(_one_line(error)) from None
 
 
+#: Settings that change no result: bookkeeping, and where a start artefact lies (its fingerprint is a parent).
+WITHOUT_EFFECT = ("log_every", "checkpoint_every", "init")
+
+
 def config_fingerprint(*sections: BaseModel) -> str:
-    """sha256 (hex) of the resolved sections: equal settings, equal fingerprint."""
-    text = json.dumps([section.model_dump(mode="json") for section in sections], sort_keys=True)
+    """sha256 (hex) of the resolved sections: equal settings, equal fingerprint, whatever the bookkeeping."""
+    text = json.dumps([_effective(section.model_dump(mode="json")) for section in sections], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _effective(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _effective(inner) for name, inner in value.items() if name not in WITHOUT_EFFECT}
 
 
 def _read(source: str) -> dict[str, Any]:
