@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +27,17 @@ WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "lineage.json"
 
 class ArtifactError(ValueError):
     """An artefact that is missing, damaged, or does not fit the others. One line that names it."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), first["msg"]])
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 @dataclass(frozen=True)
@@ -140,19 +152,59 @@ def load_artifact(path: str | Path, kind: str, *, verify: bool = True) -> Artifa
     for name in (CONFIG, LINEAGE, WEIGHTS):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: not a {kind} artefact: {name} is missing")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        lineage = Lineage(**json.loads((folder / LINEAGE).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ArtifactError(f"{folder}: damaged {CONFIG} or {LINEAGE}: {error}") from None
+    config, lineage = read_object(folder / CONFIG), _read_lineage(folder)
     if lineage.kind != kind:
         raise ArtifactError(f"{folder}: expected a {kind} artefact, found {lineage.kind}")
-    if verify and (found := sha256_of(folder / WEIGHTS)) != lineage.fingerprint:
+    try:
+        found = sha256_of(folder / WEIGHTS) if verify else lineage.fingerprint
+    except OSError as error:
+        raise ArtifactError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
+    if found != lineage.fingerprint:
         raise ArtifactError(
             f"{folder / WEIGHTS}: sha256 {found[:12]}… is not the recorded {lineage.fingerprint[:12]}…: "
             "the file was changed or cut short; copy or train it again"
         )
     return Artifact(folder, config, lineage)
+
+
+@contextmanager
+def building(artifact: Artifact) -> Iterator[None]:
+    """Around making a model of an artefact: settings and weights that do not fit end in one ArtifactError.
+
+    Weights are moved to their device outside of it: a device out of memory is no fault of the artefact.
+    """
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except (KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"{artifact.path}: no {artifact.lineage.kind} can be made of its {CONFIG} and {WEIGHTS}: {one_line(error)}"
+        ) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ArtifactError if it cannot be read or holds anything else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path.parent}: damaged {path.name}: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path.parent}: damaged {path.name}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _read_lineage(folder: Path) -> Lineage:
+    try:
+        lineage = Lineage(**read_object(folder / LINEAGE))
+    except TypeError as error:
+        raise ArtifactError(f"{folder}: damaged {LINEAGE}: {one_line(error)}") from None
+    texts = [lineage.kind, lineage.fingerprint, lineage.key]
+    if isinstance(lineage.parents, dict):
+        texts += lineage.parents.values()
+    if not isinstance(lineage.parents, dict) or not all(isinstance(text, str) for text in texts):
+        raise ArtifactError(f"{folder}: damaged {LINEAGE}: kind, fingerprint, key and parents must be text")
+    return lineage
 
 
 def finished(path: str | Path, kind: str, key: str) -> Artifact | None:

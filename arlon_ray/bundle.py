@@ -7,7 +7,6 @@ text/config.json   which text encoder, with its sha256
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, whole_folder, write_json
+from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, one_line, read_object, whole_folder, write_json
 from arlon_ray.config import Config
 from arlon_ray.models.ar import ArTransformer, load_ar
 from arlon_ray.models.codec import LatentCodec, load_codec
@@ -36,6 +35,14 @@ PARTS = {
     "dit_base": ("dit_base", "dit"),
 }
 OPTIONAL = ("dit_base",)
+#: What a part must have been trained on, by its own record. (`dit_base` sees no tokens.)
+PARENTS = {
+    "codec_fine": ("vae",),
+    "codec_coarse": ("vae",),
+    "ar": ("codec_fine", "vae", "text"),
+    "dit": ("codec_fine", "codec_coarse", "vae"),
+    "dit_base": ("vae",),
+}
 
 
 def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path], text_identity: str) -> Path:
@@ -64,14 +71,14 @@ class Bundle:
         try:
             self.config = Config.model_validate(manifest["config"])
         except (ValidationError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ArtifactError(f"{self.path / MANIFEST}: unusable configuration: {reason}") from None
+            raise ArtifactError(f"{self.path / MANIFEST}: unusable configuration: {one_line(error)}") from None
         self.text_identity = str(_read_json(self.path / "text" / "config.json").get("identity", ""))
         self.artifacts = {
             name: load_artifact(self.path / folder, kind)
             for name, (folder, kind) in PARTS.items()
             if name not in OPTIONAL or (self.path / folder).exists()
         }
+        _check_manifest(self.artifacts, manifest.get("parts"), str(self.path))
         _check(self.artifacts, self.text_identity, str(self.path))
 
     @cached_property
@@ -116,12 +123,28 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path.parent}: not a bundle: {path.name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ArtifactError(f"{path}: damaged: {error}") from None
+    if not path.exists():
+        raise ArtifactError(f"{path.parent}: not a bundle: {path.name} is missing")
+    return read_object(path)
+
+
+def _check_manifest(artifacts: Mapping[str, Artifact], recorded: Any, where: str) -> None:
+    """The parts that are here must be the ones that the bundle was made of."""
+    if not isinstance(recorded, dict):
+        raise ArtifactError(f"{where}: damaged {MANIFEST}: it lists no parts")
+    for name in PARTS:
+        if name not in artifacts and name not in recorded:
+            continue
+        if name not in recorded:
+            raise ArtifactError(f"{where}: {name} is here, but {MANIFEST} does not list it: make the bundle again")
+        if name not in artifacts:
+            raise ArtifactError(f"{where}: {MANIFEST} lists {name}, but it is missing: make the bundle again")
+        made_of, here = str(recorded[name]), artifacts[name].fingerprint
+        if here != made_of:
+            raise ArtifactError(
+                f"{where}: {name} here is {here[:12]}…, but {MANIFEST} records {made_of[:12]}…: "
+                "the part was exchanged; make the bundle again"
+            )
 
 
 def _check(artifacts: Mapping[str, Artifact], text_identity: str, where: str) -> None:
@@ -137,3 +160,7 @@ def _check(artifacts: Mapping[str, Artifact], text_identity: str, where: str) ->
                     f"{where}: {name} was trained on {role} {trained_on[:20]}…, but {role} here is "
                     f"{here[role][:20]}…: use parts of one pipeline run"
                 )
+    for name, artifact in artifacts.items():
+        for role in PARENTS.get(name, ()):
+            if role not in artifact.lineage.parents:
+                raise ArtifactError(f"{where}: {name} has no recorded parent {role}: train it again")

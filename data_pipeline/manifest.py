@@ -72,10 +72,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}…"
 
 
-def dataset_fingerprint(clip_ids: NDArray[np.int64], vae_fingerprint: str, text_identity: str) -> str:
-    """sha256 (hex) over the sorted clip ids, the VAE and the text encoder."""
+def dataset_fingerprint(clip_ids: NDArray[np.int64], key: str) -> str:
+    """sha256 (hex) over the clips kept (sorted ids) and the settings' key: captions, sizes, VAE and text encoder."""
     digest = hashlib.sha256(np.sort(clip_ids).astype("<i8").tobytes())
-    digest.update(f"\0{vae_fingerprint}\0{text_identity}".encode())
+    digest.update(f"\0{key}".encode())
     return digest.hexdigest()
 
 

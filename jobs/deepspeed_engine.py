@@ -15,6 +15,7 @@ from torch import nn
 
 from arlon_ray.config import TrainingConfig
 from arlon_ray.training.engine import Losses, NonFiniteError, Stage, autocast, build_objective, floats, to_device
+from arlon_ray.training.loop import TrainingError
 from arlon_ray.training.optimizer import clipped_parameters, muon_update, parameter_groups, set_learning_rates
 
 TAG = "engine"
@@ -81,11 +82,14 @@ class DeepSpeedEngine:
         self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        """See Engine. Raises FileNotFoundError where DeepSpeed finds nothing to load."""
+        """See Engine. Raises TrainingError: what DeepSpeed has half loaded must not be trained on."""
         # Frozen parts are not in the checkpoint, hence not strict; the key of the checkpoint vouches for the rest.
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        except Exception as error:
+            raise TrainingError(f"the checkpoint {folder} is damaged: {error}; remove it and run again") from None
         if path is None:
-            raise FileNotFoundError(f"no DeepSpeed checkpoint in {folder}")
+            raise TrainingError(f"no DeepSpeed checkpoint in {folder}; remove it and run again")
 
 
 def _settings(training: TrainingConfig, world: int) -> dict[str, Any]:

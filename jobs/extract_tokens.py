@@ -133,7 +133,7 @@ def _prepare(output: Path, there: TokenManifest | None, settings: dict[str, Any]
         )
     if output.exists():
         # only what this job writes: the folder may be the user's own
-        for path in [*output.glob("*.parquet"), output / MANIFEST]:
+        for path in [output / MANIFEST, *output.glob("*.parquet")]:
             path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_json(marker, settings)

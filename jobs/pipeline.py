@@ -15,10 +15,12 @@ from typing import Any
 from arlon_ray.artifact import ArtifactError, load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
-from jobs.command_line import existing, output_folder, parser, read_config, run
+from data_pipeline.sources import find_sources
+from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
 from jobs.extract_tokens import run_extract_tokens
 from jobs.preprocess import run_preprocess
 from jobs.ray_session import connect
+from jobs.ray_training import check_workers
 from jobs.render_samples import run_render_samples
 from jobs.serve_demo import DEMO_PROMPTS, serve_demo
 from jobs.stage_runs import Role, StageOutcome, run_ar, run_codec, run_dit, run_vae
@@ -54,8 +56,23 @@ class Pipeline:
         self.config, self.source, self.output = config, source, output
         self.tracking, self.ledger = Tracking(config, output), Ledger()
 
+    def check(self) -> None:
+        """Find bad input before Ray starts. Raises InputError or ArtifactError."""
+        config = self.config
+        if self.source is not None and not find_sources(self.source):
+            raise InputError(f"--input {self.source}: no video files (.mp4, .mkv, .webm, …)")
+        if not config.vae.train:
+            vae = load_artifact(existing(str(config.vae.init), "vae.init"), "vae")
+            if (found := vae.config["latent_channels"]) != config.vae.latent_channels:
+                raise InputError(f"vae.latent_channels={config.vae.latent_channels}, but {vae.path} has {found}")
+        fine, coarse = config.vqvae.fine.training, config.vqvae.coarse.training
+        stages = {"vqvae_fine": fine, "vqvae_coarse": coarse, "ar": config.ar.training, "dit": config.dit.training}
+        for name, training in stages.items():
+            check_workers(name, training, config)
+
     def run(self) -> None:
         """All stages, in one Ray session and under one MLflow run."""
+        self.check()
         key = config_fingerprint(self.config)
         with connect(self.config), self.tracking.pipeline("pipeline", key=key):
             bundle = self.train()
@@ -162,7 +179,8 @@ class Pipeline:
             f"  make serve BUNDLE={os.path.relpath(bundle)}        # then open the URL that it prints",
             f"  .venv/bin/python jobs/generate.py --bundle {os.path.relpath(bundle)} --prompt {prompt!r} --segments 6",
             f"  .venv/bin/mlflow ui --backend-store-uri {self.tracking.uri}",
-            "  RAY_AUTH_MODE=token .venv/bin/ray job submit --working-dir . -- python jobs/train_dit.py --help",
+            "  export RAY_AUTH_MODE=token; .venv/bin/ray start --head     # then, on that cluster:",
+            "  .venv/bin/ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/pipeline.py",
         ])  # fmt: skip
 
 
@@ -171,6 +189,11 @@ def _text_only(config: Config) -> Config:
     dit = config.dit.model_copy(
         update={
             "injection": config.dit.injection.model_copy(update={"enabled": False}),
+            "train_only": "all",
+            # without tokens these have no effect: left at fixed values, a change of theirs trains no new base
+            "coarse_probability": 0.0,
+            "uncertainty_probability": 0.0,
+            "token_dropout": 0.0,
             "training": config.dit.training.model_copy(update={"steps": config.dit.base_steps}),
         }
     )

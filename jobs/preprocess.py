@@ -112,6 +112,8 @@ def _refuse_other_settings(
     other = there.settings if there is not None else under_way
     if overwrite:
         if other is not None and other != settings:
+            # the manifest goes first: without it nothing takes what is left for a finished dataset
+            (output / MANIFEST).unlink(missing_ok=True)
             for name in ("latents", "tokens"):
                 shutil.rmtree(output / name, ignore_errors=True)
         return
@@ -155,7 +157,7 @@ def _finish(
         schema_version=SCHEMA_VERSION,
         key=settings_key(settings),
         settings=settings,
-        fingerprint=dataset_fingerprint(kept["clip_id"].to_numpy(), vae_fingerprint, text_identity),
+        fingerprint=dataset_fingerprint(kept["clip_id"].to_numpy(), settings_key(settings)),
         vae_fingerprint=vae_fingerprint,
         rows=len(kept),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

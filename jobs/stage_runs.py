@@ -20,8 +20,9 @@ from arlon_ray.training.stages.vae import VaeStage
 from data_pipeline.manifest import DatasetManifest, TokenManifest, read_manifest, settings_key
 from data_pipeline.pixels import PixelClips
 from data_pipeline.reader import BucketBatches, LatentDataset
+from data_pipeline.sources import find_sources
 from jobs.command_line import InputError
-from jobs.ray_training import check_workers, train_stage
+from jobs.ray_training import StageFactory, check_workers, train_stage
 from jobs.tracking import Tracking
 
 Role = Literal["fine", "coarse"]
@@ -41,14 +42,56 @@ def report(outcome: StageOutcome) -> None:
     print(f"{'nothing to do, it is there' if outcome.skipped else 'done'}: {outcome.artifact.path}  {figures}")
 
 
+@dataclass(frozen=True)
+class StagePlan:
+    """What `_run` needs to know of one stage. `arguments` go to the factory in every worker."""
+
+    name: str
+    kind: str
+    factory: StageFactory
+    arguments: dict[str, Any]
+    training: TrainingConfig
+    #: All that determines the result; its sha256 is the stage's key.
+    settings: dict[str, Any]
+    parents: dict[str, str]
+
+
+def _run(plan: StagePlan, config: Config, output: Path, tracking: Tracking | None) -> StageOutcome:
+    check_workers(plan.name, plan.training, config)
+    key = settings_key({"stage": plan.name, "parents": plan.parents, **plan.settings})
+    if there := finished(output, plan.kind, key):
+        return StageOutcome(there, skipped=True)
+    # what the workers would find wrong with the data is found here first, before anything starts
+    if plan.factory is not build_vae:
+        _batches(config, plan.training, plan.arguments["dataset"], plan.parents, plan.arguments.get("tokens"))
+    artifact = train_stage(
+        plan.name,
+        plan.factory,
+        {"config": config, **plan.arguments},
+        config=config,
+        training=plan.training,
+        output=output,
+        key=key,
+        tracking=tracking,
+        parents=plan.parents,
+    )
+    return StageOutcome(artifact, skipped=False)
+
+
 def run_vae(
     config: Config, inputs: Sequence[tuple[Path, float]], output: Path, tracking: Tracking | None = None
 ) -> StageOutcome:
-    """Train the small VAE on the videos of weighted folders."""
-    files = sorted((path.name, path.stat().st_size) for folder, _ in inputs for path in folder.rglob("*.*"))
-    settings = {"stage": "vae", "config": config_fingerprint(config.vae, config.video), "files": files}
-    arguments = {"config": config, "inputs": [(str(folder), weight) for folder, weight in inputs]}
-    return _run("vae", "vae", build_vae, arguments, config, config.vae.training, output, settings, {}, tracking)
+    """Train the small VAE on the videos of weighted folders. Raises InputError if one of them holds no video."""
+    files = []
+    for folder, weight in inputs:
+        found = sorted([source.name, source.size, source.identity] for source in find_sources(folder))
+        if not found:
+            raise InputError(f"--input {folder}: no video files (.mp4, .mkv, .webm, …)")
+        files.append([weight, found])
+    settings = {"config": config_fingerprint(config.vae, config.video), "seed": config.seed, "inputs": files}
+    arguments = {"inputs": [(str(folder), weight) for folder, weight in inputs]}
+    plan = StagePlan("vae", "vae", build_vae, arguments, config.vae.training, settings, {})
+    return _run(plan, config, output, tracking)
 
 
 def run_codec(
@@ -56,12 +99,11 @@ def run_codec(
 ) -> StageOutcome:
     """Train the fine or the coarse latent VQ-VAE."""
     codec = getattr(config.vqvae, role)
-    parents = _dataset_parents(dataset, vae)
-    settings = {"stage": f"vqvae_{role}", "config": config_fingerprint(codec), "seed": config.seed, "parents": parents}
-    arguments = {"config": config, "role": role, "dataset": dataset, "vae": vae, "parents": parents}
-    return _run(
-        f"vqvae_{role}", "codec", build_codec, arguments, config, codec.training, output, settings, parents, tracking
-    )
+    parents = check_dataset(dataset, vae)
+    settings = {"config": config_fingerprint(codec), "seed": config.seed}
+    arguments = {"role": role, "dataset": dataset, "vae": vae, "parents": parents}
+    plan = StagePlan(f"vqvae_{role}", "codec", build_codec, arguments, codec.training, settings, parents)
+    return _run(plan, config, output, tracking)
 
 
 def run_ar(
@@ -74,24 +116,15 @@ def run_ar(
     tracking: Tracking | None = None,
 ) -> StageOutcome:
     """Train the AR on the fine tokens."""
-    parents = _dataset_parents(dataset, vae) | _token_parents(tokens)
+    parents = check_dataset(dataset, vae) | _token_parents(tokens)
     _expect(codec_fine, "codec", parents["codec_fine"], f"{tokens}: made by the fine codec")
     if config.ar.init:
         parents["ar_init"] = load_artifact(config.ar.init, "ar").fingerprint
-    settings = {
-        "stage": "ar",
-        "config": config_fingerprint(config.ar, config.segment, config.text),
-        "seed": config.seed,
-        "parents": parents,
-    }
-    arguments = {
-        "config": config,
-        "dataset": dataset,
-        "tokens": tokens,
-        "paths": ArPaths(codec_fine, vae),
-        "parents": parents,
-    }
-    return _run("ar", "ar", build_ar, arguments, config, config.ar.training, output, settings, parents, tracking)
+    settings = {"config": config_fingerprint(config.ar, config.segment, config.text), "seed": config.seed}
+    paths = ArPaths(codec_fine, vae)
+    arguments = {"dataset": dataset, "tokens": tokens, "paths": paths, "parents": parents}
+    plan = StagePlan("ar", "ar", build_ar, arguments, config.ar.training, settings, parents)
+    return _run(plan, config, output, tracking)
 
 
 def run_dit(
@@ -104,9 +137,9 @@ def run_dit(
     tracking: Tracking | None = None,
 ) -> StageOutcome:
     """Train the DiT, guided by tokens; with `dit.injection.enabled=false` the text-only one, which needs no tokens."""
-    parents = _dataset_parents(dataset, vae)
-    paths = DitPaths(vae)
-    if config.dit.injection.enabled:
+    parents, paths = check_dataset(dataset, vae), DitPaths(vae)
+    guided = config.dit.injection.enabled
+    if guided:
         if tokens is None or codecs is None:
             raise InputError("semantic injection needs --tokens and both codecs; or set dit.injection.enabled=false")
         parents |= _token_parents(tokens)
@@ -115,51 +148,11 @@ def run_dit(
         paths = DitPaths(vae, *codecs)
     if config.dit.init:
         parents["dit_init"] = load_artifact(config.dit.init, "dit").fingerprint
-    settings = {
-        "stage": "dit",
-        "config": config_fingerprint(config.dit, config.segment, config.video, config.text),
-        "seed": config.seed,
-        "parents": parents,
-    }
-    arguments = {
-        "config": config,
-        "dataset": dataset,
-        "tokens": tokens if config.dit.injection.enabled else None,
-        "paths": paths,
-        "parents": parents,
-    }
-    name = "dit" if config.dit.injection.enabled else "dit_base"
-    return _run(name, "dit", build_dit, arguments, config, config.dit.training, output, settings, parents, tracking)
-
-
-def _run(
-    name: str,
-    kind: str,
-    factory: Any,
-    arguments: dict[str, Any],
-    config: Config,
-    training: TrainingConfig,
-    output: Path,
-    settings: dict[str, Any],
-    parents: dict[str, str],
-    tracking: Tracking | None,
-) -> StageOutcome:
-    check_workers(name, training, config)
-    key = settings_key(settings)
-    if there := finished(output, kind, key):
-        return StageOutcome(there, skipped=True)
-    artifact = train_stage(
-        name,
-        factory,
-        arguments,
-        config=config,
-        training=training,
-        output=output,
-        key=key,
-        tracking=tracking,
-        parents=parents,
-    )
-    return StageOutcome(artifact, skipped=False)
+    settings = {"config": config_fingerprint(config.dit, config.segment, config.video), "seed": config.seed}
+    arguments = {"dataset": dataset, "tokens": tokens if guided else None, "paths": paths, "parents": parents}
+    name = "dit" if guided else "dit_base"
+    plan = StagePlan(name, "dit", build_dit, arguments, config.dit.training, settings, parents)
+    return _run(plan, config, output, tracking)
 
 
 def build_vae(config: Config, inputs: Sequence[tuple[str, float]]) -> Stage:
@@ -206,7 +199,8 @@ def _batches(
     )
 
 
-def _dataset_parents(dataset: Path, vae: Path) -> dict[str, str]:
+def check_dataset(dataset: Path, vae: Path) -> dict[str, str]:
+    """The dataset's parents. Raises ArtifactError or InputError if it is unfinished, or another VAE's."""
     manifest = read_manifest(dataset, DatasetManifest)
     _expect(vae, "vae", manifest.vae_fingerprint, f"{dataset}: encoded by the VAE")
     return {"dataset": manifest.fingerprint, "vae": manifest.vae_fingerprint, "text": manifest.text_identity}

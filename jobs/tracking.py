@@ -197,8 +197,11 @@ class TrackedRun:
         def log(client: Any) -> None:
             from mlflow.entities import Param
 
-            for start in range(0, len(flat), BATCH_PARAMS):
-                part = [Param(name, value[:VALUE_CHARACTERS]) for name, value in flat[start : start + BATCH_PARAMS]]
+            # a run that goes on keeps the parameters it began with: MLflow refuses to change one
+            known = client.get_run(self.run_id).data.params
+            new = [(name, value) for name, value in flat if name not in known]
+            for start in range(0, len(new), BATCH_PARAMS):
+                part = [Param(name, value[:VALUE_CHARACTERS]) for name, value in new[start : start + BATCH_PARAMS]]
                 client.log_batch(self.run_id, params=part)
             client.log_dict(self.run_id, resolved, "config.json")
 

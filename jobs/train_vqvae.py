@@ -6,7 +6,7 @@ from typing import cast
 
 from jobs.command_line import existing, output_folder, parser, read_config, run
 from jobs.ray_session import connect
-from jobs.stage_runs import Role, report, run_codec
+from jobs.stage_runs import Role, check_dataset, report, run_codec
 from jobs.tracking import Tracking
 
 
@@ -20,6 +20,7 @@ def main() -> None:
     config = read_config(arguments)
     dataset = existing(arguments.dataset, "--dataset")
     vae = existing(arguments.vae or str(config.vae.init), "--vae")
+    check_dataset(dataset, vae)
     output = output_folder(arguments)
     tracking = Tracking(config, output)
     roles = ("fine", "coarse") if arguments.role == "both" else (arguments.role,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 
 from arlon_ray.artifact import ArtifactError, finished, load_artifact, save_artifact, whole_folder
 from arlon_ray.bundle import load_bundle, save_bundle
+from arlon_ray.models.ar import load_ar
+from arlon_ray.models.codec import load_codec
+from arlon_ray.models.dit import load_dit
+from arlon_ray.models.vae import load_vae
 from tests.bundles import make_random_bundle, make_random_parts, small_config
 
 
@@ -86,4 +91,100 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     manifest["config"]["dit"]["depht"] = 3
     (path / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="unusable configuration"):
+        load_bundle(path)
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', '{"kind": "ar"}', '{"kind": "ar", "fingerprint": 3}'])
+def test_a_lineage_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    make(tmp_path / "x")
+    (tmp_path / "x" / "lineage.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"damaged lineage\.json"):
+        load_artifact(tmp_path / "x", "ar")
+
+
+LOADERS = {"vae": load_vae, "codec_fine": load_codec, "ar": load_ar, "dit": load_dit}
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_bundle(tmp_path_factory.mktemp("made") / "bundle")
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("vae", {"width": 24}, "size mismatch"),
+        ("vae", {"width": -1}, "width: Input should be greater"),
+        ("codec_fine", {"code_dim": 3}, "size mismatch"),
+        ("codec_fine", None, "'latent_channels' is missing"),
+        ("ar", {"layers": 3}, "Missing key"),
+        ("ar", None, "'codebook_size' is missing"),
+        ("dit", {"hiden_size": 3}, "hiden_size: Extra inputs"),
+        ("dit", {"depth": 1}, "Unexpected key"),
+    ],
+)
+def test_settings_that_do_not_fit_end_in_one_line(
+    tmp_path: Path, bundle_path: Path, name: str, changes: dict | None, message: str
+) -> None:
+    folder = Path(shutil.copytree(bundle_path.parent / "bundle-parts" / name, tmp_path / name))
+    if changes is None:
+        (folder / "config.json").write_text("{}")
+    else:
+        change_json(folder / "config.json", **changes)
+    with pytest.raises(ArtifactError) as raised:
+        LOADERS[name](folder)
+    assert str(folder) in str(raised.value) and message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"[[1, 2]]", b"null", b"\xff\xfe"])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, bundle_path: Path, content: bytes) -> None:
+    path = Path(shutil.copytree(bundle_path, tmp_path / "bundle"))
+    (path / "bundle.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"damaged bundle\.json"):
+        load_bundle(path)
+
+
+def forget(name: str) -> Callable[[dict], None]:
+    return lambda parts: parts.pop(name) and None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda parts: parts.update(dit="0123456789abcdef"),
+            r"dit here is \w{12}…, but bundle.json records 0123456789ab…",
+        ),
+        (forget("ar"), r"ar is here, but bundle\.json does not list it"),
+        (lambda parts: parts.update(dit_base="0" * 64), "lists dit_base, but it is missing"),
+    ],
+)
+def test_an_exchanged_part_is_refused(
+    tmp_path: Path, bundle_path: Path, change: Callable[[dict], None], message: str
+) -> None:
+    path = Path(shutil.copytree(bundle_path, tmp_path / "bundle"))
+    parts = json.loads((path / "bundle.json").read_text())["parts"]
+    change(parts)
+    change_json(path / "bundle.json", parts=parts)
+    with pytest.raises(ArtifactError, match=message):
+        load_bundle(path)
+
+
+@pytest.mark.parametrize(
+    "name, folder, role",
+    [("ar", "ar", "text"), ("ar", "ar", "codec_fine"), ("dit", "dit", "codec_coarse"),
+     ("codec_coarse", "vqvae/coarse", "vae")],
+)  # fmt: skip
+def test_a_part_without_its_parents_is_refused(
+    tmp_path: Path, bundle_path: Path, name: str, folder: str, role: str
+) -> None:
+    path = Path(shutil.copytree(bundle_path, tmp_path / "bundle"))
+    parents = json.loads((path / folder / "lineage.json").read_text())["parents"]
+    del parents[role]
+    change_json(path / folder / "lineage.json", parents=parents)
+    with pytest.raises(ArtifactError, match=f"{name} has no recorded parent {role}"):
         load_bundle(path)

@@ -1,6 +1,6 @@
 """Typed, frozen configuration. `load_config("tiny", ["dit.training.steps=100"])` is the only way in."""
 
-from arlon_ray.config.load import ConfigError, config_fingerprint, load_config, preset_names
+from arlon_ray.config.load import ConfigError, config_fingerprint, load_config, override, preset_names
 from arlon_ray.config.models import (
     GROUP_FRAMES,
     GROUP_LATENTS,
@@ -48,5 +48,6 @@ __all__ = [
     "VqvaeConfig",
     "config_fingerprint",
     "load_config",
+    "override",
     "preset_names",
 ]

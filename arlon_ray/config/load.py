@@ -32,9 +32,17 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, with one line that names the key, what was found and what was expected.
     """
-    raw = _read(source)
-    for override in overrides:
-        _apply(raw, override)
+    return _validated(_read(source), overrides)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `overrides` ("dotted.key=value", YAML values) applied. Raises ConfigError as `load_config` does."""
+    return _validated(config.model_dump(mode="json"), overrides)
+
+
+def _validated(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
+    for text in overrides:
+        _apply(raw, text)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -58,15 +66,18 @@ def _effective(value: Any) -> Any:
 
 
 def _read(source: str) -> dict[str, Any]:
-    if source in preset_names():
-        text = (resources.files("arlon_ray.config") / "presets" / f"{source}.yaml").read_text()
-    elif Path(source).is_file():
-        text = Path(source).read_text()
-    else:
-        raise ConfigError(f"--config {source}: neither a file nor one of the presets {', '.join(preset_names())}")
+    try:
+        if source in preset_names():
+            text = (resources.files("arlon_ray.config") / "presets" / f"{source}.yaml").read_text()
+        elif Path(source).is_file():
+            text = Path(source).read_text()
+        else:
+            raise ConfigError(f"--config {source}: neither a file nor one of the presets {', '.join(preset_names())}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {source}: cannot be read: {' '.join(str(error).split())}") from None
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise ConfigError(f"--config {source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--config {source}: expected a mapping of sections, found {type(raw).__name__}")
@@ -85,7 +96,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {part} is a value, not a section")
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"--set {override}: the value is not valid YAML") from None
     # YAML 1.1 reads 1e-3 as text; a number was meant
     if isinstance(node[last], str):

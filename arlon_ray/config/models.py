@@ -88,6 +88,8 @@ class CodecConfig(Section):
     def _no_reach_across_groups(self) -> CodecConfig:
         if self.patch[0] not in (1, GROUP_LATENTS):
             raise ValueError(f"patch[0]={self.patch[0]} must be 1 or {GROUP_LATENTS}: no token reaches across groups")
+        if min(self.patch) < 1:
+            raise ValueError(f"patch={list(self.patch)} must be 1 or more in each direction")
         return self
 
 
@@ -116,6 +118,8 @@ class ArConfig(Section):
     def _heads_divide(self) -> ArConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim={self.dim} must be an even multiple of heads={self.heads}")
+        if self.dim % 4:
+            raise ValueError(f"dim={self.dim} must be a multiple of 4 (sines and cosines of two position tables)")
         return self
 
 
@@ -162,4 +166,8 @@ class DitConfig(Section):
     def _heads_divide(self) -> DitConfig:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(f"hidden_size={self.hidden_size} must be an even multiple of num_heads={self.num_heads}")
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 4 (sines and cosines of rows and columns)"
+            )
         return self

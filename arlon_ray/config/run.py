@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,7 @@ class DataConfig(Section):
     """Raw video to latents. `bucket_groups` are the clip lengths kept, in 17-frame groups."""
 
     sample_videos: int = Field(2000, ge=1, description="videos that the pipeline renders when it is given none")
-    bucket_groups: tuple[int, ...] = (2, 3, 4)
+    bucket_groups: tuple[Annotated[int, Field(ge=1)], ...] = Field((2, 3, 4), min_length=1)
     max_clips_per_video: int = Field(64, ge=1)
     decode_threads: int = Field(1, ge=1)
     encode_batch: int = Field(16, ge=1, description="clips of one VAE batch")
@@ -97,7 +97,7 @@ class Config(Section):
     """The whole configuration of every job."""
 
     name: str = "custom"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     video: VideoConfig = VideoConfig()
     segment: SegmentConfig = SegmentConfig()
@@ -132,6 +132,13 @@ class Config(Section):
         for name, size in (("video.height", self.video.height), ("video.width", self.video.width)):
             if size % 8:
                 raise ValueError(f"{name}={size} must be a multiple of 8 (one latent is 8×8 pixels)")
+        height, width = self.latent_grid
+        for role, codec in (("fine", self.vqvae.fine), ("coarse", self.vqvae.coarse)):
+            if height % codec.patch[1] or width % codec.patch[2]:
+                raise ValueError(
+                    f"video.height={self.video.height} and video.width={self.video.width} give a latent grid of "
+                    f"{height}×{width}, which vqvae.{role}.patch={list(codec.patch)} does not divide"
+                )
         return self
 
     @property

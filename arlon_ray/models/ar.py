@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arlon_ray.artifact import load_artifact
+from arlon_ray.artifact import building, load_artifact
 from arlon_ray.config import ArConfig
 from arlon_ray.models.layers import RMSNorm, attend, rotate, sinusoidal
 
@@ -190,9 +190,10 @@ def grid_coordinates(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
 def load_ar(path: str | Path, device: str | torch.device = "cpu") -> ArTransformer:
     """The AR at `path`, frozen, in evaluation mode. Raises ArtifactError."""
     artifact = load_artifact(path, "ar")
-    settings = dict(artifact.config)
-    sizes = {name: settings.pop(name) for name in ("codebook_size", "text_dim", "max_text")}
-    with torch.device("meta"):
-        ar = ArTransformer(ArConfig.model_validate(settings), **sizes)
-    ar.load_state_dict(artifact.tensors(device), assign=True)
+    settings, tensors = dict(artifact.config), artifact.tensors(device)
+    with building(artifact):
+        sizes = {name: settings.pop(name) for name in ("codebook_size", "text_dim", "max_text")}
+        with torch.device("meta"):
+            ar = ArTransformer(ArConfig.model_validate(settings), **sizes)
+        ar.load_state_dict(tensors, assign=True)
     return ar.eval().requires_grad_(False)

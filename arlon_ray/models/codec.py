@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arlon_ray.artifact import load_artifact
+from arlon_ray.artifact import building, load_artifact
 from arlon_ray.config import GROUP_LATENTS, CodecConfig
 
 
@@ -113,9 +113,10 @@ class LatentCodec(nn.Module):
 def load_codec(path: str | Path, device: str | torch.device = "cpu") -> LatentCodec:
     """The codec at `path`, frozen, in evaluation mode. Raises ArtifactError."""
     artifact = load_artifact(path, "codec")
-    settings = dict(artifact.config)
-    channels = settings.pop("latent_channels")
-    with torch.device("meta"):
-        codec = LatentCodec(CodecConfig.model_validate(settings), channels)
-    codec.load_state_dict(artifact.tensors(device), assign=True)
+    settings, tensors = dict(artifact.config), artifact.tensors(device)
+    with building(artifact):
+        channels = settings.pop("latent_channels")
+        with torch.device("meta"):
+            codec = LatentCodec(CodecConfig.model_validate(settings), channels)
+        codec.load_state_dict(tensors, assign=True)
     return codec.eval().requires_grad_(False)

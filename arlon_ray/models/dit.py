@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arlon_ray.artifact import load_artifact
+from arlon_ray.artifact import building, load_artifact
 from arlon_ray.config import DitConfig
 from arlon_ray.models.injection import SemanticInjection
 from arlon_ray.models.layers import (
@@ -243,7 +243,9 @@ class STDiT3(nn.Module):
 def load_dit(path: str | Path, device: str | torch.device = "cpu") -> STDiT3:
     """The DiT at `path`, frozen, in evaluation mode. Raises ArtifactError."""
     artifact = load_artifact(path, "dit")
-    with torch.device("meta"):
-        dit = STDiT3(DitConfig.model_validate(artifact.config))
-    dit.load_state_dict(artifact.tensors(device), assign=True)
+    tensors = artifact.tensors(device)
+    with building(artifact):
+        with torch.device("meta"):
+            dit = STDiT3(DitConfig.model_validate(artifact.config))
+        dit.load_state_dict(tensors, assign=True)
     return dit.eval().requires_grad_(False)

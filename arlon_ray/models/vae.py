@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arlon_ray.artifact import load_artifact
+from arlon_ray.artifact import building, load_artifact
 from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, VaeConfig
 
 TIME_FOLD, SPACE_FOLD, SPACE_FACTOR = 4, 4, 8
@@ -178,7 +178,9 @@ class FoldedVAE(nn.Module):
 def load_vae(path: str | Path, device: str | torch.device = "cpu") -> FoldedVAE:
     """The VAE at `path`, frozen, in evaluation mode. Raises ArtifactError."""
     artifact = load_artifact(path, "vae")
-    with torch.device("meta"):
-        vae = FoldedVAE(VaeConfig.model_validate(artifact.config))
-    vae.load_state_dict(artifact.tensors(device), assign=True)
+    tensors = artifact.tensors(device)
+    with building(artifact):
+        with torch.device("meta"):
+            vae = FoldedVAE(VaeConfig.model_validate(artifact.config))
+        vae.load_state_dict(tensors, assign=True)
     return vae.eval().requires_grad_(False)

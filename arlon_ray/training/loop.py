@@ -141,6 +141,8 @@ class _Run:
         for folder in self.checkpoints.newest_first():
             try:
                 self._load(folder)
+            except TrainingError:
+                raise
             # A damaged file shows itself as one of many errors, depending on where it was cut.
             except Exception as error:
                 self.report_line(f"checkpoint {folder} cannot be read ({error}); trying the one before")
@@ -150,6 +152,11 @@ class _Run:
 
     def _load(self, folder: Path) -> None:
         progress = read_progress(folder)
+        if progress["world"] != self.engine.world:
+            raise TrainingError(
+                f"{self.stage.name}: the checkpoint {folder} is of {progress['world']} workers, this run has "
+                f"{self.engine.world}: set cluster.num_workers={progress['world']}, or remove the checkpoint"
+            )
         step, window = int(progress["step"]), Window(**progress["window"])
         average = None
         if self.average:
@@ -168,7 +175,7 @@ class _Run:
             if self.engine.rank == 0:
                 if self.average:
                     torch.save(self.average.state_dict(), folder / AVERAGE_FILE)
-                progress = {"step": self.step, "stage": self.stage.name, "key": self.key, "window": window.__dict__}
+                progress = {"step": self.step, "key": self.key, "world": self.engine.world, "window": window.__dict__}
                 write_json(folder / PROGRESS_FILE, progress)
 
         folder = self.checkpoints.write(self.step, fill, values)
@@ -231,7 +238,11 @@ def run_stage(
     """
     run, training = _Run(stage, engine, reporter, checkpoints, key), stage.training
     run.resume()
-    latest: dict[str, float] = {}
+    if engine.average({"step": float(run.step)})["step"] != run.step:
+        raise TrainingError(
+            f"{stage.name}: the workers found different checkpoints; remove the damaged one and run again"
+        )
+    latest: dict[str, float] = run.window.means() if run.window.steps else {}
     while run.step < training.steps:
         run.one_step()
         last = run.step == training.steps

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from arlon_ray.config import Config, ConfigError, config_fingerprint, load_config, preset_names
+from arlon_ray.config import Config, ConfigError, config_fingerprint, load_config, override, preset_names
 
 
 def test_every_preset_loads_and_is_frozen() -> None:
@@ -37,6 +37,20 @@ def test_overrides_are_typed_yaml() -> None:
         ("video.height=60", "multiple of 8"),
         ("name.x=1", "name is a value, not a section"),
         ("no_value", "expected dotted.key=value"),
+        ("data.bucket_groups=[2, 0]", "data.bucket_groups.1=0: Input should be greater than or equal to 1"),
+        ("data.bucket_groups=[]", "at least 1 item"),
+        ("seed=-1", "seed=-1: Input should be greater than or equal to 0"),
+        ("dit={hidden_size: 18, num_heads: 1}", "hidden_size=18 must be a multiple of 4"),
+        ("ar={dim: 18, heads: 1}", "dim=18 must be a multiple of 4"),
+        ("video.width=80", "video.width=80 give a latent grid of 8×10, which vqvae.coarse.patch=[1, 4, 4] does not"),
+        ("vqvae.fine.patch=[1, 3, 2]", "vqvae.fine.patch=[1, 3, 2] does not divide"),
+        ("vqvae.fine.patch=[1, 0, 2]", "patch=[1, 0, 2] must be 1 or more"),
+        ("dit.training.steps=true", "dit.training.steps=True: Input should be a number"),
+        ("video.fps=true", "video.fps=True: Input should be a number"),
+        ("dit.training.zero_stage=true", "dit.training.zero_stage=True: Input should be a number"),
+        ("vqvae.fine.patch=[true, 2, 2]", "Input should be a number"),
+        ("dit={training: {steps: '5'}}", "dit.training.steps='5': Input should be a whole number"),
+        ("seed=2001-99-99", "not valid YAML"),
     ],
 )
 def test_bad_overrides_name_the_key_in_one_line(override: str, message: str) -> None:
@@ -44,6 +58,28 @@ def test_bad_overrides_name_the_key_in_one_line(override: str, message: str) -> 
         load_config("tiny", [override])
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_whole_numbers_pass_for_floats_and_lists_for_tuples() -> None:
+    config = load_config("tiny", ["video.fps=8", "dit.training.betas=[0, 0.5]", "dit.training={learning_rate: 1e-4}"])
+    assert config.video.fps == 8.0 and config.dit.training.learning_rate == 1e-4
+    assert load_config("tiny", ["data.bucket_groups=[2]"]).data.bucket_groups == (2,)
+
+
+def test_override_changes_a_configuration_that_is_there() -> None:
+    config = override(load_config("tiny"), ["seed=3", "vae.train=true"])
+    assert config == load_config("tiny", ["seed=3", "vae.train=true"])
+    with pytest.raises(ConfigError, match="did you mean seed"):
+        override(config, ["seeed=3"])
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(bytes(range(128, 256)))
+    for source in (str(path), "x" * 5000):
+        with pytest.raises(ConfigError, match="cannot be read") as raised:
+            load_config(source)
+        assert "\n" not in str(raised.value)
 
 
 def test_files_and_missing_files(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def write_dataset(folder: Path, buckets: dict[str, int], row_group: int = 4, tok
         )
         ids += range(next_id, next_id + count)
         next_id += count
-    fingerprint = dataset_fingerprint(np.array(ids), "a" * 64, "text:1")
+    fingerprint = dataset_fingerprint(np.array(ids), "a" * 64)
     common = {
         "schema_version": SCHEMA_VERSION,
         "settings": {},

@@ -15,9 +15,8 @@ from serve.work import Job, Latents, Permit, Timed, Tokens
 
 def small_config(*overrides: str) -> Config:
     """16×16 pixels, segments of two groups, one of them overlap."""
-    return load_config(
-        "tiny", ["video.height=16", "video.width=16", "segment.groups=2", "segment.overlap_groups=1", *overrides]
-    )
+    small = ["video.height=16", "video.width=16", "vqvae.coarse.patch=[1, 2, 2]"]
+    return load_config("tiny", [*small, "segment.groups=2", "segment.overlap_groups=1", *overrides])
 
 
 class FakeStages:

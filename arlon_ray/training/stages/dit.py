@@ -74,7 +74,7 @@ class DitObjective(nn.Module):
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
-        return Losses((error * noisy).sum() / noisy.sum(), {"gate": self._gate(condition.injection, x0)})
+        return Losses((error * noisy).sum() / noisy.sum().clamp(min=1), {"gate": self._gate(condition.injection, x0)})
 
     def _segment(
         self, batch: dict[str, Any], generator: torch.Generator | None
