@@ -1,21 +1,32 @@
-"""17-frame groups of pixels for training a VAE: decoded once, kept in a bounded cache, cropped at random."""
+"""17-frame groups of pixels for training a VAE: decoded once, kept in a bounded cache, cropped at random.
+
+Files that hold no usable video never end a training: they are left out, and named once.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import GROUP_FRAMES, VideoConfig
-from arlon_ray.generation.video import read_video
+from data_pipeline.schema import NO_VIDEO, TOO_SHORT, UNREADABLE, one_line
+from data_pipeline.sources import VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+TOO_SMALL = "too small"
+#: Frames that are read of one file, from its start: an hour of video must not fill the memory.
+MOST_FRAMES = 600
+PROBE_THREADS = 8
+#: Files named in one line.
+NAMED_FILES = 3
 
 
 class PixelClips:
@@ -27,34 +38,60 @@ class PixelClips:
     def __init__(
         self, folders: Sequence[tuple[Path, float]], video: VideoConfig, held_out: int, cache_bytes: int
     ) -> None:
-        """Raises ArtifactError if a folder has no video left for training."""
+        """Opens every file and leaves out, with one line a reason, those that do not fit.
+
+        Raises ArtifactError if a folder has no usable video.
+        """
         self.video, self.cache_bytes = video, cache_bytes
         self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
-        listed = [(sorted(p for p in folder.rglob("*") if p.suffix in VIDEO_SUFFIXES), w) for folder, w in folders]
-        most = max(range(len(listed)), key=lambda i: len(listed[i][0]))
-        by_hash = sorted(listed[most][0], key=lambda p: hashlib.sha256(p.name.encode()).digest())
+        self._broken: set[Path] = set()
+        listed = _usable([_videos(folder) for folder, _ in folders], video)
+        for (folder, _), paths in zip(folders, listed, strict=True):
+            if not paths:
+                raise ArtifactError(
+                    f"{folder}: no video to train on; expected {', '.join(sorted(VIDEO_SUFFIXES))} of at least "
+                    f"{GROUP_FRAMES} frames of {video.width}×{video.height}"
+                )
+        most = max(listed, key=len)
+        by_hash = sorted(most, key=lambda p: hashlib.sha256(p.name.encode(errors="surrogateescape")).digest())
         self._held_out = by_hash[: min(held_out, len(by_hash) // 5)]
         kept_out = set(self._held_out)
-        self._folders = [([p for p in paths if p not in kept_out], weight) for paths, weight in listed]
-        for (folder, _), (paths, _) in zip(folders, self._folders, strict=True):
-            if not paths:
-                raise ArtifactError(f"{folder}: no video to train on ({', '.join(VIDEO_SUFFIXES)})")
+        self._folders = [
+            ([path for path in paths if path not in kept_out], weight)
+            for (_, weight), paths in zip(folders, listed, strict=True)
+        ]
 
     def training(self, seed: int, count: int) -> np.ndarray:
-        """`count` groups drawn with `seed`: uint8 [count, 17, H, W, 3]."""
+        """`count` groups drawn with `seed`: uint8 [count, 17, H, W, 3].
+
+        Raises ArtifactError if every video of a folder has turned out to be broken.
+        """
         rng = np.random.default_rng(seed)
         weights = np.array([weight for _, weight in self._folders])
         folders = rng.choice(len(self._folders), size=count, p=weights / weights.sum())
         return np.stack([self._group(self._folders[i][0], rng) for i in folders])
 
     def held_out(self, count: int) -> np.ndarray:
-        """The first group of each of up to `count` videos that training never sees: uint8 [count, 17, H, W, 3]."""
+        """The first group of each of up to `count` videos that training never sees: uint8 [n, 17, H, W, 3].
+
+        Empty where there are too few videos to keep any out.
+        """
         rng = np.random.default_rng(0)
-        return np.stack([self._cut(self._frames(path), rng, first=True) for path in self._held_out[:count]])
+        read = (self._frames(path) for path in self._held_out[:count])
+        groups = [self._cut(frames, rng, first=True) for frames in read if frames is not None]
+        if not groups:
+            return np.zeros((0, GROUP_FRAMES, self.video.height, self.video.width, 3), np.uint8)
+        return np.stack(groups)
 
     def _group(self, paths: Sequence[Path], rng: np.random.Generator) -> np.ndarray:
-        return self._cut(self._frames(paths[int(rng.integers(len(paths)))]), rng, first=False)
+        # a broken file stays in the list: what a seed draws must not depend on what was drawn before
+        while True:
+            frames = self._frames(paths[int(rng.integers(len(paths)))])
+            if frames is not None:
+                return self._cut(frames, rng, first=False)
+            if self._broken.issuperset(paths):
+                raise ArtifactError(f"{paths[0].parent}: none of the {len(paths)} videos here can be read to its end")
 
     def _cut(self, frames: np.ndarray, rng: np.random.Generator, first: bool) -> np.ndarray:
         height, width = self.video.height, self.video.width
@@ -69,17 +106,20 @@ class PixelClips:
         pooled = crop.reshape(GROUP_FRAMES, height, stride, width, stride, 3).mean((2, 4))
         return pooled.round().astype(np.uint8)
 
-    def _frames(self, path: Path) -> np.ndarray:
+    def _frames(self, path: Path) -> np.ndarray | None:
+        """The file's frames, or None, after one line about it, if it is broken."""
         if path in self._cache:
             self._cache.move_to_end(path)
             return self._cache[path]
-        frames = _shrink(read_video(path), 2 * min(self.video.height, self.video.width))
-        too_small = frames.shape[1] < self.video.height or frames.shape[2] < self.video.width
-        if len(frames) < GROUP_FRAMES or too_small:
-            raise ArtifactError(
-                f"{path}: {len(frames)} frames of {frames.shape[2]}×{frames.shape[1]}: "
-                f"expected at least {GROUP_FRAMES} of {self.video.width}×{self.video.height}"
-            )
+        if path in self._broken:
+            return None
+        try:
+            frames = _read(path, self.video)
+        # a damaged file shows itself as one of many errors, depending on where the damage is
+        except Exception as error:
+            self._broken.add(path)
+            print(f"pixels: {path} left out: {one_line(error)}", flush=True)
+            return None
         self._cache[path] = frames
         self._cached_bytes += frames.nbytes
         while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
@@ -87,12 +127,86 @@ class PixelClips:
         return frames
 
 
-def _shrink(frames: np.ndarray, shortest: int) -> np.ndarray:
-    """Frames [T, H, W, 3] whose shorter side is at most `shortest` (area averaging)."""
+def _videos(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _usable(listed: Sequence[Sequence[Path]], video: VideoConfig) -> list[list[Path]]:
+    """The files of each list that fit. Prints one line for each reason to leave files out."""
+    left_out: dict[str, list[Path]] = {}
+    usable = []
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:
+        for paths in listed:
+            reasons = list(pool.map(lambda path: _unfit(path, video), paths))
+            usable.append([path for path, reason in zip(paths, reasons, strict=True) if not reason])
+            for path, reason in zip(paths, reasons, strict=True):
+                if reason:
+                    left_out.setdefault(reason, []).append(path)
+    for reason, paths in left_out.items():
+        names = [path.name for path in paths[:NAMED_FILES]] + ["…"] * (len(paths) > NAMED_FILES)
+        files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
+        print(f"pixels: {files} left out: {reason} ({one_line(', '.join(names))})", flush=True)
+    return usable
+
+
+def _unfit(path: Path, video: VideoConfig) -> str:
+    """Why the file cannot be used, by its header alone; empty if it can."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                return NO_VIDEO
+            stream = container.streams.video[0]
+            frames = stream.frames or _estimated_frames(container.duration, stream.average_rate)
+            if frames is not None and frames < GROUP_FRAMES:
+                return TOO_SHORT
+            context = stream.codec_context
+            return TOO_SMALL if context.height < video.height or context.width < video.width else ""
+    except Exception:
+        return UNREADABLE
+
+
+def _estimated_frames(duration: int | None, rate: object) -> int | None:
+    """Frames by duration (microseconds) and rate; None where the header does not tell."""
+    if not duration or not rate:
+        return None
+    return round(duration / 1e6 * float(rate))  # type: ignore[arg-type]
+
+
+def _read(path: Path, video: VideoConfig) -> np.ndarray:
+    """The first MOST_FRAMES frames [T, H, W, 3], each group shrunk as soon as it is decoded.
+
+    Raises ValueError if they do not fit, and what PyAV raises on damaged data.
+    """
+    parts: list[np.ndarray] = []
+    waiting: list[np.ndarray] = []
+    with av.open(str(path)) as container:
+        for number, frame in enumerate(container.decode(video=0), start=1):
+            waiting.append(frame.to_ndarray(format="rgb24"))
+            if len(waiting) == GROUP_FRAMES or number == MOST_FRAMES:
+                parts.append(_shrink(np.stack(waiting), video))
+                waiting = []
+            if number == MOST_FRAMES:
+                break
+    if waiting:
+        parts.append(_shrink(np.stack(waiting), video))
+    count = sum(map(len, parts))
+    if count < GROUP_FRAMES:
+        raise ValueError(f"{count} frames could be decoded, expected at least {GROUP_FRAMES}")
+    frames = np.concatenate(parts)
+    if frames.shape[1] < video.height or frames.shape[2] < video.width:
+        expected = f"expected at least {video.width}×{video.height}"
+        raise ValueError(f"frames of {frames.shape[2]}×{frames.shape[1]}, {expected}")
+    return frames
+
+
+def _shrink(frames: np.ndarray, video: VideoConfig) -> np.ndarray:
+    """Frames [T, H, W, 3] at the smallest size that covers twice the target (area averaging); never enlarged."""
     height, width = frames.shape[1:3]
-    if min(height, width) <= shortest:
+    ratio = 2 * max(video.height / height, video.width / width)
+    if ratio >= 1:
         return frames
-    ratio = shortest / min(height, width)
     size = (round(height * ratio), round(width * ratio))
-    video = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    return F.interpolate(video, size=size, mode="area").round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    return F.interpolate(pixels, size=size, mode="area").round().byte().permute(0, 2, 3, 1).numpy()

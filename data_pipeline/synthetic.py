@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -64,9 +65,9 @@ class Scene:
     diameter: float
     starts: tuple[tuple[float, float], ...]
 
-    def to_json(self) -> str:
-        """One line of JSON with every field and the caption."""
-        return json.dumps({**asdict(self), "caption": caption(self)}, sort_keys=True)
+    def to_json(self, **more: object) -> str:
+        """One line of JSON with every field, the caption, and `more`."""
+        return json.dumps({**asdict(self), "caption": caption(self), **more}, sort_keys=True)
 
 
 def sample_scene(seed: int, groups: tuple[int, ...] = (2, 3, 4), height: int = 64, width: int = 64) -> Scene:
@@ -177,7 +178,9 @@ def write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
     try:
         with av.open(str(partial), "w", format="mp4") as container:
             stream = container.add_stream(
-                "libx264", rate=round(fps), options={"crf": "12", "preset": "veryfast", "threads": "1", "bf": "0"}
+                "libx264",
+                rate=Fraction(fps).limit_denominator(1001),
+                options={"crf": "12", "preset": "veryfast", "threads": "1", "bf": "0"},
             )
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -193,11 +196,12 @@ def write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
 def write_sample(folder: str | Path, index: int, seed: int, video: VideoConfig, groups: tuple[int, ...]) -> bool:
     """Render sample `index` of `seed` into `folder`: mp4, `.txt` caption, `.json` ground truth.
 
-    Returns False where exactly this sample is there already. The mp4 comes last: if it is there, all of it is.
+    Returns False where exactly this sample is there already: the ground truth names all that the file depends on,
+    `fps` among it. The mp4 comes last: if it is there, all of it is.
     """
     path = Path(folder) / f"{NAME.format(index=index)}.mp4"
     scene = sample_scene(seed * 1_000_003 + index, groups, video.height, video.width)
-    truth = scene.to_json()
+    truth = scene.to_json(fps=video.fps, groups=groups)
     facts = path.with_suffix(".json")
     if path.exists() and facts.exists() and facts.read_text() == truth:
         return False

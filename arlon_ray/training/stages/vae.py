@@ -83,9 +83,14 @@ class VaeStage:
         return {"video": to_video(self.source.training((self.seed * 1_000_003 + step) * world + rank, count))}
 
     def evaluate(self, objective: nn.Module, device: torch.device) -> Evaluation:
-        """PSNR on held-out groups, over all pixels and over those that stand out, and a before/after picture."""
+        """PSNR on held-out groups, over all pixels and over those that stand out, and a before/after picture.
+
+        Empty where nothing is held out.
+        """
         vae: FoldedVAE = objective.vae  # type: ignore[assignment]
         frames = self.source.held_out(self.training.held_out)
+        if not len(frames):
+            return Evaluation()
         video = to_video(frames).to(device)
         with torch.no_grad():
             rebuilt = torch.cat([vae.reconstruct(vae.posterior(v).mean).clamp(-1, 1) for v in video.split(16)])
