@@ -118,7 +118,7 @@ class PixelClips:
         # a damaged file shows itself as one of many errors, depending on where the damage is
         except Exception as error:
             self._broken.add(path)
-            print(f"pixels: {path} left out: {one_line(error)}", flush=True)
+            _say(f"{path} left out: {one_line(error)}")
             return None
         self._cache[path] = frames
         self._cached_bytes += frames.nbytes
@@ -147,8 +147,13 @@ def _usable(listed: Sequence[Sequence[Path]], video: VideoConfig) -> list[list[P
     for reason, paths in left_out.items():
         names = [path.name for path in paths[:NAMED_FILES]] + ["…"] * (len(paths) > NAMED_FILES)
         files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
-        print(f"pixels: {files} left out: {reason} ({one_line(', '.join(names))})", flush=True)
+        _say(f"{files} left out: {reason} ({one_line(', '.join(names))})")
     return usable
+
+
+def _say(text: str) -> None:
+    # names that are not UTF-8 reach Python with surrogates, which cannot be printed
+    print("pixels: " + text.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def _unfit(path: Path, video: VideoConfig) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
-from arlon_ray.bundle import load_bundle
+from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.config import Config
 from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options, spread_prompts
 from arlon_ray.generation.video import encode_fragment, join_fragments
+from arlon_ray.models.text import load_token_counter
 from jobs.command_line import InputError, existing, parser, run
 
 
@@ -28,6 +32,39 @@ def make_video(generator: VideoGenerator, prompts: list[str], path: Path, seed: 
     return frames
 
 
+def device_of(config: Config) -> str:
+    """Where the bundle's configuration wants the models: "cpu" or "cuda". Raises InputError if there is no GPU."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("the bundle is configured with device=cuda, but torch finds no GPU here")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def open_bundle(path: Path) -> Bundle:
+    """The bundle, on the device that its own configuration asks for."""
+    bundle = load_bundle(path)
+    device = device_of(bundle.config)
+    return bundle if device == "cpu" else load_bundle(path, device)
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError if no file can be written there. Creates nothing."""
+    if os.path.isdir(path):
+        raise InputError(f"--output {path}: is a folder; expected the name of an mp4")
+    above = next(folder for folder in path.parents if os.path.exists(folder))
+    if not os.path.isdir(above):
+        raise InputError(f"--output {path}: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"--output {path}: {above} is not writable")
+
+
+def check_prompts(prompts: list[str], config: Config) -> None:
+    """Raises InputError if the text encoder would cut a prompt off."""
+    count_tokens, limit = load_token_counter(config.text), config.text.max_tokens
+    for prompt in prompts:
+        if (tokens := count_tokens(prompt)) > limit:
+            raise InputError(f"--prompt: {tokens} tokens, at most {limit} ({' '.join(prompt.split())[:40]!r}…)")
+
+
 def main() -> None:
     """Command line."""
     flags = parser("Make a video from a bundle, without Ray.", output="video.mp4", config=False)
@@ -42,7 +79,10 @@ def main() -> None:
     arguments = flags.parse_args()
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise InputError("--prompt: empty; expected a description of the video")
-    bundle = load_bundle(existing(arguments.bundle, "--bundle"))
+    path = Path(arguments.output).expanduser().absolute()
+    check_output(path)
+    bundle = open_bundle(existing(arguments.bundle, "--bundle"))
+    check_prompts(arguments.prompt, bundle.config)
     try:
         options = default_options(
             bundle.config.sampling,
@@ -58,7 +98,7 @@ def main() -> None:
         raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}={first['input']}: {first['msg']}") from None
     except ValueError as error:
         raise InputError(f"--segments: {error}") from None
-    begin, path = time.perf_counter(), Path(arguments.output).absolute()
+    begin = time.perf_counter()
     frames = make_video(VideoGenerator(bundle), prompts, path, arguments.seed, options)
     print(f"{path}: {frames} frames in {time.perf_counter() - begin:.1f} s")
 

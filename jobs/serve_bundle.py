@@ -24,7 +24,7 @@ EXAMPLE = """\
 serving {bundle} at {url}
 
   curl -s {url}/v1/videos -H 'Content-Type: application/json' \\
-    -d '{{"segments": [{{"prompt": "a red ball rolls to the left"}}, {{"prompt": "a blue ball rolls to the right"}}], \
+    -d '{{"segments": [{{"prompt": "A red circle moves to the right."}}, {{"prompt": "A red circle moves down."}}], \
 "num_segments": 4}}'
   curl -s {url}/v1/videos/ID
   curl -s {url}/v1/videos/ID/content -o video.mp4
@@ -34,7 +34,7 @@ API description: {url}/docs    videos: {data}    Ctrl-C ends"""
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of every job, and --bundle, --host, --port."""
-    parser = command_line.parser(__doc__ or "", output="output/serve")
+    parser = command_line.parser(__doc__ or "", output="runs/serve")
     parser.set_defaults(config=None)
     parser.add_argument("--bundle", required=True, metavar="DIR", help="model bundle; its configuration is the default")
     parser.add_argument("--host", metavar="ADDRESS", help="same as --set serve.host=ADDRESS")

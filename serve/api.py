@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from arlon_ray import __version__
 from arlon_ray.config import Config
+from arlon_ray.models.text import load_token_counter
 from serve.handles import HandleStages
 from serve.jobs_store import JobStore
 from serve.schema import RequestError, Video, VideoDeleted, VideoList, VideoRequest, error_body
@@ -74,7 +75,10 @@ def build_api(service: VideoService, model: str) -> FastAPI:
 
 @serve.ingress()
 class VideoAPI:
-    """The ingress. It holds no model; one replica, because the queue and the running jobs live in its memory."""
+    """The ingress. It holds no model, only the text encoder's tokenizer.
+
+    One replica, because the queue and the running jobs live in its memory.
+    """
 
     def __init__(
         self, config: Config, data_dir: str, ar: DeploymentHandle, dit: DeploymentHandle, decoder: DeploymentHandle
@@ -83,7 +87,8 @@ class VideoAPI:
         self._model = config.name
         self._stages = HandleStages(ar, dit, decoder, own)
         folder = Path(data_dir)
-        self._service = VideoService(config, JobStore.in_folder(folder), self._stages, folder / "videos")
+        store, count_tokens = JobStore.in_folder(folder), load_token_counter(config.text)
+        self._service = VideoService(config, store, self._stages, folder / "videos", count_tokens)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._service, self._model)

@@ -43,11 +43,12 @@ def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve
 def serve_bundle(config: Config, bundle: str | Path, data_dir: str | Path) -> Iterator[str]:
     """Serve `bundle` on the connected Ray cluster until the block ends; yields the URL.
 
-    Raises RuntimeError if Serve runs there already (its HTTP address could not be set), or a deployment cannot start.
+    Raises ConfigError if Serve runs there already (its HTTP address could not be set), RuntimeError if a deployment
+    cannot start.
     """
     app = build_app(config, bundle, data_dir)
     if any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in ray.util.list_named_actors(all_namespaces=True)):
-        raise RuntimeError("Ray Serve runs on this cluster already: end it with `serve shutdown`")
+        raise ConfigError("Ray Serve runs on this cluster already: end it with `serve shutdown`")
     http = HTTPOptions(host=config.serve.host, port=config.serve.port)
     # clients poll: a line for each request would bury all others
     quiet = LoggingConfig(enable_access_log=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
@@ -189,9 +190,10 @@ def playing_time(segments: int, config: Config) -> str:
     return format(frames / config.video.fps, ".10g")
 
 
-def read_prompts(request: VideoRequest, config: Config) -> list[str]:
+def read_prompts(request: VideoRequest, config: Config, count_tokens: Callable[[str], int] | None = None) -> list[str]:
     """Check the request against what this model makes, and return one prompt per segment.
 
+    `count_tokens` is the text encoder's: without it, what is too long for the encoder passes and is cut off there.
     Raises RequestError that names the field.
     """
     if request.model is not None and request.model != config.name:
@@ -202,7 +204,7 @@ def read_prompts(request: VideoRequest, config: Config) -> list[str]:
     if (request.prompt is None) == (request.segments is None):
         field = "prompt" if request.prompt is None else "segments"
         raise RequestError("exactly one of prompt and segments is required", param=field)
-    prompts = _checked_prompts(request, config)
+    prompts = _checked_prompts(request, config, count_tokens)
     if request.num_segments is not None and request.seconds is not None:
         raise RequestError("num_segments and seconds exclude each other", param="seconds")
     count = request.num_segments or len(prompts)
@@ -228,7 +230,7 @@ def options_of(request: VideoRequest, config: Config) -> GenerationOptions:
     )
 
 
-def _checked_prompts(request: VideoRequest, config: Config) -> list[str]:
+def _checked_prompts(request: VideoRequest, config: Config, count_tokens: Callable[[str], int] | None) -> list[str]:
     if request.segments is None:
         named = [("prompt", request.prompt or "")]
     else:
@@ -241,4 +243,8 @@ def _checked_prompts(request: VideoRequest, config: Config) -> list[str]:
             raise RequestError("the prompt is empty", param=field)
         if len(text) > limit:
             raise RequestError(f"the prompt has {len(text)} characters, at most {limit} are allowed", param=field)
+        tokens = count_tokens(text.strip()) if count_tokens else 0
+        if tokens > config.text.max_tokens:
+            message = f"the prompt has {tokens} tokens, at most {config.text.max_tokens} are allowed"
+            raise RequestError(message, param=field)
     return [text.strip() for _, text in named]

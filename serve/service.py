@@ -10,6 +10,7 @@ import secrets
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -85,9 +86,20 @@ class _Active:
 class VideoService:
     """Makes at most `config.serve.max_running` videos at once; `max_queued` more may wait."""
 
-    def __init__(self, config: Config, store: JobStore, stages: Stages, folder: Path) -> None:
-        """Each video gets a folder of its own in `folder`. Videos that an earlier process left are marked failed."""
+    def __init__(
+        self,
+        config: Config,
+        store: JobStore,
+        stages: Stages,
+        folder: Path,
+        count_tokens: Callable[[str], int] | None = None,
+    ) -> None:
+        """Each video gets a folder of its own in `folder`. Videos that an earlier process left are marked failed.
+
+        With `count_tokens`, prompts with more tokens than the text encoder takes are refused.
+        """
         self._config, self._store, self._stages, self._folder = config, store, stages, folder
+        self._count_tokens = count_tokens
         self._waiting: dict[str, _Active] = {}
         self._running: dict[str, _Active] = {}
         self._arriving = 0
@@ -101,7 +113,7 @@ class VideoService:
 
     async def create(self, request: VideoRequest) -> Video:
         """Accept a video. Raises RequestError: a bad field (422), or too many waiting (429)."""
-        prompts = read_prompts(request, self._config)
+        prompts = read_prompts(request, self._config, self._count_tokens)
         self._refuse_if_full()
         self._arriving += 1
         try:

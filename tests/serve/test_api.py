@@ -7,7 +7,6 @@ import contextvars
 import io
 import json
 import weakref
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +15,8 @@ import numpy as np
 import pytest
 
 from arlon_ray.generation.video import read_video
-from serve.api import build_api
-from serve.jobs_store import JobStore
-from serve.service import VideoService
-from tests.serve.stages import FakeStages, small_config
-
-Scenario = Callable[[httpx.AsyncClient, FakeStages], Coroutine[Any, Any, None]]
-
-
-def play(scenario: Scenario, folder: Path, *overrides: str) -> None:
-    """Run a scenario against a fresh service with its files in `folder`."""
-
-    async def run() -> None:
-        config = small_config("serve.max_running=1", *overrides)
-        stages = FakeStages(config)
-        service = VideoService(config, JobStore.in_folder(folder), stages, folder / "videos")
-        transport = httpx.ASGITransport(build_api(service, config.name), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            try:
-                async with asyncio.timeout(30):
-                    await scenario(client, stages)
-            finally:
-                await service.close()
-
-    asyncio.run(run())
-
-
-async def post(client: httpx.AsyncClient, **body: Any) -> dict:
-    response = await client.post("/v1/videos", json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-async def until(client: httpx.AsyncClient, video_id: str, *statuses: str) -> dict:
-    while True:
-        video = (await client.get(f"/v1/videos/{video_id}")).json()
-        if video["status"] in statuses:
-            return video
-        await asyncio.sleep(0.01)
+from tests.serve.play import play, post, until
+from tests.serve.stages import FakeStages
 
 
 def test_from_request_to_file(tmp_path: Path) -> None:
@@ -237,6 +200,30 @@ def test_bad_bodies_name_the_field(tmp_path: Path, body: Any, status: int, param
         assert (await client.get("/v1/videos")).json()["data"] == []
 
     play(scenario, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "one two three four five"}, "prompt"),
+        ({"segments": [{"prompt": "one"}, {"prompt": "one two three four five"}]}, "segments.1.prompt"),
+    ],
+)
+def test_prompts_longer_than_the_text_encoder_takes_are_refused(tmp_path: Path, body: dict, param: str) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        response = await client.post("/v1/videos", json=body)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (422, param, "invalid_value")
+        assert error["message"] == "the prompt has 5 tokens, at most 4 are allowed"
+        await post(client, prompt=" one two three four ")
+
+    play(
+        scenario,
+        tmp_path,
+        "text.max_tokens=4",
+        "dit.model_max_length=4",
+        count_tokens=lambda text: len(text.split(" ")),
+    )
 
 
 @pytest.mark.parametrize(

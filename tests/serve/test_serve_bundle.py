@@ -15,7 +15,7 @@ from jobs import command_line
 from jobs import serve_bundle as serve_bundle_job
 from jobs.command_line import InputError
 from jobs.serve_bundle import check_port, parse, served_config
-from serve.app import check_devices
+from serve.app import check_devices, serve_bundle
 from tests.bundles import make_random_bundle, small_config
 
 
@@ -100,6 +100,18 @@ def test_bad_input_ends_with_code_2_and_one_line(
     code, printed = end(monkeypatch, capsys, "--bundle", str(path), "--output", str(tmp_path / "out"), *more)
     assert code == 2
     assert printed.startswith("error:") and printed.count("\n") == 1 and expected in printed
+
+
+def test_a_cluster_that_serves_already_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = [{"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}]
+    monkeypatch.setattr("serve.app.ray.util.list_named_actors", lambda **_: controller)
+    with pytest.raises(ConfigError, match="runs on this cluster already"), serve_bundle(small_config(), "b", "d"):
+        pass
+
+
+def test_the_default_output_and_the_example_fit_the_rest() -> None:
+    assert parse(["--bundle", "b"]).output == "runs/serve"
+    assert "A red circle moves to the right." in serve_bundle_job.EXAMPLE.format(bundle="b", url="u", data="d")
 
 
 def test_the_script_runs_from_a_folder_of_its_own(tmp_path: Path) -> None:

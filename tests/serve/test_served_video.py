@@ -142,7 +142,13 @@ def test_the_queue_refuses_and_says_when_to_come_back(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "param"), [({"prompt": ""}, "prompt"), ({"prompt": "a", "size": "8x8"}, "size"), ({"promt": "a"}, "promt")]
+    ("body", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a", "size": "8x8"}, "size"),
+        ({"promt": "a"}, "promt"),
+        ({"segments": [{"prompt": "a"}, {"prompt": "circle " * 100}]}, "segments.1.prompt"),
+    ],
 )
 def test_bad_requests_name_the_field(served: Served, body: dict, param: str) -> None:
     response = served.client.post("/v1/videos", json=body)

@@ -1,0 +1,47 @@
+"""The real MiniLM: same values in any company, truncation, and a refusal of other weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from arlon_ray.artifact import ArtifactError
+from arlon_ray.config import load_config
+from arlon_ray.models.text import TextEncoder, load_text_encoder
+
+CAPTIONS = ["a red circle moves to the right", "two blue squares", "a green triangle that slowly floats upwards"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return load_text_encoder(load_config("tiny").text)
+
+
+def test_values_do_not_depend_on_the_company(encoder: TextEncoder) -> None:
+    together = encoder.encode(CAPTIONS)
+    assert together.values.shape == (3, 32, 384)
+    for i, caption in enumerate(CAPTIONS):
+        alone = encoder.encode([caption])
+        assert torch.equal(alone.values[0], together.values[i]) and torch.equal(alone.mask[0], together.mask[i])
+        assert int(alone.mask.sum()) == encoder.count_tokens(caption)
+    assert not together.values[~together.mask].any()
+
+
+def test_like_captions_are_near_and_long_ones_are_cut(encoder: TextEncoder) -> None:
+    values = [encoder.encode([text]).values[0].sum(0) for text in ("a red circle", "a red disc", "stock market news")]
+    near, far = (torch.cosine_similarity(values[0], other, dim=0) for other in values[1:])
+    assert near > far + 0.1
+    long = "very " * 100 + "long"
+    assert encoder.count_tokens(long) > 32 and bool(encoder.encode([long]).mask.all())
+    with pytest.raises(ValueError, match="no captions"):
+        encoder.encode([])
+
+
+def test_other_widths_and_missing_weights_are_refused(tmp_path: Path) -> None:
+    text = load_config("tiny").text
+    with pytest.raises(ArtifactError, match=r"width 384, but text.dim=100"):
+        load_text_encoder(text.model_copy(update={"dim": 100}))
+    with pytest.raises(ArtifactError, match="is missing"):
+        load_text_encoder(text.model_copy(update={"path": str(tmp_path)}))

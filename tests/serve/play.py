@@ -1,0 +1,51 @@
+"""Scenarios: a client against the API over stages of one process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from serve.api import build_api
+from serve.jobs_store import JobStore
+from serve.service import VideoService
+from tests.serve.stages import FakeStages, small_config
+
+Scenario = Callable[[httpx.AsyncClient, FakeStages], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, folder: Path, *overrides: str, count_tokens: Callable[[str], int] | None = None) -> None:
+    """Run a scenario against a fresh service with its files in `folder`."""
+
+    async def run() -> None:
+        config = small_config("serve.max_running=1", *overrides)
+        stages = FakeStages(config)
+        service = VideoService(config, JobStore.in_folder(folder), stages, folder / "videos", count_tokens)
+        transport = httpx.ASGITransport(build_api(service, config.name), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            try:
+                async with asyncio.timeout(30):
+                    await scenario(client, stages)
+            finally:
+                await service.close()
+
+    asyncio.run(run())
+
+
+async def post(client: httpx.AsyncClient, **body: Any) -> dict:
+    """Ask for a video that is accepted."""
+    response = await client.post("/v1/videos", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def until(client: httpx.AsyncClient, video_id: str, *statuses: str) -> dict:
+    """The video, as soon as it has one of `statuses`."""
+    while True:
+        video = (await client.get(f"/v1/videos/{video_id}")).json()
+        if video["status"] in statuses:
+            return video
+        await asyncio.sleep(0.01)
