@@ -86,9 +86,6 @@ def _set_environment() -> None:
     os.environ["PATH"] = path_with_interpreter()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    if not os.environ.get("RAY_ADDRESS"):
-        # A Ray of our own always asks for its token; said here, Ray does not warn about it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Relative paths of the configuration (weights/…) are relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # How often Ray Train's controller looks: for checkpoints to take in, for dead workers, for the end.
