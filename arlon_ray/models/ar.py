@@ -81,6 +81,7 @@ class ArBlock(nn.Module):
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
+        """[B, N, C] to [B, N, C]; with a cache the N positions follow those that it holds."""
         q, k, v = rearrange(
             self.qkv(self.attention_norm(x_BNC)), "b n (three a d) -> three b a n d", three=3, a=self.heads
         )

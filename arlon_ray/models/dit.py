@@ -74,6 +74,7 @@ class STDiT3Block(nn.Module):
         text_mask_BL: Tensor | None,
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
+        """[B, T, S, D] to [B, T, S, D]; `time` [B, T or 1, 6, D] is added to the block's own table."""
         batch, _, places, _ = x_BTSD.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D)[:, :, None].unbind(3)
         y = self.norm1(x_BTSD) * (1 + scale1) + shift1

@@ -29,6 +29,7 @@ class UncertaintySampling(nn.Module):
         self.probability = probability
 
     def forward(self, features_BNE: Tensor, generator: torch.Generator | None) -> Tensor:
+        """[B, N, E] to [B, N, E]; unchanged outside training and for a batch of one."""
         if not self.training or self.probability == 0.0 or len(features_BNE) < 2:
             return features_BNE
         mean = features_BNE.mean(1, keepdim=True)
