@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -66,13 +66,18 @@ class Artifact:
         """sha256 (hex) of the weights."""
         return self.lineage.fingerprint
 
-    def tensors(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """The weights, in float32 where they are floating point (they may be stored in half precision)."""
+    def tensors(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, whole: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """The weights, in `dtype` where they are floating point; those named in `whole` in float32."""
         try:
             stored = load_file(self.path / WEIGHTS, device=str(device))
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{self.path / WEIGHTS}: cannot be read: {error}") from None
-        return {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+        return {
+            name: value.to(torch.float32 if name in whole else dtype) if value.is_floating_point() else value
+            for name, value in stored.items()
+        }
 
 
 def sha256_of(path: Path) -> str:
@@ -130,17 +135,31 @@ def save_artifact(
             for name, value in tensors.items()
         }
         save_file(stored, folder / WEIGHTS)
-        lineage = Lineage(
-            kind=kind,
-            fingerprint=sha256_of(folder / WEIGHTS),
-            parents=dict(parents or {}),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
-            key=key,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        write_json(folder / CONFIG, dict(config))
-        write_json(folder / LINEAGE, lineage.__dict__)
+        lineage = record(folder, kind=kind, config=config, parents=parents, metrics=metrics, key=key)
     return Artifact(Path(path), dict(config), lineage)
+
+
+def record(
+    folder: Path,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    key: str = "",
+) -> Lineage:
+    """Make an artefact of a new folder that holds the weights: write its configuration and its lineage."""
+    lineage = Lineage(
+        kind=kind,
+        fingerprint=sha256_of(folder / WEIGHTS),
+        parents=dict(parents or {}),
+        metrics={name: float(value) for name, value in (metrics or {}).items()},
+        key=key,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_json(folder / CONFIG, dict(config))
+    write_json(folder / LINEAGE, lineage.__dict__)
+    return lineage
 
 
 def load_artifact(path: str | Path, kind: str, *, verify: bool = True) -> Artifact:

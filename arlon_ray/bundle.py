@@ -1,12 +1,17 @@
 """A model bundle: one folder with everything that makes videos, whose parts are proven to belong together.
 
-bundle.json   configuration and the fingerprint of every part
-vae/ vqvae/fine/ vqvae/coarse/ ar/ dit/ dit_base/ (optional: the text-only baseline)   stage artefacts
-text/config.json   which text encoder, with its sha256
+bundle.json   configuration, the fingerprint of every part, and the identity of the text encoder
+vae/ vqvae/fine/ vqvae/coarse/ ar/ dit/ dit_base/   stage artefacts
+text/         the text encoder, where it does not come with a package (T5)
+
+A guided bundle has all of vqvae/fine, vqvae/coarse, ar and dit; a text-only one (imported from Open-Sora) has none of
+them, but dit_base, which is also the baseline of a guided bundle.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,8 +26,8 @@ from arlon_ray.config import Config
 from arlon_ray.models.ar import ArTransformer, load_ar
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.models.dit import STDiT3, load_dit
-from arlon_ray.models.text import TextEncoder, load_text_encoder
-from arlon_ray.models.vae import FoldedVAE, load_vae
+from arlon_ray.models.text import TextEncoder, load_text_encoder, text_identity
+from arlon_ray.models.vae import VideoVAE, load_vae
 
 MANIFEST = "bundle.json"
 #: Where each part lies, and its kind.
@@ -34,7 +39,10 @@ PARTS = {
     "dit": ("dit", "dit"),
     "dit_base": ("dit_base", "dit"),
 }
-OPTIONAL = ("dit_base",)
+#: What guidance by tokens needs: all of it is there, or nothing.
+GUIDED = ("codec_fine", "codec_coarse", "ar", "dit")
+TEXT = "text"
+LINK_FROM_BYTES = 64 * 2**20
 #: What a part must have been trained on, by its own record. (`dit_base` sees no tokens.)
 PARENTS = {
     "codec_fine": ("vae",),
@@ -45,21 +53,31 @@ PARENTS = {
 }
 
 
-def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path], text_identity: str) -> Path:
-    """Copy stage artefacts ("vae", "codec_fine", "codec_coarse", "ar", "dit", optionally "dit_base") into a bundle.
+def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path], text: str) -> Path:
+    """Put stage artefacts ("vae", and the others of `PARTS`) into a bundle, with the text encoder if it is a folder.
 
-    Raises ArtifactError if a part is missing or was trained on another one than the one given.
+    `text` is the identity of the text encoder. Large files are linked where they can be (artefacts never change), all
+    others copied. Raises ArtifactError if a part is missing or was trained on another one than the one given.
     """
     artifacts = {name: load_artifact(folder, PARTS[name][1]) for name, folder in parts.items()}
-    _check(artifacts, text_identity, "bundle")
+    _check(artifacts, text, "bundle")
     with whole_folder(path) as folder:
         for name, artifact in artifacts.items():
-            shutil.copytree(artifact.path, folder / PARTS[name][0])
-        (folder / "text").mkdir()
-        write_json(folder / "text" / "config.json", {"identity": text_identity, **config.text.model_dump(mode="json")})
+            shutil.copytree(artifact.path, folder / PARTS[name][0], copy_function=_link)
+        if config.text.path is not None:
+            shutil.copytree(config.text.path, folder / TEXT, copy_function=_link)
         fingerprints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
-        write_json(folder / MANIFEST, {"config": config.model_dump(mode="json"), "parts": fingerprints})
+        manifest = {"config": config.model_dump(mode="json"), "parts": fingerprints, "text": text}
+        write_json(folder / MANIFEST, manifest)
     return Path(path)
+
+
+def _link(source: str, target: str) -> None:
+    if os.path.getsize(source) >= LINK_FROM_BYTES:
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 class Bundle:
@@ -69,52 +87,75 @@ class Bundle:
         self.path, self.device = Path(path), torch.device(device)
         manifest = _read_json(self.path / MANIFEST)
         try:
-            self.config = Config.model_validate(manifest["config"])
+            config = Config.model_validate(manifest["config"])
         except (ValidationError, KeyError) as error:
             raise ArtifactError(f"{self.path / MANIFEST}: unusable configuration: {one_line(error)}") from None
-        self.text_identity = str(_read_json(self.path / "text" / "config.json").get("identity", ""))
+        if config.text.path is not None:
+            text = config.text.model_copy(update={"path": str(self.path / TEXT)})
+            config = config.model_copy(update={"text": text})
+        self.config = config
+        self.text_identity = str(manifest.get("text", ""))
         self.artifacts = {
             name: load_artifact(self.path / folder, kind)
             for name, (folder, kind) in PARTS.items()
-            if name not in OPTIONAL or (self.path / folder).exists()
+            if (self.path / folder).exists()
         }
         _check_manifest(self.artifacts, manifest.get("parts"), str(self.path))
         _check(self.artifacts, self.text_identity, str(self.path))
 
+    @property
+    def guided(self) -> bool:
+        """Whether it has an AR and a DiT that its tokens guide; otherwise only a text-only DiT."""
+        return "dit" in self.artifacts
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
+
     @cached_property
-    def vae(self) -> FoldedVAE:
+    def vae(self) -> VideoVAE:
         """The video VAE."""
-        return load_vae(self.path / PARTS["vae"][0], self.device)
+        return load_vae(self.path / PARTS["vae"][0], self.device, tile=self.config.vae.tile)
 
     @cached_property
     def text(self) -> TextEncoder:
-        """The text encoder. Raises ArtifactError if the one installed is not the one that was trained with."""
-        encoder = load_text_encoder(self.config.text, self.device)
-        if encoder.identity != self.text_identity:
-            raise ArtifactError(f"{self.path}: made with text encoder {self.text_identity}, found {encoder.identity}")
-        return encoder
+        """The text encoder. Raises ArtifactError as `check_text` does."""
+        self.check_text()
+        return load_text_encoder(self.config.text, self.device)
+
+    def check_text(self) -> None:
+        """Raises ArtifactError if the text encoder that is here is not the one that was trained with. Loads nothing."""
+        here = text_identity(self.config.text)
+        if here != self.text_identity:
+            raise ArtifactError(f"{self.path}: made with text encoder {self.text_identity}, found {here}")
 
     @cached_property
     def codec(self) -> LatentCodec:
         """The fine codec: the one whose tokens the AR predicts."""
-        return load_codec(self.path / PARTS["codec_fine"][0], self.device)
+        return load_codec(self._part("codec_fine"), self.device)
 
     @cached_property
     def ar(self) -> ArTransformer:
         """The autoregressive transformer."""
-        return load_ar(self.path / PARTS["ar"][0], self.device)
+        return load_ar(self._part("ar"), self.device, self._dtype)
 
     @cached_property
     def dit(self) -> STDiT3:
         """The guided diffusion transformer."""
-        return load_dit(self.path / PARTS["dit"][0], self.device)
+        return load_dit(self._part("dit"), self.device, self._dtype)
 
     @cached_property
     def baseline(self) -> STDiT3:
         """The text-only diffusion transformer; the guided one (used without tokens) if the bundle has no other."""
         if "dit_base" not in self.artifacts:
             return self.dit
-        return load_dit(self.path / PARTS["dit_base"][0], self.device)
+        return load_dit(self._part("dit_base"), self.device, self._dtype)
+
+    def _part(self, name: str) -> Path:
+        """Raises ArtifactError if the bundle is text-only and the part belongs to guidance."""
+        if name not in self.artifacts:
+            raise ArtifactError(f"{self.path}: has no {name}: this bundle is text-only; ask for the baseline")
+        return self.path / PARTS[name][0]
 
 
 def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
@@ -149,8 +190,9 @@ def _check_manifest(artifacts: Mapping[str, Artifact], recorded: Any, where: str
 
 def _check(artifacts: Mapping[str, Artifact], text_identity: str, where: str) -> None:
     """Every part must have been trained on the other parts that are here."""
-    for name in PARTS:
-        if name not in artifacts and name not in OPTIONAL:
+    guided = any(name in artifacts for name in GUIDED)
+    for name in ("vae", *(GUIDED if guided else ("dit_base",))):
+        if name not in artifacts:
             raise ArtifactError(f"{where}: {name} is missing")
     here = {name: artifact.fingerprint for name, artifact in artifacts.items()} | {"text": text_identity}
     for name, artifact in artifacts.items():

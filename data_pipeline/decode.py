@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from data_pipeline import schema
-from data_pipeline.footage import open_footage, read_frames
+from data_pipeline.footage import FootageError, open_footage, read_frames
 from data_pipeline.schema import Row, one_line
 
 #: Frames that are held at the file's own size at the same time.
@@ -35,6 +35,16 @@ def fit(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     cut = pixels[:, :, top : top + height, left : left + width]
     return cut.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def read_clip(path: str, height: int, width: int, fps: float) -> NDArray[np.uint8]:
+    """A whole short video at another size and rate, [T,H,W,3]. Raises as `decode_clip` does."""
+    footage = open_footage(path)
+    count = int(float(footage.times_s[-1]) * fps + 1e-6)
+    row = {"uri": path, "start_s": 0.0, "num_frames": count, "fps": fps, "height": height, "width": width}
+    if not count:
+        raise FootageError(schema.UNREADABLE, f"shorter than a frame at {fps:g} frames a second")
+    return decode_clip(row)
 
 
 def decode_clip(row: Row, threads: int = 1) -> NDArray[np.uint8]:

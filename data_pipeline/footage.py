@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -130,6 +131,16 @@ def check_video(path: str) -> None:
         raise FootageError(schema.UNREADABLE, str(error)) from None
     if not streams:
         raise FootageError(schema.NO_VIDEO, "the container has no video stream")
+
+
+def read_picture(path: str | Path) -> NDArray[np.uint8]:
+    """A picture file (PNG, JPEG, …; the first frame of a video), [H,W,3] RGB. Raises FootageError."""
+    check_video(str(path))
+    try:
+        with av.open(str(path)) as container:
+            return next(container.decode(video=0)).to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+    except (av.FFmpegError, OSError, ValueError, StopIteration) as error:
+        raise FootageError(schema.UNREADABLE, f"no picture in it: {error}") from None
 
 
 def open_footage(path: str, threads: int = 1) -> Footage:

@@ -17,7 +17,9 @@ class InputError(ValueError):
     """Input that a job cannot work with. One line that says what was wrong and what to do."""
 
 
-def parser(description: str, *, output: str, config: bool = True) -> argparse.ArgumentParser:
+def parser(
+    description: str, *, output: str, config: bool = True, default_config: str = "tiny"
+) -> argparse.ArgumentParser:
     """A parser with the flags that every job has; `output` is the default of --output.
 
     Without `config` for the jobs that take their configuration from a bundle.
@@ -25,7 +27,10 @@ def parser(description: str, *, output: str, config: bool = True) -> argparse.Ar
     result = argparse.ArgumentParser(description=description, allow_abbrev=False)
     if config:
         result.add_argument(
-            "--config", default="tiny", metavar="NAME|FILE", help=f"preset ({', '.join(preset_names())}) or YAML file"
+            "--config",
+            default=default_config,
+            metavar="NAME|FILE",
+            help=f"preset ({', '.join(preset_names())}) or YAML file (default: {default_config})",
         )
         result.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override, repeatable"
@@ -53,6 +58,8 @@ def output_folder(arguments: argparse.Namespace) -> Path:
 
 def existing(path: str, flag: str) -> Path:
     """`path` as an absolute path. Raises InputError that names `flag` if there is nothing."""
+    if not path.strip():
+        raise InputError(f"{flag}: empty; expected a path")
     found = Path(path).expanduser().absolute()
     if not found.exists():
         raise InputError(f"{flag} {found}: not found")

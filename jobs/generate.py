@@ -6,30 +6,82 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 
+from arlon_ray.artifact import one_line
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import Config
-from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options, spread_prompts
+from arlon_ray.generation import (
+    GenerationOptions,
+    Given,
+    VideoGenerator,
+    default_options,
+    given_clip,
+    given_picture,
+    prompt_token_counter,
+    spread_prompts,
+)
 from arlon_ray.generation.video import encode_fragment, join_fragments
-from arlon_ray.models.text import load_token_counter
+from data_pipeline.decode import fit, read_clip
+from data_pipeline.footage import FootageError, read_picture
 from jobs.command_line import InputError, existing, parser, run
 
 
-def make_video(generator: VideoGenerator, prompts: list[str], path: Path, seed: int, options: GenerationOptions) -> int:
+@dataclass(frozen=True)
+class Start:
+    """What a video starts from, and the frames that are shown before it: a clip that it goes on from."""
+
+    given: Given | None = None
+    before: np.ndarray | None = None
+
+
+def make_video(
+    generator: VideoGenerator,
+    prompts: list[str],
+    path: Path,
+    seed: int,
+    options: GenerationOptions,
+    start: Start | None = None,
+) -> int:
     """Write the video of one prompt a segment to `path`; returns its frames. Memory does not grow with its length."""
-    fps, frames, fragments = generator.bundle.config.video.fps, 0, []
+    start = start or Start()
+    fragments: list[Path] = []
+    fps, frames = generator.bundle.config.video.fps, 0
     with tempfile.TemporaryDirectory(prefix="arlon-video-") as folder:
-        for index, part in enumerate(generator.generate(prompts, seed, options)):
-            fragments.append(Path(folder) / f"{index:06d}.mp4")
+
+        def add(part: np.ndarray) -> int:
+            fragments.append(Path(folder) / f"{len(fragments):06d}.mp4")
             fragments[-1].write_bytes(encode_fragment(part, fps))
-            frames += len(part)
+            return len(part)
+
+        if start.before is not None:
+            frames += add(start.before)
+        for index, part in enumerate(generator.generate(prompts, seed, options, start.given)):
+            frames += add(part)
             print(f"segment {index + 1}/{len(prompts)}  {frames} frames", file=sys.stderr)
         join_fragments(fragments, path)
     return frames
+
+
+def read_start(bundle: Bundle, image: str | None, video: str | None) -> Start:
+    """--image or --video, scaled and cut to the bundle's size (and rate). Raises InputError for what cannot be used."""
+    size = (bundle.config.video.height, bundle.config.video.width)
+    flag = "--image" if image else "--video"
+    if not image and not video:
+        return Start()
+    path = existing(image or str(video), flag)
+    try:
+        if image:
+            return Start(given_picture(bundle, fit(read_picture(path)[None], *size)[0]))
+        frames = read_clip(str(path), *size, bundle.config.video.fps)
+        return Start(given_clip(bundle, frames), frames)
+    except (FootageError, ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"{flag} {path}: {one_line(error)}") from None
 
 
 def device_of(config: Config) -> str:
@@ -59,7 +111,7 @@ def check_output(path: Path) -> None:
 
 def check_prompts(prompts: list[str], config: Config) -> None:
     """Raises InputError if the text encoder would cut a prompt off."""
-    count_tokens, limit = load_token_counter(config.text), config.text.max_tokens
+    count_tokens, limit = prompt_token_counter(config), config.text.max_tokens
     for prompt in prompts:
         if (tokens := count_tokens(prompt)) > limit:
             raise InputError(f"--prompt: {tokens} tokens, at most {limit} ({' '.join(prompt.split())[:40]!r}…)")
@@ -75,10 +127,14 @@ def main() -> None:
     flags.add_argument("--steps", type=int, help="denoising steps")
     flags.add_argument("--guidance-scale", type=float)
     flags.add_argument("--token-guidance-scale", type=float)
+    flags.add_argument("--image", metavar="FILE", help="the first frame: image to video")
+    flags.add_argument("--video", metavar="FILE", help="a clip to go on from: its frames, then the new ones")
     flags.add_argument("--baseline", action="store_true", help="the text-only DiT, without the AR's tokens")
     arguments = flags.parse_args()
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise InputError("--prompt: empty; expected a description of the video")
+    if arguments.image and arguments.video:
+        raise InputError("--image and --video exclude each other: a video starts from one of them")
     path = Path(arguments.output).expanduser().absolute()
     check_output(path)
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
@@ -89,7 +145,7 @@ def main() -> None:
             steps=arguments.steps,
             guidance_scale=arguments.guidance_scale,
             token_guidance_scale=arguments.token_guidance_scale,
-            baseline=arguments.baseline,
+            baseline=arguments.baseline or None,
         )
         segments = arguments.segments if arguments.segments is not None else len(arguments.prompt)
         prompts = spread_prompts(arguments.prompt, segments)
@@ -98,8 +154,11 @@ def main() -> None:
         raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}={first['input']}: {first['msg']}") from None
     except ValueError as error:
         raise InputError(f"--segments: {error}") from None
+    if not bundle.guided and not options.baseline:
+        print("this bundle is text-only: rendering without the AR's tokens", file=sys.stderr)
+    start = read_start(bundle, arguments.image, arguments.video)
     begin = time.perf_counter()
-    frames = make_video(VideoGenerator(bundle), prompts, path, arguments.seed, options)
+    frames = make_video(VideoGenerator(bundle), prompts, path, arguments.seed, options, start)
     print(f"{path}: {frames} frames in {time.perf_counter() - begin:.1f} s")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from arlon_ray.artifact import load_artifact, write_json
 from arlon_ray.config import Config
-from arlon_ray.models.text import load_text_encoder
+from arlon_ray.models.text import text_identity
 from data_pipeline.manifest import (
     MANIFEST,
     DatasetManifest,
@@ -73,8 +73,8 @@ def run_preprocess(
     sources = find_sources(source)
     if not sources:
         raise InputError(f"--input {source}: no video files (.mp4, .mkv, .webm, …)")
-    text_identity = load_text_encoder(config.text).identity
-    settings = dataset_settings(config, sources, vae_fingerprint, text_identity)
+    text = text_identity(config.text)
+    settings = dataset_settings(config, sources, vae_fingerprint, text)
     key = settings_key(settings)
     staging = Staging(output)
     there = finished_manifest(output, DatasetManifest)
@@ -87,7 +87,7 @@ def run_preprocess(
         staging.start(settings)
     with connect(config):
         _encode(config, staging, sources, vae_path)
-    manifest = _finish(config, staging, output, sources, settings, vae_fingerprint, text_identity)
+    manifest = _finish(config, staging, output, sources, settings, vae_fingerprint, text)
     return DatasetSummary(output, manifest, skipped=False)
 
 
@@ -131,7 +131,7 @@ def _finish(
     sources: list[SourceFile],
     settings: dict[str, Any],
     vae_fingerprint: str,
-    text_identity: str,
+    text: str,
 ) -> DatasetManifest:
     """Turn the work folder into the finished dataset; its manifest comes last."""
     clips, rejects = staging.read_clips(), staging.all_rejects()
@@ -161,7 +161,7 @@ def _finish(
         vae_fingerprint=vae_fingerprint,
         rows=len(kept),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        text_identity=text_identity,
+        text_identity=text,
         text_dim=config.text.dim,
         text_max_tokens=config.text.max_tokens,
         latent_channels=config.vae.latent_channels,

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import Config, ConfigError, load_config
+from arlon_ray.config import Config, ConfigError, load_config, override
 from jobs import command_line
 from jobs.ray_session import connect
 from serve.app import check_devices, serve_bundle
@@ -83,11 +83,14 @@ def main() -> None:
     path = command_line.existing(arguments.bundle, "--bundle")
     bundle = load_bundle(path)
     config = served_config(bundle.config, arguments.config, arguments.overrides)
+    if not bundle.guided:
+        config = override(config, ["sampling.baseline=true"])
+        print("this bundle is text-only: it is served without an AR", flush=True)
     check_devices(config)
     check_port(config.serve.host, config.serve.port)
     data = command_line.output_folder(arguments)
     # a wrong text encoder would otherwise show as replicas that never start
-    _ = bundle.text
+    bundle.check_text()
     del bundle
     print("starting Ray Serve …", flush=True)
     with connect(config), serve_bundle(config, path, data) as url:

@@ -15,7 +15,7 @@ from arlon_ray.config import Config, TrainingConfig, config_fingerprint
 from arlon_ray.training.engine import Stage
 from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage
-from arlon_ray.training.stages.dit import DitPaths, DitStage
+from arlon_ray.training.stages.dit import DitPaths, DitStage, initial_dit
 from arlon_ray.training.stages.vae import VaeStage
 from data_pipeline.manifest import DatasetManifest, TokenManifest, read_manifest, settings_key
 from data_pipeline.pixels import PixelClips
@@ -82,6 +82,8 @@ def run_vae(
     config: Config, inputs: Sequence[tuple[Path, float]], output: Path, tracking: Tracking | None = None
 ) -> StageOutcome:
     """Train the small VAE on the videos of weighted folders. Raises InputError if one of them holds no video."""
+    if config.vae.kind != "folded":
+        raise InputError(f"vae.kind={config.vae.kind}: only the folded VAE is trained here; import Open-Sora's")
     files = []
     for folder, weight in inputs:
         found = sorted([source.name, source.size, source.identity] for source in find_sources(folder))
@@ -147,7 +149,7 @@ def run_dit(
             _expect(path, "codec", parents[f"codec_{role}"], f"{tokens}: made by the {role} codec")
         paths = DitPaths(vae, *codecs)
     if config.dit.init:
-        parents["dit_init"] = load_artifact(config.dit.init, "dit").fingerprint
+        parents["dit_init"] = initial_dit(config.dit.init).fingerprint
     settings = {"config": config_fingerprint(config.dit, config.segment, config.video), "seed": config.seed}
     arguments = {"dataset": dataset, "tokens": tokens if guided else None, "paths": paths, "parents": parents}
     name = "dit" if guided else "dit_base"

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from arlon_ray import __version__
 from arlon_ray.config import Config
-from arlon_ray.models.text import load_token_counter
+from arlon_ray.generation import prompt_token_counter
 from serve.handles import HandleStages
 from serve.jobs_store import JobStore
 from serve.schema import RequestError, Video, VideoDeleted, VideoList, VideoRequest, error_body
@@ -81,13 +81,18 @@ class VideoAPI:
     """
 
     def __init__(
-        self, config: Config, data_dir: str, ar: DeploymentHandle, dit: DeploymentHandle, decoder: DeploymentHandle
+        self,
+        config: Config,
+        data_dir: str,
+        ar: DeploymentHandle | None,
+        dit: DeploymentHandle,
+        decoder: DeploymentHandle,
     ) -> None:
         own = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
         self._model = config.name
         self._stages = HandleStages(ar, dit, decoder, own)
         folder = Path(data_dir)
-        store, count_tokens = JobStore.in_folder(folder), load_token_counter(config.text)
+        store, count_tokens = JobStore.in_folder(folder), prompt_token_counter(config)
         self._service = VideoService(config, store, self._stages, folder / "videos", count_tokens)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -98,7 +103,7 @@ class VideoAPI:
         return await self._stages.may_plan(job_id, index)
 
 
-def bind_api(config: Config, data_dir: str, stages: tuple[serve.Application, ...]) -> serve.Application:
+def bind_api(config: Config, data_dir: str, stages: tuple[serve.Application | None, ...]) -> serve.Application:
     """The ingress over the bound stages."""
     deployment = serve.deployment(
         name=API,

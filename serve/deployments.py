@@ -115,8 +115,8 @@ class DecoderDeployment:
         return await self._worker.run(lambda: encode_fragment(self._decoder.decode(_own(latents)), self._fps))
 
 
-def bind_stages(config: Config, bundle: str) -> tuple[serve.Application, serve.Application, serve.Application]:
-    """The three deployments of `bundle`, ready to be bound to the API."""
+def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, serve.Application, serve.Application]:
+    """AR, DiT and decoder of `bundle`, ready to be bound to the API. No AR where every video is a baseline."""
 
     def bound(kind: type, name: str, settings: DeploymentConfig, *arguments: Any) -> serve.Application:
         deployment = serve.deployment(
@@ -134,7 +134,7 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application, serve.A
         return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments)
 
     return (
-        bound(ArDeployment, AR, config.serve.ar),
+        None if config.sampling.baseline else bound(ArDeployment, AR, config.serve.ar),
         bound(DitDeployment, DIT, config.serve.dit),
         bound(DecoderDeployment, DECODER, config.serve.decoder, config.video.fps),
     )

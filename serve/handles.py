@@ -27,10 +27,14 @@ class HandleStages:
     """`Stages` that run in other deployments. A call that is cancelled here is cancelled there."""
 
     def __init__(
-        self, ar: DeploymentHandle, dit: DeploymentHandle, decoder: DeploymentHandle, api: DeploymentHandle
+        self, ar: DeploymentHandle | None, dit: DeploymentHandle, decoder: DeploymentHandle, api: DeploymentHandle
     ) -> None:
-        """`api` is the deployment that owns this object; its `may_plan` leads back to `may_plan` here."""
-        self._ar, self._dit, self._decoder, self._api = ar.options(stream=True), dit, decoder, api
+        """`api` is the deployment that owns this object; its `may_plan` leads back to `may_plan` here.
+
+        Without `ar` only baselines can be made, which are not planned.
+        """
+        self._ar = ar.options(stream=True) if ar is not None else None
+        self._dit, self._decoder, self._api = dit, decoder, api
         self._permits: dict[str, Permit] = {}
 
     async def may_plan(self, job_id: str, index: int) -> bool:
@@ -40,6 +44,8 @@ class HandleStages:
 
     async def plan(self, job: Job, permit: Permit) -> AsyncIterator[Timed[Tokens]]:
         """Ray's streams have no back pressure: the replica asks before it plans a segment instead."""
+        if self._ar is None:
+            raise RuntimeError("this service has no AR: only baselines can be made")
         self._permits[job.id] = permit
         stream: Any = self._ar.plan.remote(job, RemotePermit(self._api, job.id))
         try:

@@ -226,7 +226,7 @@ def options_of(request: VideoRequest, config: Config) -> GenerationOptions:
         steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         token_guidance_scale=request.token_guidance_scale,
-        baseline=request.baseline,
+        baseline=request.baseline or None,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from arlon_ray.artifact import ArtifactError, finished, load_artifact, save_artifact, whole_folder
 from arlon_ray.bundle import load_bundle, save_bundle
+from arlon_ray.generation import VideoGenerator
 from arlon_ray.models.ar import load_ar
 from arlon_ray.models.codec import load_codec
 from arlon_ray.models.dit import load_dit
@@ -63,11 +64,43 @@ def test_a_bundle_loads_and_names_what_is_missing(tmp_path: Path) -> None:
     bundle = load_bundle(path)
     assert bundle.codec.config.codebook_size == 32 and bundle.baseline is bundle.dit
     shutil.rmtree(path / "ar")
-    with pytest.raises(ArtifactError, match=r"config\.json is missing"):
+    with pytest.raises(ArtifactError, match=r"bundle\.json lists ar, but it is missing"):
         load_bundle(path)
     (path / "bundle.json").unlink()
     with pytest.raises(ArtifactError, match="not a bundle"):
         load_bundle(path)
+
+
+def test_a_text_only_bundle_needs_nothing_of_guidance_and_half_of_it_is_refused(tmp_path: Path) -> None:
+    config = small_config()
+    parts = make_random_parts(tmp_path / "parts", config)
+    identity = load_artifact(parts["ar"], "ar").lineage.parents["text"]
+    base = save_artifact(
+        tmp_path / "base", kind="dit", config=load_artifact(parts["dit"], "dit").config,
+        tensors=load_artifact(parts["dit"], "dit").tensors(),
+        parents={"vae": load_artifact(parts["vae"], "vae").fingerprint},
+    )  # fmt: skip
+    text_only = {"vae": parts["vae"], "dit_base": base.path}
+    bundle = load_bundle(save_bundle(tmp_path / "bundle", config, text_only, identity))
+    assert not bundle.guided and bundle.baseline.config.depth == 2
+    with pytest.raises(ArtifactError, match="has no ar: this bundle is text-only"):
+        _ = bundle.ar
+    frames = list(VideoGenerator(bundle).generate(["a red circle", "a blue square"], seed=1))
+    assert [len(part) for part in frames] == [34, 17]
+    with pytest.raises(ArtifactError, match="codec_coarse is missing"):
+        save_bundle(tmp_path / "half", config, {**text_only, "codec_fine": parts["codec_fine"]}, identity)
+    with pytest.raises(ArtifactError, match="dit_base is missing"):
+        save_bundle(tmp_path / "none", config, {"vae": parts["vae"]}, identity)
+
+
+def test_models_load_in_half_precision(tmp_path: Path) -> None:
+    """Weights in bfloat16, positions exact, and a video comes out of it."""
+    bundle = load_bundle(make_random_bundle(tmp_path / "bundle", "precision=bf16"))
+    assert bundle.dit.x_embedder.proj.weight.dtype == bundle.ar.head.weight.dtype == torch.bfloat16
+    exact = load_dit(tmp_path / "bundle" / "dit")
+    assert torch.equal(bundle.dit.rope.freqs, exact.rope.freqs)
+    frames = next(VideoGenerator(bundle).generate(["a red circle"], seed=1))
+    assert frames.shape == (34, 64, 64, 3) and frames.std() > 0
 
 
 def test_parts_trained_on_another_codebook_are_refused(tmp_path: Path) -> None:

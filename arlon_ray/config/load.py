@@ -50,7 +50,7 @@ def _validated(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 
 #: Settings that change no result: bookkeeping, and where a start artefact lies (its fingerprint is a parent).
-WITHOUT_EFFECT = ("log_every", "checkpoint_every", "init")
+WITHOUT_EFFECT = ("log_every", "checkpoint_every", "init", "group_batch", "frame_batch")
 
 
 def config_fingerprint(*sections: BaseModel) -> str:

@@ -51,6 +51,10 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: all codes")
     top_p: float = Field(0.95, gt=0, le=1)
+    baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
+    aesthetic_score: float | None = Field(None, ge=0, le=10, description="added to the prompt, as Open-Sora trains")
+    motion_score: float | None = Field(None, ge=0, description="added to the prompt, as Open-Sora trains")
+    camera_motion: str | None = Field(None, max_length=40, description="added to the prompt, as Open-Sora trains")
 
 
 class DeploymentConfig(Section):
@@ -99,6 +103,7 @@ class Config(Section):
     name: str = "custom"
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the AR and the DiT when videos are made")
     video: VideoConfig = VideoConfig()
     segment: SegmentConfig = SegmentConfig()
     vae: VaeConfig = VaeConfig()

@@ -15,6 +15,16 @@ from torch import Tensor
 NUM_TIMES = 1000.0
 
 
+def latents_for_time(frames: int) -> int:
+    """Latent frames as Open-Sora's time-step transform counts them: 1 for a picture, else frames // 17 · 5.
+
+    Raises ValueError for 0 and for 2–16 frames, for which that is 0 (and every time would become 0, then NaN).
+    """
+    if frames != 1 and frames < 17:
+        raise ValueError(f"{frames} frames: the time-step transform works for 1 frame, and from 17 frames on")
+    return 1 if frames == 1 else frames // 17 * 5
+
+
 def time_ratio(height: float, width: float, latent_frames: int, base_pixels: float = 512 * 512) -> float:
     """r = √(H·W / base) · √(latent frames): larger and longer videos are trained and sampled at noisier times.
 

@@ -10,6 +10,7 @@ import torch
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.generation.decoding import FrameDecoder
+from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions, default_options
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.rendering import DiTRenderer
@@ -27,7 +28,8 @@ class VideoGenerator:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.planner, self.renderer, self.decoder = ArPlanner(bundle), DiTRenderer(bundle), FrameDecoder(bundle)
+        self.planner = ArPlanner(bundle) if bundle.guided else None
+        self.renderer, self.decoder = DiTRenderer(bundle), FrameDecoder(bundle)
 
     @classmethod
     def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> VideoGenerator:
@@ -35,18 +37,31 @@ class VideoGenerator:
         return cls(load_bundle(path, device))
 
     def generate(
-        self, prompts: Sequence[str], seed: int = 0, options: GenerationOptions | None = None
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        options: GenerationOptions | None = None,
+        given: Given | None = None,
     ) -> Iterator[np.ndarray]:
-        """Frames uint8 [T, H, W, 3] of one segment after the other; prompts[k] is the text of segment k."""
+        """Frames uint8 [T, H, W, 3] of one segment after the other; prompts[k] is the text of segment k.
+
+        `given` is what the first segment starts from (`given_picture`, `given_clip`). A text-only bundle renders the
+        baseline whatever the options say.
+        """
         options = options or default_options(self.bundle.config.sampling)
         keep = self.bundle.config.segment.overlap_latents
-        overlap: np.ndarray | None = None
-        plans = iter(()) if options.baseline else self.planner.plan(prompts, seed, options)
+        start = given.latents if given else None
+        if self.planner is None:
+            options = options.model_copy(update={"baseline": True})
+        plans: Iterator[SegmentTokens] = iter(())
+        if self.planner is not None and not options.baseline:
+            plans = self.planner.plan(prompts, seed, options, given=start)
+        overlap = start
         for index, prompt in enumerate(prompts):
-            plan: SegmentTokens | None = next(plans, None)
-            tokens = plan.tokens if plan else None
-            latents = self.renderer.render(prompt, tokens, overlap, seed, index, options).latents
+            plan = next(plans, None)
+            latents = self.renderer.render(prompt, plan.tokens if plan else None, overlap, seed, index, options).latents
             # a segment's own latents may be fewer than the overlap: the rest comes from what was taken over
             history = latents if overlap is None else np.concatenate([overlap, latents], axis=1)
+            shown = history if index == 0 and given and given.shown else latents
             overlap = history[:, -keep:]
-            yield self.decoder.decode(latents)
+            yield self.decoder.decode(shown)

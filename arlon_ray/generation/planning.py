@@ -90,9 +90,9 @@ class ArPlanner:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config = bundle, bundle.config
-        self.text, self.model = bundle.text, bundle.ar
+        self.text, self.model, self.codec = bundle.text, bundle.ar, bundle.codec
         height, width = bundle.config.latent_grid
-        self.group_grid = bundle.codec.grid(GROUP_LATENTS, height, width)
+        self.group_grid = self.codec.grid(GROUP_LATENTS, height, width)
 
     @classmethod
     def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> ArPlanner:
@@ -105,18 +105,39 @@ class ArPlanner:
         seed: int,
         options: GenerationOptions,
         on_token: Callable[[int], None] | None = None,
+        given: np.ndarray | None = None,
     ) -> Iterator[SegmentTokens]:
-        """One plan a segment, in order; prompts[k] is the text of segment k. Equal arguments, equal tokens."""
+        """One plan a segment, in order; prompts[k] is the text of segment k. Equal arguments, equal tokens.
+
+        `given` are latents float32 [C, n, h, w] that the first segment starts with (`Given`): the AR goes on from their
+        tokens. Raises ValueError for latents that do not fit.
+        """
         segment = self.config.segment
         per_group = self.group_grid[0]
-        window = torch.zeros(0, *self.group_grid[1:], dtype=torch.long, device=self.bundle.device)
+        window = self._tokens_of(given)
         for index, prompt in enumerate(prompts):
-            new_groups = segment.groups if index == 0 else segment.groups - segment.overlap_groups
-            window = window[-self.config.ar.context_groups * per_group :] if index else window
-            grid = (len(window) + new_groups * per_group, *self.group_grid[1:])
-            embedding = self.text.encode([prompt])
+            end = segment.groups * per_group
+            if index:
+                window = window[-self.config.ar.context_groups * per_group :]
+                end = len(window) + (segment.groups - segment.overlap_groups) * per_group
+            grid = (end, *self.group_grid[1:])
+            embedding = self.text.encode([options.text(prompt)])
             generator = segment_generator(seed, index, "ar", self.bundle.device)
             window = sample_tokens(
                 self.model, *embedding, window.flatten(), grid, options, generator, on_token
             ).view(grid)  # fmt: skip
             yield SegmentTokens(index, window[-segment.groups * per_group :].int().cpu().numpy())
+
+    def _tokens_of(self, given: np.ndarray | None) -> Tensor:
+        """Tokens [t', h', w'] of the given latents, as far as they fill whole tokens.
+
+        A codec that codes each latent frame on its own has tokens of a single picture; one that codes a group at once
+        has none of it.
+        """
+        if given is None:
+            return torch.zeros(0, *self.group_grid[1:], dtype=torch.long, device=self.bundle.device)
+        latents = torch.from_numpy(given)[None].to(self.bundle.device)
+        missing = -latents.shape[2] % GROUP_LATENTS
+        whole = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        per_token = GROUP_LATENTS // self.group_grid[0]
+        return self.codec.encode(whole)[0, : latents.shape[2] // per_token]

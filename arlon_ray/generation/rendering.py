@@ -80,7 +80,9 @@ class DiTRenderer:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config = bundle, bundle.config
-        self.text, self.codec, self.dit = bundle.text, bundle.codec, bundle.dit
+        self.text = bundle.text
+        self.codec = bundle.codec if bundle.guided else None
+        self.dit = bundle.dit if bundle.guided else bundle.baseline
 
     @classmethod
     def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> DiTRenderer:
@@ -98,18 +100,21 @@ class DiTRenderer:
         options: GenerationOptions,
         on_step: Callable[[int], None] | None = None,
     ) -> SegmentLatents:
-        """Render segment `index`: `tokens` [t', h', w'] (None with `options.baseline`), `overlap` float32 [C, o, h, w].
+        """Render segment `index`: `tokens` [t', h', w'] (None with `options.baseline`), `overlap` float32 [C, k, h, w].
 
-        `overlap` is what the segment before ended with (None for the first one) and stays exactly as it is.
-        `on_step(i)` is called before every denoising step and may raise. Raises ValueError on shapes that do not fit.
+        `overlap` is what the segment before ended with, or what the first one starts from (`Given`; None: nothing), at
+        most the overlap's o latents. It stays exactly as it is, and is not part of what is returned. `on_step(i)` is
+        called before every denoising step and may raise. Raises ValueError on shapes that do not fit.
         """
         device, segment = self.bundle.device, self.config.segment
         height, width = self.config.latent_grid
         kept = 0 if overlap is None else overlap.shape[1]
         shape = (segment.latents, height, width)
         channels = self.dit.config.in_channels
-        if overlap is not None and overlap.shape != (channels, segment.overlap_latents, height, width):
-            expected = [channels, segment.overlap_latents, height, width]
+        if overlap is not None and not (
+            1 <= kept <= segment.overlap_latents and overlap.shape == (channels, kept, height, width)
+        ):
+            expected = f"[{channels}, 1 to {segment.overlap_latents}, {height}, {width}]"
             raise ValueError(f"overlap of shape {list(overlap.shape)}: expected {expected}")
         coarse = None if options.baseline else self._coarse(tokens)
         given = torch.zeros(1, channels, *shape, device=device)
@@ -120,7 +125,7 @@ class DiTRenderer:
         size = (self.config.video.height, self.config.video.width)
         model = self.bundle.baseline if options.baseline else self.dit
         frozen = (noisy, given) if kept else None
-        text, fps = self.text.encode([prompt]), self.config.video.fps
+        text, fps = self.text.encode([options.text(prompt)]), self.config.video.fps
         velocity = guided_velocity(model, shape, text, coarse, noisy if kept else None, fps, size, options)
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
@@ -129,6 +134,8 @@ class DiTRenderer:
         return SegmentLatents(index, latents[0, :, kept:].cpu().numpy())
 
     def _coarse(self, tokens: np.ndarray | None) -> Tensor:
+        if self.codec is None:
+            raise ValueError("this bundle is text-only: ask for the baseline")
         if tokens is None:
             raise ValueError("no tokens: the guided DiT needs the AR's plan; ask for the baseline to render without")
         expected = self.codec.grid(self.config.segment.groups * GROUP_LATENTS, *self.config.latent_grid)

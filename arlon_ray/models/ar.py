@@ -148,7 +148,8 @@ class ArTransformer(nn.Module):
         batch, length = mask_BL.shape
         count = tokens_BN.shape[1]
         visual = torch.cat([self.start.expand(batch, 1, -1), self.codes(tokens_BN)], dim=1)
-        x = torch.cat([self.text_in(text_BLE), visual + self.places(grid)[: count + 1]], dim=1)
+        text = self.text_in(text_BLE.to(self.text_in.weight.dtype))
+        x = torch.cat([text, visual + self.places(grid)[: count + 1]], dim=1)
         total = length + 1 + count
         causal = torch.ones(total, total, dtype=torch.bool, device=x.device).tril()
         visible = F.pad(mask_BL, (0, 1 + count), value=True)
@@ -188,10 +189,10 @@ def grid_coordinates(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
-def load_ar(path: str | Path, device: str | torch.device = "cpu") -> ArTransformer:
-    """The AR at `path`, frozen, in evaluation mode. Raises ArtifactError."""
+def load_ar(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ArTransformer:
+    """The AR at `path`, frozen, in evaluation mode, with weights in `dtype`. Raises ArtifactError."""
     artifact = load_artifact(path, "ar")
-    settings, tensors = dict(artifact.config), artifact.tensors(device)
+    settings, tensors = dict(artifact.config), artifact.tensors(device, dtype)
     with building(artifact):
         sizes = {name: settings.pop(name) for name in ("codebook_size", "text_dim", "max_text")}
         with torch.device("meta"):

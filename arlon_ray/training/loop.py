@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from arlon_ray.artifact import Artifact, whole_folder, write_json
 from arlon_ray.training.engine import (
@@ -237,6 +238,7 @@ def run_stage(
     Raises TrainingError when the loss or the gradient stops being a number; the last checkpoint stays.
     """
     run, training = _Run(stage, engine, reporter, checkpoints, key), stage.training
+    run.report_line(f"{stage.name}: {_parameter_counts(engine.objective)}")
     run.resume()
     if engine.average({"step": float(run.step)})["step"] != run.step:
         raise TrainingError(
@@ -251,6 +253,12 @@ def run_stage(
         if last or run.step % training.checkpoint_every == 0:
             run.save(latest)
     return _finish(run, output, latest) if engine.rank == 0 else StageResult(run.step)
+
+
+def _parameter_counts(objective: nn.Module) -> str:
+    """How many parameters train, and how many are frozen."""
+    counts = [sum(p.numel() for p in objective.parameters() if p.requires_grad is trained) for trained in (True, False)]
+    return f"{counts[0]:,} parameters train" + (f", {counts[1]:,} are frozen" if counts[1] else "")
 
 
 def _finish(run: _Run, output: Path, latest: Mapping[str, float]) -> StageResult:

@@ -6,8 +6,18 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
-from arlon_ray.generation import ArPlanner, DiTRenderer, VideoGenerator, default_options, spread_prompts
+from arlon_ray.generation import (
+    ArPlanner,
+    DiTRenderer,
+    VideoGenerator,
+    default_options,
+    given_clip,
+    given_picture,
+    spread_prompts,
+)
+from arlon_ray.training.stages.vae import to_frames, to_video
 from tests.bundles import make_random_bundle
 
 
@@ -82,13 +92,47 @@ def test_rendering_stops_between_steps(generator: VideoGenerator) -> None:
     assert steps == [0, 1]
 
 
+def test_a_picture_becomes_the_first_frame_and_steers_the_plan(generator: VideoGenerator) -> None:
+    bundle, options = generator.bundle, default_options(generator.bundle.config.sampling)
+    frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    given = given_picture(bundle, frame)
+    assert given.latents.shape == (8, 1, 8, 8) and given.shown
+    parts = list(generator.generate(["a", "b"], 1, options, given))
+    assert [len(part) for part in parts] == [34, 17]
+    # latents of the first frame are the picture's, exactly; so its frame is what the VAE makes of the picture alone
+    alone = bundle.vae.decode(bundle.vae.encode(to_video(frame[None, None])))
+    assert np.abs(parts[0][0].astype(int) - to_frames(alone)[0, 0].astype(int)).max() <= 1
+    plan = next(generator.planner.plan(["a"], 1, options, given=given.latents)).tokens
+    free = next(generator.planner.plan(["a"], 1, options)).tokens
+    assert plan.shape == free.shape and not np.array_equal(plan, free)
+    repeated = torch.from_numpy(np.repeat(given.latents, 5, axis=1))[None]
+    assert np.array_equal(plan[0], bundle.codec.encode(repeated)[0, 0].numpy())
+
+
+def test_a_video_goes_on_from_a_clip(generator: VideoGenerator) -> None:
+    """A clip's last group stands where the segment before would: the same latents and tokens, the same continuation."""
+    bundle, options = generator.bundle, default_options(generator.bundle.config.sampling)
+    frames = np.random.default_rng(1).integers(0, 255, (40, 64, 64, 3), np.uint8)
+    given = given_clip(bundle, frames)
+    assert given.latents.shape == (8, 5, 8, 8) and not given.shown
+    assert np.allclose(given.latents, bundle.vae.encode(to_video(frames[None, -17:]))[0].numpy(), atol=1e-5)
+    parts = list(generator.generate(["a", "b"], 1, options, given))
+    assert [len(part) for part in parts] == [17, 17]
+    plan = next(generator.planner.plan(["a"], 1, options, given=given.latents)).tokens
+    assert np.array_equal(plan[:5], bundle.codec.encode(torch.from_numpy(given.latents)[None])[0].numpy())
+    with pytest.raises(ValueError, match="has 16 frames at 16 a second: expected at least 17"):
+        given_clip(bundle, frames[:16])
+    with pytest.raises(ValueError, match=r"frames of uint8 \[17, 32, 64, 3\]"):
+        given_clip(bundle, frames[:, :32])
+
+
 def test_what_does_not_fit_is_refused(generator: VideoGenerator) -> None:
     options = default_options(generator.bundle.config.sampling)
     render = generator.renderer.render
     with pytest.raises(ValueError, match="tokens of shape"):
         render("a", np.zeros((5, 4, 4), np.int32), None, 0, 0, options)
     with pytest.raises(ValueError, match="overlap of shape"):
-        render("a", np.zeros((10, 4, 4), np.int32), np.zeros((8, 4, 8, 8), np.float32), 0, 1, options)
+        render("a", np.zeros((10, 4, 4), np.int32), np.zeros((8, 6, 8, 8), np.float32), 0, 1, options)
     with pytest.raises(ValueError, match="needs the AR's plan"):
         render("a", None, None, 0, 0, options)
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from arlon_ray.generation.video import read_video
 from tests.bundles import make_random_bundle
+from tests.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = [
     "preprocess", "render_samples", "train_vae", "train_vqvae", "extract_tokens", "train_ar", "train_dit", "generate",
-    "pipeline", "serve_bundle",
+    "pipeline", "serve_bundle", "import_opensora",
 ]  # fmt: skip
-
-
-def job(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run `python jobs/NAME.py ARGUMENTS`."""
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_help_names_the_flags(name: str) -> None:
-    result = job(name, "--help")
+    result = run_script(name, "--help")
     assert result.returncode == 0, result.stderr
     assert "--output" in result.stdout
 
@@ -38,6 +32,8 @@ def test_help_names_the_flags(name: str) -> None:
         ("pipeline", ["--config", "tinny"], "neither a file nor one of the presets"),
         ("pipeline", ["--set", "dit.trainin.steps=3"], "did you mean dit.training?"),
         ("pipeline", ["--input", "/no/such/folder"], "--input /no/such/folder: not found"),
+        ("preprocess", ["--input", ""], "--input: empty; expected a path"),
+        ("import_opensora", [], "nothing to do: name --stdit, --vae or --text"),
         ("train_vae", ["--input", "FOLDER=-1"], "must be above 0"),
         ("train_vqvae", ["--dataset", "DIR", "--set", "seed=x"], "seed='x'"),
         ("train_ar", ["--dataset", "DIR", "--codec-fine", "DIR", "--vae", "DIR"], "--tokens"),
@@ -49,7 +45,7 @@ def test_help_names_the_flags(name: str) -> None:
 )
 def test_bad_input_is_one_line_and_exit_code_2(name: str, arguments: list[str], message: str, tmp_path: Path) -> None:
     filled = [a.replace("FOLDER", str(tmp_path)).replace("DIR", str(tmp_path)) for a in arguments]
-    result = job(name, *filled, *(["--output", str(tmp_path / "out")] if name != "generate" else []))
+    result = run_script(name, *filled, *(["--output", str(tmp_path / "out")] if name != "generate" else []))
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -58,20 +54,20 @@ def test_bad_input_is_one_line_and_exit_code_2(name: str, arguments: list[str], 
 
 def test_an_output_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = job("pipeline", "--output", str(tmp_path / "file" / "x"))
+    result = run_script("pipeline", "--output", str(tmp_path / "file" / "x"))
     assert result.returncode == 2
     assert "cannot be created" in result.stderr
 
 
 def test_generate_writes_a_video_without_ray(tmp_path: Path) -> None:
-    from arlon_ray.generation.video import read_video
-
+    """As a command of its own, from another folder."""
     bundle, path = make_random_bundle(tmp_path / "bundle"), tmp_path / "video.mp4"
     flags = ["--prompt", "a red circle", "--prompt", "a blue one", "--segments", "3", "--output", str(path)]
-    result = job("generate", "--bundle", str(bundle), *flags)
+    command = [sys.executable, str(ROOT / "jobs" / "generate.py"), "--bundle", str(bundle), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 0, result.stderr
     assert read_video(path).shape == (34 + 17 + 17, 64, 64, 3)
-    result = job("generate", "--bundle", str(bundle), "--prompt", "a", "--prompt", "b", "--segments", "1")
-    assert result.returncode == 2 and "2 prompts for 1 segments" in result.stderr
-    result = job("generate", "--bundle", str(bundle), "--prompt", "a", "--steps", "0")
-    assert result.returncode == 2 and "--steps=0" in result.stderr
+    refused = run_script("generate", "--bundle", str(bundle), "--prompt", "a", "--prompt", "b", "--segments", "1")
+    assert refused.returncode == 2 and "2 prompts for 1 segments" in refused.stderr
+    refused = run_script("generate", "--bundle", str(bundle), "--prompt", "a", "--steps", "0")
+    assert refused.returncode == 2 and "--steps=0" in refused.stderr

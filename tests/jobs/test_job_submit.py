@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from arlon_ray.config import load_config
@@ -52,7 +52,9 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             raise AssertionError((tmp_path / "head.log").read_text())
         yield address, environment
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        # asked to end, a node waits half a minute for its workers
+        for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+            process.kill()
         head.wait(timeout=60)
 
 

@@ -67,7 +67,8 @@ def test_raw_video_to_served_video_and_again(videos: Path, tmp_path: Path) -> No
     assert second.returncode == 0, second.stdout + second.stderr
     assert "vqvae_fine" not in second.stdout, "the finished codec was trained again"
     report = json.loads((output / "dataset" / "report.json").read_text())
-    assert "24" in json.dumps(report) and "broken.mp4" in json.dumps(report)
+    assert report["total"] == {"in": 25, "kept": 24, "filtered": 0, "failed": 1}
+    assert report["sources"]["broken.mp4"] == {"in": 1, "kept": 0, "filtered": 0, "failed": 1}
     video = read_video(output / "demo.mp4")
     assert video.shape == (34 + 5 * 17, 64, 64, 3) == read_video(output / "baseline.mp4").shape
     assert (output / "demo.png").stat().st_size > 1000
@@ -76,6 +77,19 @@ def test_raw_video_to_served_video_and_again(videos: Path, tmp_path: Path) -> No
     assert lineage.parents["codec_fine"] == bundle.artifacts["codec_fine"].fingerprint
     assert lineage.parents["dit_init"] == bundle.artifacts["dit_base"].fingerprint
     _check_runs(output)
+
+    third = subprocess.Popen(
+        command(output, videos), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert third.stdout is not None
+    begin, seen = time.monotonic(), ""
+    for line in third.stdout:
+        seen += line
+        if "── serve" in line:
+            os.kill(third.pid, signal.SIGINT)
+            break
+    third.communicate(timeout=120)
+    assert "samples/s" not in seen and time.monotonic() - begin < 60, f"something was done again: {seen}"
 
 
 def _check_runs(output: Path) -> None:

@@ -36,7 +36,6 @@ def test_groups_of_the_vae_are_coded_on_their_own(vae: FoldedVAE) -> None:
     frames = vae.decode(latents)
     assert frames.shape == video.shape
     assert torch.allclose(frames[:, :, 17:], vae.decode(latents[:, :, 5:]), atol=1e-6)
-    assert torch.allclose(vae.encode(video, micro_batch=1), latents, atol=1e-6)
 
 
 def test_the_vae_is_causal_so_that_a_picture_is_the_first_latent(vae: FoldedVAE) -> None:
@@ -50,9 +49,9 @@ def test_shift_and_scale_are_inside(vae: FoldedVAE) -> None:
     assert torch.allclose(vae.encode(video) * vae.scale.view(-1, 1, 1, 1) + vae.shift.view(-1, 1, 1, 1), raw, atol=1e-5)
 
 
-@pytest.mark.parametrize("frames, side", [(16, 16), (18, 16), (17, 12)])
+@pytest.mark.parametrize("frames, side", [(0, 16), (17, 12)])
 def test_sizes_that_do_not_fit_are_refused(vae: FoldedVAE, frames: int, side: int) -> None:
-    with pytest.raises(ValueError, match="expected 1 frame or a multiple of 17"):
+    with pytest.raises(ValueError, match="expected at least 1 frame, and sides that are multiples of 8"):
         vae.encode(torch.zeros(1, 3, frames, side, side))
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from arlon_ray.artifact import ArtifactError
+from arlon_ray.generation.video import contact_sheet, read_video, write_video
 from arlon_ray.models.text import load_text_encoder, load_token_counter
+from data_pipeline.decode import fit
 from jobs import command_line, generate
 from jobs.command_line import InputError
 from tests.bundles import make_random_bundle, small_config
@@ -86,3 +89,48 @@ def test_the_device_is_the_bundles(bundle: Path, monkeypatch: pytest.MonkeyPatch
     assert asked[-1] == "cpu"
     with pytest.raises(InputError, match="no GPU"):
         generate.device_of(small_config("device=cuda"))
+
+
+@pytest.mark.parametrize(
+    "flag, content, expected",
+    [
+        ("--image", None, "--image"),
+        ("--image", b"no picture", "Invalid data"),
+        ("--video", b"", "Invalid data"),
+        ("--video", "short", "has 10 frames at 16 a second: expected at least 17"),
+        ("both", b"", "exclude each other"),
+    ],
+)
+def test_what_a_video_cannot_start_from_is_refused(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str,
+    content: bytes | str | None, expected: str,
+) -> None:  # fmt: skip
+    path = tmp_path / "start"
+    if content == "short":
+        write_video(path.with_suffix(".mp4"), np.zeros((10, 48, 64, 3), np.uint8), 16)
+        path = path.with_suffix(".mp4")
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    start = ["--image", str(path), "--video", str(path)] if flag == "both" else [flag, str(path)]
+    arguments = ["--bundle", str(bundle), "--prompt", "a", "--output", str(tmp_path / "video.mp4"), *start]
+    assert expected in refused(monkeypatch, capsys, *arguments)
+
+
+def test_image_to_video_and_continuation_from_the_command_line(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of another size is the first frame; a clip at another rate is shown first, then goes on."""
+    rows = np.linspace(0, 255, 96).astype(np.uint8)[:, None, None]
+    picture = np.broadcast_to(rows, (96, 128, 3)).copy()
+    contact_sheet(tmp_path / "first.png", picture[None])
+    write_video(tmp_path / "clip.mp4", np.stack([picture] * 48), 24)  # 2 s
+    for start, frames in ((["--image", "first.png"], 34), (["--video", "clip.mp4"], 32 + 17)):
+        output = tmp_path / "video.mp4"
+        flags = ["--bundle", str(bundle), "--prompt", "a", "--output", str(output), start[0], str(tmp_path / start[1])]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+        generate.main()
+        video = read_video(output)
+        assert video.shape == (frames, 64, 64, 3)
+        if start[0] == "--video":
+            shown = fit(picture[None], 64, 64)[0].astype(int)
+            assert np.abs(video[:32].astype(int) - shown).mean() < 3

@@ -67,11 +67,11 @@ def loss(config, parts, step: int, seed: int) -> float:
 @pytest.mark.parametrize(
     "switch",
     ["dit.coarse_probability=1", "dit.uncertainty_probability=1", "dit.token_dropout=0.99", "dit.text_dropout=0.99",
-     "dit.overlap_probability=1"],
+     "dit.masks.overlap=1", "dit.masks.image_head=1", "dit.masks.random=1"],
 )  # fmt: skip
 def test_every_switch_changes_the_objective(switch: str, parts: dict[str, Path]) -> None:
     off = ["dit.coarse_probability=0", "dit.uncertainty_probability=0", "dit.token_dropout=0", "dit.text_dropout=0",
-           "dit.overlap_probability=0"]  # fmt: skip
+           "dit.masks.overlap=0", "dit.masks.image_head=0"]  # fmt: skip
     plain, switched = small_config(*off), small_config(*off, switch)
     assert loss(plain, parts, 0, 0) == loss(plain, parts, 0, 0)
     assert loss(plain, parts, 0, 0) != loss(switched, parts, 0, 0)

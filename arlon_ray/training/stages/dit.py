@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, save_artifact
+from arlon_ray.artifact import LINEAGE, Artifact, ArtifactError, load_artifact, save_artifact
+from arlon_ray.bundle import MANIFEST, PARTS
 from arlon_ray.config import GROUP_LATENTS, Config
+from arlon_ray.diffusion.frame_masks import sample_noisy
 from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, sample_times, schedule, time_ratio
 from arlon_ray.generation.options import default_options
 from arlon_ray.generation.rendering import guided_velocity
@@ -69,8 +71,8 @@ class DitObjective(nn.Module):
         ratio = time_ratio(*size, frames, settings.time_base_pixels) * settings.time_scale
         time = sample_times(count, ratio, generator, device)
         noise = torch.randn(x0.shape, generator=generator, device=device)
-        noisy = torch.ones(count, frames, dtype=torch.bool, device=device)
-        noisy[:, : self.config.segment.overlap_latents] = ~chosen(settings.overlap_probability)[:, None]
+        overlap = self.config.segment.overlap_latents
+        noisy = sample_noisy(settings.masks, count, frames, overlap, generator, device)
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
@@ -177,9 +179,24 @@ class DitStage:
         )
 
 
+def initial_dit(path: str | Path) -> Artifact:
+    """The artefact that `dit.init` names: a DiT, or the text-only (else the guided) DiT of a bundle.
+
+    Raises ArtifactError.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        folder /= PARTS["dit_base" if (folder / PARTS["dit_base"][0]).exists() else "dit"][0]
+    if not (folder / LINEAGE).is_file():
+        raise ArtifactError(
+            f"dit.init={path}: no DiT artefact and no bundle; public weights become one by jobs/import_opensora.py"
+        )
+    return load_artifact(folder, "dit")
+
+
 def _initialise(dit: STDiT3, path: str) -> None:
     """Load `path` into `dit`. Raises ArtifactError if anything but the injection is missing, or does not fit."""
-    tensors = load_artifact(path, "dit").tensors()
+    tensors = initial_dit(path).tensors()
     own = dit.state_dict()
     missing = [name for name in own if name not in tensors and not name.startswith("injection.")]
     unexpected = [name for name in tensors if name not in own]

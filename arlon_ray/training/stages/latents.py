@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arlon_ray.models.vae import FoldedVAE, load_vae
+from arlon_ray.models.vae import VideoVAE, load_vae
 
 
 class BatchSource(Protocol):
@@ -47,7 +47,7 @@ def trimmed(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _vae(path: str) -> FoldedVAE:
+def _vae(path: str) -> VideoVAE:
     return load_vae(path)
 
 
