@@ -19,7 +19,7 @@ from data_pipeline.encode import ClipEncoder
 from data_pipeline.schema import DECODED
 from data_pipeline.sources import find_sources
 from data_pipeline.synthetic import write_samples
-from jobs.command_line import existing, run
+from jobs.command_line import InputError, existing, run
 
 PROMPTS = ["a red circle moves to the right", "a red circle moves up"]
 
@@ -27,14 +27,17 @@ PROMPTS = ["a red circle moves to the right", "a red circle moves up"]
 def bench_generation(bundle: Bundle, runs: int, segments: int) -> dict[str, Any]:
     """AR tokens/s, DiT steps/s, VAE frames/s, and seconds per video with the AR's share."""
     generator, options = VideoGenerator(bundle), default_options(bundle.config.sampling)
-    plan = next(generator.planner.plan(PROMPTS[:1], 0, options))
+    planner = generator.planner
+    if planner is None:
+        raise InputError(f"--bundle {bundle.path}: is text-only: there is no AR to measure")
+    plan = next(planner.plan(PROMPTS[:1], 0, options))
     latents = generator.renderer.render(PROMPTS[0], plan.tokens, None, 0, 0, options).latents
     prompts = [PROMPTS[i * len(PROMPTS) // segments] for i in range(segments)]
-    ar = timed(lambda: next(generator.planner.plan(PROMPTS[:1], 0, options)), runs)
+    ar = timed(lambda: next(planner.plan(PROMPTS[:1], 0, options)), runs)
     dit = timed(lambda: generator.renderer.render(PROMPTS[0], plan.tokens, None, 0, 0, options), runs)
     decode = timed(lambda: generator.decoder.decode(latents), runs)
     video = timed(lambda: [part.shape for part in generator.generate(prompts, 0, options)], max(2, runs // 2))
-    planned = timed(lambda: [plan.index for plan in generator.planner.plan(prompts, 0, options)], max(2, runs // 2))
+    planned = timed(lambda: [plan.index for plan in planner.plan(prompts, 0, options)], max(2, runs // 2))
     return {
         "ar_tokens_per_s": plan.tokens.size / ar["median"],
         "dit_steps_per_s": options.steps / dit["median"],

@@ -15,6 +15,7 @@ from typing import Any
 from arlon_ray.artifact import ArtifactError, load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
+from arlon_ray.training.stages.dit import initial_dit
 from data_pipeline.sources import find_sources
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
 from jobs.extract_tokens import run_extract_tokens
@@ -123,7 +124,7 @@ class Pipeline:
         return self._trained(f"vqvae {role}", lambda: run_codec(self.config, role, dataset, vae, output, self.tracking))
 
     def _dits(self, dataset: Path, tokens: Path, vae: Path, codecs: tuple[Path, Path]) -> dict[str, Path]:
-        """The guided DiT; where `dit.base_steps` asks for it, from a text-only one, which is the baseline."""
+        """The guided DiT, and the baseline: the text-only one that it starts from (`dit.base_steps` or `dit.init`)."""
         config, output, parts = self.config, self.output, {}
         if config.dit.base_steps:
             base = _text_only(config)
@@ -133,6 +134,8 @@ class Pipeline:
             )
             dit = config.dit.model_copy(update={"init": str(parts["dit_base"])})
             config = config.model_copy(update={"dit": dit})
+        elif config.dit.init and not (start := initial_dit(config.dit.init)).config["injection"]["enabled"]:
+            parts["dit_base"] = start.path
         parts["dit"] = self._trained(
             "dit (guided)", lambda: run_dit(config, dataset, vae, output / "dit", tokens, codecs, self.tracking)
         )
@@ -152,7 +155,8 @@ class Pipeline:
         try:
             there = Bundle(path)
             found = {name: artifact.fingerprint for name, artifact in there.artifacts.items()}
-            if found == wanted and there.config == self.config:
+            same_text = there.config.model_copy(update={"text": self.config.text})  # its path is the bundle's own
+            if found == wanted and same_text == self.config:
                 return path
         except ArtifactError:
             pass

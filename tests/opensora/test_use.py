@@ -1,0 +1,103 @@
+"""What is imported is used by the same code as everything else: in the data pipeline, in training, in serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arlon_ray.artifact import ArtifactError, load_artifact, save_artifact
+from arlon_ray.bundle import load_bundle
+from arlon_ray.config import override
+from arlon_ray.models.codec import LatentCodec
+from arlon_ray.training.loop import train_locally
+from arlon_ray.training.stages.dit import DitPaths, DitStage, initial_dit
+from data_pipeline.encode import ClipEncoder
+from data_pipeline.schema import DECODED
+from tests.data_pipeline.test_encode import decoded
+from tests.opensora.public import SMALL, randomized, small_config, write_stdit, write_t5, write_vae
+from tests.scripts import run_script
+from tests.training.recording import Recorder
+from tests.training.sources import ToySource
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the job makes of public checkpoints of small sizes."""
+    folder = tmp_path_factory.mktemp("imported")
+    sources = [
+        "--stdit", str(write_stdit(folder / "stdit")), "--vae", str(write_vae(folder / "vae", small_config().vae)),
+        "--text", str(write_t5(folder / "t5")),
+    ]  # fmt: skip
+    settings = [part for text in SMALL for part in ("--set", text)]
+    result = run_script("import_opensora", *sources, *settings, "--output", str(folder / "bundle"))
+    assert result.returncode == 0, result.stderr
+    return folder / "bundle"
+
+
+def test_the_data_pipeline_computes_the_embeddings_and_latents_that_serving_computes(bundle: Path) -> None:
+    opened = load_bundle(bundle)
+    caption = "A RED circle <b>moves</b> slowly to the left, www.example.com"
+    encoder = ClipEncoder(bundle / "vae", opened.config.text)
+    row = encoder(pa.Table.from_pylist([decoded(1, 34, caption)], schema=DECODED)).to_pylist()[0]
+    served = opened.text.encode([caption])
+    length = int(served.mask.sum())
+    stored = np.frombuffer(row["text_embedding"], np.float16).reshape(length, 16)
+    assert row["reason"] == "" and row["text_length"] == length
+    assert np.array_equal(stored, served.values[0, :length].half().numpy())
+    assert encoder.text.identity == opened.text_identity
+    pixels = torch.frombuffer(bytearray(decoded(1, 34)["frames"]), dtype=torch.uint8).view(1, 34, 16, 16, 3)
+    latents = opened.vae.encode(pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    assert row["latent_shape"] == [4, 10, 2, 2]
+    assert np.array_equal(np.frombuffer(row["latent"], np.float16), latents.half().flatten().numpy())
+
+
+@pytest.mark.parametrize("train_only", ["injection", "all"])
+def test_training_starts_from_it_and_says_how_many_parameters_train(
+    bundle: Path, tmp_path: Path, train_only: str
+) -> None:
+    quick = ("steps=3", "batch_size=4", "held_out=4", "warmup_steps=1", "learning_rate=0.01", "ema_decay=0")
+    config = override(
+        small_config(),
+        [f"dit.init={bundle}", f"dit.train_only={train_only}", *(f"dit.training.{setting}" for setting in quick)],
+    )
+    codecs = []
+    for i, codec in enumerate((config.vqvae.fine, config.vqvae.coarse)):
+        settings = {**codec.model_dump(mode="json"), "latent_channels": 4}
+        state = randomized(LatentCodec(codec, 4), i)
+        codecs.append(save_artifact(tmp_path / f"codec{i}", kind="codec", config=settings, tensors=state).path)
+    recorder, paths = Recorder(), DitPaths(bundle / "vae", *codecs)
+    stage = DitStage(config, ToySource(config, 4), paths, {"vae": "v"})
+    artifact = train_locally(stage, tmp_path / "dit", reporter=recorder).artifact
+    assert artifact is not None
+    before = load_file(bundle / "dit_base" / "model.safetensors")
+    after = artifact.tensors()
+    assert not torch.equal(after["injection.layers.0.out.bias"], torch.zeros_like(after["injection.layers.0.out.bias"]))
+    kept = [name for name in before if torch.equal(before[name], after[name])]
+    assert len(kept) == len(before) if train_only == "injection" else len(kept) < len(before) / 2
+    added = sum(value.numel() for name, value in after.items() if name.startswith("injection."))
+    trained = added if train_only == "injection" else added + sum(
+        value.numel() for name, value in before.items() if name not in ("rope.freqs", "y_embedder.y_embedding")
+    )  # fmt: skip
+    assert recorder.lines[0].startswith(f"dit: {trained:,} parameters train, ")
+
+
+def test_what_dit_init_may_name(bundle: Path, tmp_path: Path) -> None:
+    base = load_artifact(bundle / "dit_base", "dit").fingerprint
+    assert initial_dit(bundle).fingerprint == initial_dit(bundle / "dit_base").fingerprint == base
+    with pytest.raises(ArtifactError, match="public weights become one by jobs/import_opensora"):
+        initial_dit(write_stdit(tmp_path / "public"))
+
+
+def test_pictures_and_clips_start_a_text_only_video(bundle: Path, tmp_path: Path) -> None:
+    from arlon_ray.generation.video import contact_sheet, read_video
+
+    contact_sheet(tmp_path / "first.png", np.full((1, 80, 80, 3), 200, np.uint8))
+    flags = ["--bundle", str(bundle), "--prompt", "a red circle", "--output", str(tmp_path / "video.mp4")]
+    result = run_script("generate", *flags, "--image", str(tmp_path / "first.png"))
+    assert result.returncode == 0, result.stderr
+    assert read_video(tmp_path / "video.mp4").shape == (34, 64, 64, 3)
