@@ -139,6 +139,7 @@ class _Run:
         self.average = WeightAverage(engine.objective, decay) if decay and engine.rank == 0 else None
 
     def resume(self) -> None:
+        """Go on from the newest whole checkpoint of this run, if there is one."""
         for folder in self.checkpoints.newest_first():
             try:
                 self._load(folder)
@@ -168,6 +169,7 @@ class _Run:
         self.step, self.saved_step, self.window = step, step, window
 
     def save(self, values: Mapping[str, float]) -> None:
+        """Write a checkpoint of this step; `values` are the latest figures."""
         # Every rank goes on from the ranks' mean, so that figures of a resumed run equal those of an unbroken one.
         window = Window(self.window.steps, self.engine.average(self.window.sums)) if self.window.steps else Window()
 
@@ -185,6 +187,7 @@ class _Run:
             self.reporter.checkpoint(self.step, folder)
 
     def one_step(self) -> None:
+        """Draw the batch of this step, and take the step."""
         stage, engine = self.stage, self.engine
         begin = time.perf_counter()
         batch = stage.batch(self.step, engine.rank, engine.world)
@@ -212,6 +215,7 @@ class _Run:
         return f"{self.stage.name}: step {self.step} on rank {self.engine.rank}: {error}{clips}; {kept}"
 
     def log(self) -> dict[str, float]:
+        """Report the means over the steps since the last time, over all workers."""
         means = self.engine.average(self.window.means())
         seconds = self.timing.means()
         training = self.stage.training
@@ -225,6 +229,7 @@ class _Run:
         return means
 
     def report_line(self, text: str) -> None:
+        """Print once, not once a worker."""
         if self.engine.rank == 0:
             self.reporter.line(text)
 

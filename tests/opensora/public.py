@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from arlon_ray.config import DitConfig, InjectionConfig, VaeConfig, load_config
 from arlon_ray.models.dit import STDiT3
 from arlon_ray.models.vae import build_vae
+from tests.scripts import run_script
 
 #: The full-size preset, with every size made small.
 SMALL = [
@@ -117,3 +118,15 @@ def write_t5(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 100}))
     return folder
+
+
+def make_public_bundle(folder: Path) -> Path:
+    """What jobs/import_opensora.py makes of the three."""
+    sources = [
+        "--stdit", str(write_stdit(folder / "stdit")), "--vae", str(write_vae(folder / "vae", small_config().vae)),
+        "--text", str(write_t5(folder / "t5")),
+    ]  # fmt: skip
+    settings = [part for text in SMALL for part in ("--set", text)]
+    result = run_script("import_opensora", *sources, *settings, "--output", str(folder / "bundle"))
+    assert result.returncode == 0, result.stderr
+    return folder / "bundle"

@@ -19,7 +19,7 @@ from arlon_ray.training.stages.dit import DitPaths, DitStage, initial_dit
 from data_pipeline.encode import ClipEncoder
 from data_pipeline.schema import DECODED
 from tests.data_pipeline.test_encode import decoded
-from tests.opensora.public import SMALL, randomized, small_config, write_stdit, write_t5, write_vae
+from tests.opensora.public import make_public_bundle, randomized, small_config, write_stdit
 from tests.scripts import run_script
 from tests.training.recording import Recorder
 from tests.training.sources import ToySource
@@ -28,15 +28,7 @@ from tests.training.sources import ToySource
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the job makes of public checkpoints of small sizes."""
-    folder = tmp_path_factory.mktemp("imported")
-    sources = [
-        "--stdit", str(write_stdit(folder / "stdit")), "--vae", str(write_vae(folder / "vae", small_config().vae)),
-        "--text", str(write_t5(folder / "t5")),
-    ]  # fmt: skip
-    settings = [part for text in SMALL for part in ("--set", text)]
-    result = run_script("import_opensora", *sources, *settings, "--output", str(folder / "bundle"))
-    assert result.returncode == 0, result.stderr
-    return folder / "bundle"
+    return make_public_bundle(tmp_path_factory.mktemp("imported"))
 
 
 def test_the_data_pipeline_computes_the_embeddings_and_latents_that_serving_computes(bundle: Path) -> None:

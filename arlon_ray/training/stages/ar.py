@@ -43,6 +43,7 @@ class ArObjective(nn.Module):
         )
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
+        """Cross-entropy of a window of fine tokens, some of the context replaced by noise, and accuracy."""
         tokens = self.window(batch, generator)
         (text, mask), settings = trimmed(batch), self.config.ar
         if self.training:

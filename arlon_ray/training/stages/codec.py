@@ -47,6 +47,7 @@ class CodecObjective(nn.Module):
         )
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
+        """Squared error of the rebuilt latents, and the commitment loss."""
         latents = batch["latents"]
         features = self.codec.features(latents)
         with torch.autocast(features.device.type, enabled=False):

@@ -52,6 +52,7 @@ class DitObjective(nn.Module):
         self.fine, self.coarse = (load_codec(path) if path else None for path in (paths.codec_fine, paths.codec_coarse))
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
+        """Squared error of the velocity at drawn times, over frames that carry noise; the mean gate as a figure."""
         x0, tokens = self._segment(batch, generator)
         count, _, frames = x0.shape[:3]
         device, settings, video = x0.device, self.config.dit, self.config.video

@@ -54,6 +54,7 @@ class VaeObjective(nn.Module):
         self.vae = FoldedVAE(config)
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> Losses:
+        """Loss of one batch of groups {"video": [B, 3, 17, H, W]}."""
         video = batch["video"]
         posterior = self.vae.posterior(video)
         error = self.vae.reconstruct(posterior.sample(generator)) - video
