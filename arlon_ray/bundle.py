@@ -115,7 +115,7 @@ class Bundle:
     @cached_property
     def vae(self) -> VideoVAE:
         """The video VAE."""
-        return load_vae(self.path / PARTS["vae"][0], self.device, tile=self.config.vae.tile)
+        return load_vae(self.path / PARTS["vae"][0], self.device, bounds=self.config.vae)
 
     @cached_property
     def text(self) -> TextEncoder:

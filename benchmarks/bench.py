@@ -54,7 +54,7 @@ def bench_preprocess(bundle: Bundle, runs: int) -> dict[str, float]:
         sources = find_sources(folder)
         clips = [row for source in sources for row in find_clips(source, config.video, config.data)[0]]
         frames = sum(row["num_frames"] for row in clips)
-        encoder = ClipEncoder(bundle.path / "vae", config.text, batch_size=config.data.encode_batch)
+        encoder = ClipEncoder(bundle.path / "vae", config.text, bounds=config.vae, batch_size=config.data.encode_batch)
         decoded = pa.Table.from_pylist([decode_row(row) for row in clips], schema=DECODED)
         decode = timed(lambda: [decode_row(row) for row in clips], runs)
         encode = timed(lambda: encoder(decoded), runs)

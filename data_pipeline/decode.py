@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,14 +39,25 @@ def fit(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]
     return cut.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def read_clip(path: str, height: int, width: int, fps: float) -> NDArray[np.uint8]:
-    """A whole short video at another size and rate, [T,H,W,3]. Raises as `decode_clip` does."""
-    footage = open_footage(path)
-    count = int(float(footage.times_s[-1]) * fps + 1e-6)
-    row = {"uri": path, "start_s": 0.0, "num_frames": count, "fps": fps, "height": height, "width": width}
-    if not count:
-        raise FootageError(schema.UNREADABLE, f"shorter than a frame at {fps:g} frames a second")
-    return decode_clip(row)
+class Clip:
+    """A whole video at another size and rate, read part by part: memory does not grow with its length."""
+
+    def __init__(self, path: str, height: int, width: int, fps: float) -> None:
+        """Raises FootageError if the file cannot be read, or is shorter than a frame."""
+        self.path, self.size, self.fps = path, (height, width), fps
+        self.frames = int(float(open_footage(path).times_s[-1]) * fps + 1e-6)
+        if not self.frames:
+            raise FootageError(schema.UNREADABLE, f"shorter than a frame at {fps:g} frames a second")
+
+    def read(self, first: int, count: int) -> NDArray[np.uint8]:
+        """Frames [count,H,W,3] from frame `first` on. Raises as `decode_clip` does."""
+        row = {"uri": self.path, "start_s": first / self.fps, "num_frames": count, "fps": self.fps}
+        return decode_clip({**row, "height": self.size[0], "width": self.size[1]})
+
+    def parts(self, count: int) -> Iterator[NDArray[np.uint8]]:
+        """All frames, `count` at a time."""
+        for first in range(0, self.frames, count):
+            yield self.read(first, min(count, self.frames - first))
 
 
 def decode_clip(row: Row, threads: int = 1) -> NDArray[np.uint8]:

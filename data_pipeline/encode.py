@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from arlon_ray.config import TextConfig
+from arlon_ray.config import TextConfig, VaeConfig
 from arlon_ray.models.text import load_text_encoder
 from arlon_ray.models.vae import load_vae
 from data_pipeline import schema
@@ -24,13 +24,23 @@ class ClipEncoder:
     """Encodes tables of `schema.DECODED` into tables of `schema.ENCODED`; batches are formed within each bucket."""
 
     def __init__(
-        self, vae: str | Path, text: TextConfig, *, batch_size: int = 16, device: str = "cpu", threads: int = 0
+        self,
+        vae: str | Path,
+        text: TextConfig,
+        *,
+        bounds: VaeConfig | None = None,
+        batch_size: int = 16,
+        device: str = "cpu",
+        threads: int = 0,
     ) -> None:
-        """`vae` is the artefact's folder; `threads` > 0 sets torch's CPU threads. Raises ArtifactError."""
+        """`vae` is the artefact's folder, `bounds` say how much it codes at a time (`load_vae`).
+
+        `threads` > 0 sets torch's CPU threads. Raises ArtifactError.
+        """
         if threads:
             torch.set_num_threads(threads)
         self.device, self.batch_size = torch.device(device), batch_size
-        self.vae = load_vae(vae, self.device)
+        self.vae = load_vae(vae, self.device, bounds=bounds)
         self.text = load_text_encoder(text, self.device)
 
     def __call__(self, table: pa.Table) -> pa.Table:

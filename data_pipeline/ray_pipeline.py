@@ -151,7 +151,12 @@ def encode_clips(staging: Staging, config: Config, vae: Path, device: str, total
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=data.encoders),
             fn_constructor_args=(str(vae), config.text),
-            fn_constructor_kwargs={"batch_size": data.encode_batch, "device": device, "threads": threads},
+            fn_constructor_kwargs={
+                "bounds": config.vae,
+                "batch_size": data.encode_batch,
+                "device": device,
+                "threads": threads,
+            },
             num_cpus=ENCODE_CPUS,
             num_gpus=data.encoder_gpus or None,
         )

@@ -66,6 +66,13 @@ def existing(path: str, flag: str) -> Path:
     return found
 
 
+def vae_folder(flag: str | None, config: Config) -> Path:
+    """The VAE artefact of --vae, else of `vae.init`. Raises InputError if neither names one."""
+    if flag is None and config.vae.init is None:
+        raise InputError("vae.init is not set: name a VAE artefact with --vae, or --set vae.init=DIR")
+    return existing(flag, "--vae") if flag is not None else existing(str(config.vae.init), "vae.init")
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a job: exit code 2 and one line for bad input, 1 and one line for a training that broke, 130 for Ctrl-C."""
     try:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from arlon_ray.artifact import one_line
 from arlon_ray.bundle import Bundle, load_bundle
-from arlon_ray.config import Config
+from arlon_ray.config import GROUP_FRAMES, Config
 from arlon_ray.generation import (
     GenerationOptions,
     Given,
@@ -23,13 +23,16 @@ from arlon_ray.generation import (
     default_options,
     given_clip,
     given_picture,
-    prompt_token_counter,
     spread_prompts,
 )
 from arlon_ray.generation.video import encode_fragment, join_fragments
-from data_pipeline.decode import fit, read_clip
+from arlon_ray.models.text import load_token_counter
+from data_pipeline.decode import Clip, fit
 from data_pipeline.footage import FootageError, read_picture
 from jobs.command_line import InputError, existing, parser, run
+
+#: Frames of a clip that goes before the video which are held at a time.
+SHOWN_AT_ONCE = 4 * GROUP_FRAMES
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Start:
     """What a video starts from, and the frames that are shown before it: a clip that it goes on from."""
 
     given: Given | None = None
-    before: np.ndarray | None = None
+    before: Clip | None = None
 
 
 def make_video(
@@ -60,7 +63,7 @@ def make_video(
             return len(part)
 
         if start.before is not None:
-            frames += add(start.before)
+            frames += sum(add(part) for part in start.before.parts(SHOWN_AT_ONCE))
         for index, part in enumerate(generator.generate(prompts, seed, options, start.given)):
             frames += add(part)
             print(f"segment {index + 1}/{len(prompts)}  {frames} frames", file=sys.stderr)
@@ -78,8 +81,9 @@ def read_start(bundle: Bundle, image: str | None, video: str | None) -> Start:
     try:
         if image:
             return Start(given_picture(bundle, fit(read_picture(path)[None], *size)[0]))
-        frames = read_clip(str(path), *size, bundle.config.video.fps)
-        return Start(given_clip(bundle, frames), frames)
+        clip = Clip(str(path), *size, bundle.config.video.fps)
+        count = min(clip.frames, bundle.config.segment.overlap_groups * GROUP_FRAMES)
+        return Start(given_clip(bundle, clip.read(clip.frames - count, count)), clip)
     except (FootageError, ValueError, RuntimeError, OSError) as error:
         raise InputError(f"{flag} {path}: {one_line(error)}") from None
 
@@ -111,7 +115,7 @@ def check_output(path: Path) -> None:
 
 def check_prompts(prompts: list[str], config: Config) -> None:
     """Raises InputError if the text encoder would cut a prompt off."""
-    count_tokens, limit = prompt_token_counter(config), config.text.max_tokens
+    count_tokens, limit = load_token_counter(config.text), config.text.max_tokens
     for prompt in prompts:
         if (tokens := count_tokens(prompt)) > limit:
             raise InputError(f"--prompt: {tokens} tokens, at most {limit} ({' '.join(prompt.split())[:40]!r}…)")

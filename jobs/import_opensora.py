@@ -7,13 +7,14 @@ alone; `python jobs/import_opensora.py --check DIR`.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from arlon_ray.artifact import Artifact, whole_folder
-from arlon_ray.bundle import save_bundle
+from arlon_ray.artifact import LINEAGE, Artifact, whole_folder
+from arlon_ray.bundle import MANIFEST, save_bundle
 from arlon_ray.config import Config, DitConfig, override
 from arlon_ray.models.text import text_identity
 from arlon_ray.opensora.checkpoint import locate
@@ -92,6 +93,21 @@ def import_all(config: Config, sources: dict[str, Path], output: Path) -> None:
     print(f'{output}: text-only bundle; try python jobs/generate.py --bundle {output} --prompt "…"')
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises InputError if nothing can be written there, or something else would be replaced. Creates nothing."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; expected the name of a folder")
+    above = next(folder for folder in output.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"--output {output}: {above} is not a folder that can be written to")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"--output {output}: is there already; choose another, or --overwrite it")
+    if not (output / MANIFEST).is_file() and not any(output.glob(f"*/{LINEAGE}")):
+        raise InputError(f"--overwrite: {output} holds neither a bundle nor artefacts: it is left as it is")
+
+
 def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="runs/opensora", default_config="opensora-v1.2")
@@ -101,7 +117,8 @@ def main() -> None:
     flags.add_argument("--check", metavar="DIR", help="compare with every fixture in DIR; prints JSON lines")
     flags.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
     arguments = flags.parse_args()
-    named = {name: getattr(arguments, name) for name in ("stdit", "vae", "text") if getattr(arguments, name)}
+    named = {name: getattr(arguments, name) for name in ("stdit", "vae", "text")}
+    named = {name: source for name, source in named.items() if source is not None}
     if arguments.check:
         if named:
             raise InputError("--check compares fixtures and imports nothing: leave --stdit, --vae and --text out")
@@ -110,8 +127,7 @@ def main() -> None:
         raise InputError("nothing to do: name --stdit, --vae or --text, or --check DIR")
     config = read_config(arguments)
     output = Path(arguments.output).expanduser().absolute()
-    if output.exists() and any(output.iterdir()) and not arguments.overwrite:
-        raise InputError(f"--output {output}: is there already; choose another, or --overwrite it")
+    check_output(output, arguments.overwrite)
     import_all(config, {name: locate(source, f"--{name}") for name, source in named.items()}, output)
 
 

@@ -17,7 +17,7 @@ from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.training.stages.dit import initial_dit
 from data_pipeline.sources import find_sources
-from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
+from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
 from jobs.preprocess import run_preprocess
 from jobs.ray_session import connect
@@ -63,7 +63,7 @@ class Pipeline:
         if self.source is not None and not find_sources(self.source):
             raise InputError(f"--input {self.source}: no video files (.mp4, .mkv, .webm, …)")
         if not config.vae.train:
-            vae = load_artifact(existing(str(config.vae.init), "vae.init"), "vae")
+            vae = load_artifact(vae_folder(None, config), "vae")
             if (found := vae.config["latent_channels"]) != config.vae.latent_channels:
                 raise InputError(f"vae.latent_channels={config.vae.latent_channels}, but {vae.path} has {found}")
         fine, coarse = config.vqvae.fine.training, config.vqvae.coarse.training
@@ -117,7 +117,7 @@ class Pipeline:
             return self._trained(
                 "vae", lambda: run_vae(self.config, [(videos, 1.0)], self.output / "vae", self.tracking)
             )
-        return existing(str(self.config.vae.init), "vae.init")
+        return vae_folder(None, self.config)
 
     def _codec(self, role: Role, dataset: Path, vae: Path) -> Path:
         output = self.output / f"codec_{role}"

@@ -26,7 +26,7 @@ from data_pipeline.report import build_report, format_report
 from data_pipeline.schema import REJECTED_BUCKET, SCHEMA_VERSION
 from data_pipeline.sources import SourceFile, find_sources
 from data_pipeline.staging import Staging, write_latents, write_table
-from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
+from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.ray_session import connect
 
 #: Clips of one part of the work: what a reader takes at once.
@@ -52,6 +52,7 @@ def dataset_settings(config: Config, sources: list[SourceFile], vae: str, text: 
         "bucket_groups": sorted(set(config.data.bucket_groups)),
         "max_clips_per_video": config.data.max_clips_per_video,
         "vae": vae,
+        "vae.tile": config.vae.tile,
         "text": text,
         "text.max_tokens": config.text.max_tokens,
     }
@@ -66,9 +67,7 @@ def run_preprocess(
     or where `output` holds a dataset that was made with other settings (unless `overwrite`); ArtifactError where the
     VAE or the text encoder cannot be used. All of that before Ray starts.
     """
-    if config.vae.init is None and vae is None:
-        raise InputError("vae.init is not set: name a VAE artefact")
-    vae_path = existing(str(vae or config.vae.init), "VAE")
+    vae_path = vae_folder(str(vae) if vae else None, config)
     vae_fingerprint = load_artifact(vae_path, "vae").fingerprint
     sources = find_sources(source)
     if not sources:
@@ -190,7 +189,7 @@ def main() -> None:
     config = read_config(arguments)
     source = existing(arguments.input, "--input")
     output = output_folder(arguments)
-    vae = Path(arguments.vae) if arguments.vae else None
+    vae = existing(arguments.vae, "--vae") if arguments.vae is not None else None
     summary = run_preprocess(config, source, output, vae=vae, overwrite=arguments.overwrite)
     manifest = summary.manifest
     state = "was there already" if summary.skipped else "done"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from arlon_ray.artifact import Artifact, finished, load_artifact
 from arlon_ray.config import Config, TrainingConfig, config_fingerprint
+from arlon_ray.opensora.importing import DIT_FIELDS
 from arlon_ray.training.engine import Stage
 from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage
@@ -148,13 +149,36 @@ def run_dit(
         for role, path in zip(("fine", "coarse"), codecs, strict=True):
             _expect(path, "codec", parents[f"codec_{role}"], f"{tokens}: made by the {role} codec")
         paths = DitPaths(vae, *codecs)
+    if config.dit.train_only == "injection" and not guided:
+        raise InputError("dit.train_only=injection needs dit.injection.enabled=true: there is nothing to train")
+    if config.dit.train_only == "injection" and not config.dit.init:
+        raise InputError("dit.train_only=injection needs dit.init: a base with random weights would stay as it is")
     if config.dit.init:
-        parents["dit_init"] = initial_dit(config.dit.init).fingerprint
+        parents["dit_init"] = _fitting_start(config, parents).fingerprint
     settings = {"config": config_fingerprint(config.dit, config.segment, config.video), "seed": config.seed}
     arguments = {"dataset": dataset, "tokens": tokens if guided else None, "paths": paths, "parents": parents}
     name = "dit" if guided else "dit_base"
     plan = StagePlan(name, "dit", build_dit, arguments, config.dit.training, settings, parents)
     return _run(plan, config, output, tracking)
+
+
+def _fitting_start(config: Config, parents: dict[str, str]) -> Artifact:
+    """What `dit.init` names. Raises InputError if it is another model, or of another VAE or text encoder."""
+    start = initial_dit(str(config.dit.init))
+    ours = config.dit.model_dump(mode="json")
+    for name in (*DIT_FIELDS, "temporal_attention"):
+        if start.config[name] != ours[name]:
+            raise InputError(f"dit.init={start.path}: {name}={start.config[name]}, but dit.{name}={ours[name]} here")
+    theirs, injection = start.config["injection"], ours["injection"]
+    if theirs["enabled"] and injection["enabled"] and theirs != injection:
+        raise InputError(f"dit.init={start.path}: its injection is {theirs}, but here {injection}")
+    for role, what in (("vae", "VAE"), ("text", "text encoder")):
+        trained_on = start.lineage.parents.get(role, parents[role])
+        if trained_on != parents[role]:
+            raise InputError(
+                f"dit.init={start.path}: of {what} {trained_on[:24]}…, but the dataset is of {parents[role][:24]}…"
+            )
+    return start
 
 
 def build_vae(config: Config, inputs: Sequence[tuple[str, float]]) -> Stage:

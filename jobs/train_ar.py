@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.command_line import existing, output_folder, parser, read_config, run
+from jobs.command_line import existing, output_folder, parser, read_config, run, vae_folder
 from jobs.stage_runs import report, run_ar
 from jobs.tracking import Tracking
 
@@ -19,7 +19,7 @@ def main() -> None:
     dataset = existing(arguments.dataset, "--dataset")
     tokens = existing(arguments.tokens or str(dataset / "tokens"), "--tokens")
     codec = existing(arguments.codec_fine, "--codec-fine")
-    vae = existing(arguments.vae or str(config.vae.init), "--vae")
+    vae = vae_folder(arguments.vae, config)
     output = output_folder(arguments)
     report(run_ar(config, dataset, tokens, vae, codec, output / "ar", Tracking(config, output)))
 

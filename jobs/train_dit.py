@@ -6,7 +6,7 @@ With `--set dit.injection.enabled=false` it is the text-only baseline, which nee
 
 from __future__ import annotations
 
-from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
+from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.stage_runs import report, run_dit
 from jobs.tracking import Tracking
 
@@ -22,7 +22,7 @@ def main() -> None:
     arguments = flags.parse_args()
     config = read_config(arguments)
     dataset = existing(arguments.dataset, "--dataset")
-    vae = existing(arguments.vae or str(config.vae.init), "--vae")
+    vae = vae_folder(arguments.vae, config)
     tokens = codecs = None
     if config.dit.injection.enabled:
         if not arguments.codec_fine or not arguments.codec_coarse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from jobs.command_line import existing, output_folder, parser, read_config, run
+from jobs.command_line import existing, output_folder, parser, read_config, run, vae_folder
 from jobs.ray_session import connect
 from jobs.stage_runs import Role, check_dataset, report, run_codec
 from jobs.tracking import Tracking
@@ -19,7 +19,7 @@ def main() -> None:
     arguments = flags.parse_args()
     config = read_config(arguments)
     dataset = existing(arguments.dataset, "--dataset")
-    vae = existing(arguments.vae or str(config.vae.init), "--vae")
+    vae = vae_folder(arguments.vae, config)
     check_dataset(dataset, vae)
     output = output_folder(arguments)
     tracking = Tracking(config, output)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from arlon_ray import __version__
 from arlon_ray.config import Config
-from arlon_ray.generation import prompt_token_counter
+from arlon_ray.models.text import load_token_counter
 from serve.handles import HandleStages
 from serve.jobs_store import JobStore
 from serve.schema import RequestError, Video, VideoDeleted, VideoList, VideoRequest, error_body
@@ -92,7 +92,7 @@ class VideoAPI:
         self._model = config.name
         self._stages = HandleStages(ar, dit, decoder, own)
         folder = Path(data_dir)
-        store, count_tokens = JobStore.in_folder(folder), prompt_token_counter(config)
+        store, count_tokens = JobStore.in_folder(folder), load_token_counter(config.text)
         self._service = VideoService(config, store, self._stages, folder / "videos", count_tokens)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -140,6 +140,11 @@ class TextConfig(Section):
         "none", description="`opensora`: captions are cleaned as for Open-Sora's training, wherever they are encoded"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the encoder's weights and arithmetic")
+    aesthetic_score: float | None = Field(
+        None, ge=0, le=10, description="put behind every caption that names none, in the data and when served"
+    )
+    motion_score: float | None = Field(None, ge=0, description="likewise")
+    camera_motion: str | None = Field(None, max_length=40, description="likewise")
 
 
 class CodecConfig(Section):

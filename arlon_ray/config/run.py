@@ -52,9 +52,6 @@ class SamplingConfig(Section):
     top_k: int = Field(0, ge=0, description="0: all codes")
     top_p: float = Field(0.95, gt=0, le=1)
     baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
-    aesthetic_score: float | None = Field(None, ge=0, le=10, description="added to the prompt, as Open-Sora trains")
-    motion_score: float | None = Field(None, ge=0, description="added to the prompt, as Open-Sora trains")
-    camera_motion: str | None = Field(None, max_length=40, description="added to the prompt, as Open-Sora trains")
 
 
 class DeploymentConfig(Section):
@@ -137,13 +134,6 @@ class Config(Section):
         for name, size in (("video.height", self.video.height), ("video.width", self.video.width)):
             if size % 8:
                 raise ValueError(f"{name}={size} must be a multiple of 8 (one latent is 8×8 pixels)")
-        height, width = self.latent_grid
-        for role, codec in (("fine", self.vqvae.fine), ("coarse", self.vqvae.coarse)):
-            if height % codec.patch[1] or width % codec.patch[2]:
-                raise ValueError(
-                    f"video.height={self.video.height} and video.width={self.video.width} give a latent grid of "
-                    f"{height}×{width}, which vqvae.{role}.patch={list(codec.patch)} does not divide"
-                )
         return self
 
     @property

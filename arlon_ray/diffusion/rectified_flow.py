@@ -21,7 +21,9 @@ def latents_for_time(frames: int) -> int:
     Raises ValueError for 0 and for 2–16 frames, for which that is 0 (and every time would become 0, then NaN).
     """
     if frames != 1 and frames < 17:
-        raise ValueError(f"{frames} frames: the time-step transform works for 1 frame, and from 17 frames on")
+        raise ValueError(
+            f"{frames} frames: the time-step transform works for 1 frame (a picture), 17, 34, 51, … frames"
+        )
     return 1 if frames == 1 else frames // 17 * 5
 
 
@@ -82,8 +84,3 @@ def euler_sample(
         x_next = x + velocity(x, x.new_full((len(x),), time)) * ((time - following) / NUM_TIMES)
         x = x_next if frozen is None else torch.where(to_make, x_next, x)
     return x
-
-
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: unconditional + scale · (conditional − unconditional)."""
-    return unconditional + scale * (conditional - unconditional)

@@ -3,7 +3,7 @@
 from arlon_ray.generation.decoding import FrameDecoder
 from arlon_ray.generation.generator import VideoGenerator, spread_prompts
 from arlon_ray.generation.given import Given, given_clip, given_picture
-from arlon_ray.generation.options import GenerationOptions, default_options, prompt_token_counter
+from arlon_ray.generation.options import GenerationOptions, default_options
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.rendering import DiTRenderer, SegmentLatents
 
@@ -19,6 +19,5 @@ __all__ = [
     "default_options",
     "given_clip",
     "given_picture",
-    "prompt_token_counter",
     "spread_prompts",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ class ArPlanner:
                 window = window[-self.config.ar.context_groups * per_group :]
                 end = len(window) + (segment.groups - segment.overlap_groups) * per_group
             grid = (end, *self.group_grid[1:])
-            embedding = self.text.encode([options.text(prompt)])
+            embedding = self.text.encode([prompt])
             generator = segment_generator(seed, index, "ar", self.bundle.device)
             window = sample_tokens(
                 self.model, *embedding, window.flatten(), grid, options, generator, on_token
@@ -140,4 +141,9 @@ class ArPlanner:
         missing = -latents.shape[2] % GROUP_LATENTS
         whole = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         per_token = GROUP_LATENTS // self.group_grid[0]
+        if latents.shape[2] < per_token:
+            getLogger(__name__).warning(
+                "the codec makes one token of %d latent frames, the video starts from %d: the AR plans without it",
+                per_token, latents.shape[2],
+            )  # fmt: skip
         return self.codec.encode(whole)[0, : latents.shape[2] // per_token]

@@ -125,7 +125,7 @@ class DiTRenderer:
         size = (self.config.video.height, self.config.video.width)
         model = self.bundle.baseline if options.baseline else self.dit
         frozen = (noisy, given) if kept else None
-        text, fps = self.text.encode([options.text(prompt)]), self.config.video.fps
+        text, fps = self.text.encode([prompt]), self.config.video.fps
         velocity = guided_velocity(model, shape, text, coarse, noisy if kept else None, fps, size, options)
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
@@ -141,4 +141,4 @@ class DiTRenderer:
         expected = self.codec.grid(self.config.segment.groups * GROUP_LATENTS, *self.config.latent_grid)
         if tokens.shape != expected:
             raise ValueError(f"tokens of shape {list(tokens.shape)}: expected {list(expected)}")
-        return self.codec.decode(torch.from_numpy(tokens)[None].long().to(self.bundle.device))
+        return self.codec.decode(torch.from_numpy(tokens)[None].long().to(self.bundle.device), self.config.latent_grid)

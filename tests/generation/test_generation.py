@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +136,17 @@ def test_what_does_not_fit_is_refused(generator: VideoGenerator) -> None:
         render("a", np.zeros((10, 4, 4), np.int32), np.zeros((8, 6, 8, 8), np.float32), 0, 1, options)
     with pytest.raises(ValueError, match="needs the AR's plan"):
         render("a", None, None, 0, 0, options)
+
+
+def test_frames_whose_latents_no_patch_divides(tmp_path: Path) -> None:
+    """72×88 pixels are 9×11 latents: tokens of codec and DiT reach beyond the edge, and what is beyond is cut off."""
+    generator = VideoGenerator.from_bundle(
+        make_random_bundle(tmp_path / "b", "video.height=72", "video.width=88", "vqvae.fine.patch=[5,4,4]")
+    )
+    plan = next(generator.planner.plan(["a"], 0, default_options(generator.bundle.config.sampling)))
+    assert plan.tokens.shape == (2, 3, 3)
+    parts = list(generator.generate(["a red circle", "b"], seed=1))
+    assert [part.shape for part in parts] == [(34, 72, 88, 3), (17, 72, 88, 3)]
 
 
 def test_prompts_are_spread_in_order() -> None:

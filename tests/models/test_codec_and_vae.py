@@ -68,6 +68,18 @@ def test_tokens_do_not_reach_across_groups(patch: tuple[int, int, int]) -> None:
     assert torch.allclose(decoded[:, :, 5:], model.decode(tokens[:, half:]), atol=1e-5)
 
 
+def test_patches_at_the_edge_reach_beyond_the_grid() -> None:
+    """9×7 latents: the edge is repeated outwards, and what the tokens decode to is cut to the grid again."""
+    model = codec((1, 4, 4))
+    latents = torch.randn(1, 4, 5, 9, 7)
+    tokens = model.encode(latents)
+    assert tuple(tokens.shape[1:]) == model.grid(5, 9, 7) == (5, 3, 2)
+    padded = torch.nn.functional.pad(latents, (0, 1, 0, 3, 0, 0), mode="replicate")
+    assert torch.equal(tokens, model.encode(padded))
+    assert model.decode(tokens, (9, 7)).shape == latents.shape
+    assert torch.equal(model.decode(tokens, (9, 7)), model.decode(tokens)[..., :9, :7])
+
+
 def test_tokens_are_the_nearest_codes() -> None:
     model = codec((1, 2, 2))
     latents = torch.randn(1, 4, 5, 4, 4)
@@ -80,8 +92,8 @@ def test_foreign_tokens_and_grids_are_refused() -> None:
     model = codec((1, 2, 2))
     with pytest.raises(ValueError, match="expected 0 to 63"):
         model.decode(torch.full((1, 5, 2, 2), 64))
-    with pytest.raises(ValueError, match="multiples of"):
-        model.encode(torch.randn(1, 4, 5, 3, 4))
+    with pytest.raises(ValueError, match=r"expected 5·n frames"):
+        model.encode(torch.randn(1, 4, 6, 4, 4))
     with pytest.raises(ValueError, match=r"patch\[0\]"):
         CodecConfig(patch=(2, 2, 2))
 

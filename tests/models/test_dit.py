@@ -1,4 +1,4 @@
-"""STDiT3 computes what Open-Sora v1.2 computes, and untrained injection changes nothing."""
+"""STDiT3 and its injection. That it computes what Open-Sora v1.2 does is shown in tests/opensora/test_check.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from arlon_ray.config import DitConfig, InjectionConfig
-from arlon_ray.diffusion.rectified_flow import euler_sample, guided, schedule, time_ratio
 from arlon_ray.models.dit import STDiT3
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -35,14 +34,6 @@ def forward(model: STDiT3, io: dict[str, torch.Tensor], noisy: torch.Tensor | No
 
 
 @needs_golden
-@pytest.mark.parametrize("masked", [False, True])
-def test_forward_agrees_with_open_sora(masked: bool) -> None:
-    io = load_file(GOLDEN / f"{PREFIX}stdit3_io.safetensors")
-    out = forward(public_model(False), io, io["x_mask"].bool() if masked else None, None)
-    assert (out - io["out_x_mask" if masked else "out"]).abs().max() < 1e-4
-
-
-@needs_golden
 def test_untrained_injection_leaves_the_base_exactly_as_it_is() -> None:
     io = load_file(GOLDEN / f"{PREFIX}stdit3_io.safetensors")
     coarse = torch.randn(io["x"].shape, generator=torch.Generator().manual_seed(0))
@@ -52,39 +43,6 @@ def test_untrained_injection_leaves_the_base_exactly_as_it_is() -> None:
     with torch.no_grad():
         injected.injection.layers["0"].out.bias.add_(0.5)
     assert not torch.allclose(forward(injected, io, None, coarse), plain)
-
-
-@needs_golden
-def test_sampling_agrees_with_open_sora() -> None:
-    settings = json.loads((GOLDEN / f"{PREFIX}rflow_sample.json").read_text())
-    data, model = load_file(GOLDEN / f"{PREFIX}rflow_sample.safetensors"), public_model(False)
-    count, size = len(data["z"]), (settings["height"], settings["width"])
-    times = schedule(settings["steps"], time_ratio(*size, settings["num_frames"] // 17 * 5))
-    assert torch.allclose(torch.tensor(times).float(), data["timesteps"][:, 0].float(), atol=1e-2)
-    null = model.y_embedder.y_embedding.expand(count, -1, -1)
-    mask = data["mask"].bool()
-    condition = model.condition(
-        tuple(data["z"].shape[2:]),
-        torch.cat([data["y"][:, 0], null]),
-        torch.cat([mask, mask]),
-        torch.full((2 * count,), float(settings["fps"])),
-        size,
-    )
-
-    @torch.no_grad()
-    def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        out = model.velocity(model(torch.cat([x, x]), torch.cat([time, time]), condition))
-        return guided(*out.chunk(2), settings["cfg_scale"])
-
-    assert (euler_sample(velocity, data["z"], times) - data["out"]).abs().max() < 1e-3
-
-
-@needs_golden
-def test_full_size_has_the_public_names_and_shapes() -> None:
-    with torch.device("meta"):
-        model = STDiT3(DitConfig(injection=InjectionConfig(enabled=False)))
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    assert shapes == json.loads((GOLDEN / f"{PREFIX}stdit3_xl2_keys.json").read_text())
 
 
 def small(**changes: object) -> STDiT3:

@@ -80,15 +80,24 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(10 * torch.log10(4.0 / (a - b).square().mean()))
 
 
-def test_tiled_and_untiled_agree_within_40_db() -> None:
+def test_tiled_and_untiled_agree_within_60_db() -> None:
     """The bound that docs/opensora.md states, on the VAE in the box and frames of 192×256 pixels."""
-    whole, tiled = load_vae(WEIGHTS), load_vae(WEIGHTS, tile=128)
+    whole, tiled = load_vae(WEIGHTS), load_vae(WEIGHTS, bounds=VaeConfig(tile=128))
     rows = torch.linspace(-1, 1, 192)[:, None] * torch.linspace(0.2, 1, 256)
     video = torch.stack([torch.roll(rows, 3 * t, 1) for t in range(17)])[None, None].expand(-1, 3, -1, -1, -1)
     latents = whole.encode(video)
     assert not torch.equal(tiled.encode(video), latents)
-    assert float((tiled.encode(video) - latents).square().mean().sqrt()) < 0.05
-    assert psnr(tiled.decode(latents), whole.decode(latents)) > 40
+    assert float((tiled.encode(video) - latents).square().mean().sqrt()) < 0.01
+    assert psnr(tiled.decode(latents), whole.decode(latents)) > 60
+
+
+def test_tiled_and_untiled_agree_for_open_soras_vae_too() -> None:
+    """Its norms and its attention see one tile: with random weights, which amplify that, 15 dB."""
+    whole, tiled = small("opensora"), small("opensora", tile=128)
+    video = clip(17, 1, 1).expand(-1, -1, -1, 192, 192) * torch.linspace(0.5, 1, 192)
+    latents = whole.encode(video)
+    assert psnr(tiled.decode(latents), whole.decode(latents)) > 15
+    assert torch.equal(small("opensora", tile=192).decode(latents), whole.decode(latents))
 
 
 def test_tiles_bound_what_the_model_is_given() -> None:
@@ -97,9 +106,14 @@ def test_tiles_bound_what_the_model_is_given() -> None:
     seen: list[tuple[int, ...]] = []
     encode = vae.spatial.encode
     vae.spatial.encode = lambda x: (seen.append(tuple(x.shape)), encode(x))[1]  # type: ignore[method-assign]
-    vae.encode(clip(17, 136, 200))
+    latents = vae.encode(clip(17, 136, 200))
     limit = vae.config.spatial.frame_batch
     assert seen and all(shape[0] <= limit and shape[2:] == (64, 64) for shape in seen)
+    decode = vae.spatial.decode
+    seen.clear()
+    vae.spatial.decode = lambda x: (seen.append(tuple(x.shape)), decode(x))[1]  # type: ignore[method-assign]
+    vae.decode(latents)
+    assert seen and all(shape[0] <= limit and shape[2:] == (8, 8) for shape in seen)
 
 
 def test_a_picture_is_the_first_latent_of_the_folded_vae() -> None:

@@ -46,7 +46,37 @@ def test_what_differs_is_named_and_the_others_are_still_compared(tmp_path: Path)
     wrong = {name for name, entry in lines.items() if not entry["ok"]}
     assert wrong == {"changed/set0_stdit3", "changed/set0_rflow_sample", "cut/set1_vae_temporal"}
     assert lines["changed/set0_stdit3"]["max_abs_error"] == pytest.approx(0.01, rel=0.01)
-    assert "error" in lines["cut/set1_vae_temporal"] and "4 of 6 agree" not in run.stdout
+    assert "set1_vae_temporal_config.json" in lines["cut/set1_vae_temporal"]["error"] and "3 of 6 agree" in run.stderr
+
+
+@needs_golden
+def test_a_fixture_that_lost_a_part_is_not_passed_over(tmp_path: Path) -> None:
+    for file in GOLDEN.glob("opensora_v1_2_*"):
+        shutil.copy(file, tmp_path / file.name)
+    (tmp_path / "tokenizer_config.json").write_text("{}")  # ends alike, and is none
+    for name in ("stdit3_io.safetensors", "vae_temporal_config.json", "rflow_sample.json"):
+        (tmp_path / f"opensora_v1_2_{name}").unlink()
+    found = list(check_fixtures(tmp_path))
+    assert len(found) == 3 and not any(agreement.ok for agreement in found)
+    assert all("No such file" in str(agreement.error) for agreement in found)
+
+
+@needs_golden
+def test_an_output_that_is_no_number_is_no_agreement(tmp_path: Path) -> None:
+    for file in GOLDEN.glob("opensora_v1_2_vae*"):
+        shutil.copy(file, tmp_path / file.name)
+    state = load_file(tmp_path / "opensora_v1_2_vae_temporal_state.safetensors")
+    state["quant_conv.conv.bias"][:] = float("nan")
+    save_file(state, tmp_path / "opensora_v1_2_vae_temporal_state.safetensors")
+    (agreement,) = check_fixtures(tmp_path)
+    assert not agreement.ok and json.loads(agreement.line())["max_abs_error"] is None
+
+
+@needs_golden
+def test_untrained_injection_changes_nothing_at_all() -> None:
+    """To the last bit: with and without `x_mask`, and over guided sampling steps."""
+    plain, injected = (list(check_fixtures(GOLDEN, injection)) for injection in (False, True))
+    assert [agreement.max_abs_error for agreement in plain] == [agreement.max_abs_error for agreement in injected]
 
 
 def test_a_folder_without_fixtures_is_refused(tmp_path: Path) -> None:

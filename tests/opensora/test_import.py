@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,24 @@ def broken(folder: Path, kind: str) -> Path:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "qk_norm_legacy": True}))
         return folder
+    elif kind == "pointer to a pickle":
+        folder.mkdir()
+        (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+        return folder
+    elif kind == "a shard with more than the index says":
+        shard = write_sharded(folder, state) / "model-00002-of-00003.safetensors"
+        save_file({**load_file(shard), "extra": torch.zeros(2)}, shard)
+        return folder
+    elif kind == "an index of numbers":
+        folder.mkdir()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+        return folder
+    elif kind == "numbers for names":
+        folder.mkdir()
+        torch.save({1: torch.zeros(2)}, folder / "pytorch_model.bin")
+        return folder
+    elif kind == "a type we do not know":
+        state["t_block.1.bias"] = state["t_block.1.bias"].to(torch.float8_e4m3fn)
     elif kind == "empty":
         folder.mkdir()
         return folder
@@ -122,6 +141,11 @@ def broken(folder: Path, kind: str) -> Path:
         ("pointer", "no safetensors file"),
         ("legacy", "qk_norm_legacy=True: expected False"),
         ("empty", "found no weights"),
+        ("pointer to a pickle", "Git LFS pointer"),
+        ("a shard with more than the index says", r"tensor extra \[2\] is not expected"),
+        ("an index of numbers", "expected a weight_map"),
+        ("numbers for names", "expected a state dict"),
+        ("a type we do not know", r"tensor t_block\.1\.bias is of type F8_E4M3"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_written(tmp_path: Path, kind: str, message: str) -> None:
@@ -152,6 +176,10 @@ def test_the_vae_is_imported_with_its_shift_and_scale_and_old_attention_names(tm
     assert vae.scale.tolist() == pytest.approx([3.85, 2.32, 2.33, 3.06])
     state = load_file(source / "model.safetensors")
     assert torch.equal(vae.temporal.decoder.conv1.conv.weight, state["temporal_vae.decoder.conv1.conv.weight"])
+    bare = {name: value for name, value in state.items() if name not in ("shift", "scale")}
+    torch.save(bare, tmp_path / "bare.pth")
+    import_vae(tmp_path / "bare.pth", tmp_path / "bare", config)  # the public loader sets them where they are missing
+    assert torch.equal(load_vae(tmp_path / "bare").scale, vae.scale)
     renamed = {}
     for name, value in state.items():
         for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -177,7 +205,7 @@ def test_t5_keeps_its_encoder_alone_and_computes_the_same(t5: Path) -> None:
 
     stored = load_file(t5 / "model.safetensors")
     assert not any(name.startswith(("decoder", "lm_head")) for name in stored)
-    config = small_config().text.model_copy(update={"path": str(t5), "cleaning": "none"})
+    config = small_config().text.model_copy(update={"path": str(t5), "cleaning": "none", "aesthetic_score": None})
     encoder = load_text_encoder(config)
     assert encoder.identity == text_identity(config) == f"t5:{load_artifact(t5, 'text').fingerprint[:16]}"
     embedding = encoder.encode(["a red circle moves slowly", "a blue square"])
@@ -194,15 +222,35 @@ def test_t5_keeps_its_encoder_alone_and_computes_the_same(t5: Path) -> None:
 
 def test_cleaning_is_part_of_the_encoder_and_of_its_identity(t5: Path) -> None:
     plain, cleaned = (
-        small_config().text.model_copy(update={"path": str(t5), "cleaning": cleaning})
-        for cleaning in ("none", "opensora")
+        small_config().text.model_copy(update={"path": str(t5), "cleaning": cleaning, "aesthetic_score": score})
+        for cleaning, score in (("none", None), ("opensora", 6.5))
     )
     assert text_identity(plain) != text_identity(cleaned)
     caption = "A RED circle <b>moves</b> www.example.com/x"
     a, b = (
-        load_text_encoder(config).encode([text]) for config, text in ((cleaned, caption), (plain, "a red circle moves"))
+        load_text_encoder(config).encode([text])
+        for config, text in ((cleaned, caption), (plain, "a red circle moves aesthetic score: 6.5."))
     )
     assert torch.equal(a.values, b.values) and torch.equal(a.mask, b.mask)
+
+
+def test_a_damaged_t5_is_named(tmp_path: Path, t5: Path) -> None:
+    copy = Path(shutil.copytree(t5, tmp_path / "text"))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="is not the recorded"):
+        load_text_encoder(small_config().text.model_copy(update={"path": str(copy)}))
+
+
+def test_the_type_of_t5_is_the_configured_one_whatever_its_public_settings_say(tmp_path: Path) -> None:
+    source = write_t5(tmp_path / "public")
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, "torch_dtype": "float16", "dtype": "float16"}))
+    text = import_text(source / "pytorch_model.bin", tmp_path / "text").path  # the file itself may be named
+    public = torch.load(source / "pytorch_model.bin", weights_only=True)
+    encoder = load_text_encoder(small_config().text.model_copy(update={"path": str(text)}))
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert torch.equal(encoder.model.state_dict()[name], public[name])
 
 
 def test_t5_needs_to_be_imported_and_whole(tmp_path: Path, t5: Path) -> None:
@@ -247,6 +295,18 @@ def test_the_job_refuses_bad_input_in_one_line(tmp_path: Path) -> None:
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "found [7], expected [192]" in result.stderr and not (tmp_path / "out").exists()
     assert run_script("import_opensora", "--check", str(tmp_path), "--vae", "x").returncode == 2
+    result = run_script("import_opensora", "--stdit", str(bad), "--vae", "", "--output", str(tmp_path / "out"))
+    assert result.returncode == 2 and "--vae: empty" in result.stderr
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    good = write_stdit(tmp_path / "good")
+    for output, expected in (("file", "is a file"), ("file/x", "not a folder"), ("other", "is there already")):
+        result = run_script("import_opensora", "--stdit", str(good), "--output", str(tmp_path / output))
+        assert result.returncode == 2 and expected in result.stderr
+    flags = ["--stdit", str(good), "--output", str(tmp_path / "other"), "--overwrite"]
+    result = run_script("import_opensora", *flags)
+    assert result.returncode == 2 and (tmp_path / "other" / "thesis.txt").exists()
 
 
 @pytest.mark.slow

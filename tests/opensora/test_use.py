@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 from arlon_ray.artifact import ArtifactError, load_artifact, save_artifact
 from arlon_ray.bundle import load_bundle
 from arlon_ray.config import override
+from arlon_ray.generation import VideoGenerator
+from arlon_ray.generation.video import contact_sheet, read_video, write_video
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.training.loop import train_locally
 from arlon_ray.training.stages.dit import DitPaths, DitStage, initial_dit
 from data_pipeline.encode import ClipEncoder
 from data_pipeline.schema import DECODED
+from jobs.command_line import InputError
+from jobs.stage_runs import _fitting_start
 from tests.data_pipeline.test_encode import decoded
 from tests.opensora.public import make_public_bundle, randomized, small_config, write_stdit
 from tests.scripts import run_script
@@ -36,7 +40,11 @@ def test_the_data_pipeline_computes_the_embeddings_and_latents_that_serving_comp
     caption = "A RED circle <b>moves</b> slowly to the left, www.example.com"
     encoder = ClipEncoder(bundle / "vae", opened.config.text)
     row = encoder(pa.Table.from_pylist([decoded(1, 34, caption)], schema=DECODED)).to_pylist()[0]
-    served = opened.text.encode([caption])
+    seen: list[str] = []
+    encode = opened.text.encode
+    opened.text.encode = lambda captions: (seen.extend(captions), encode(captions))[1]  # type: ignore[method-assign]
+    next(VideoGenerator(opened).generate([caption], seed=0))
+    served = encode(seen[:1])
     length = int(served.mask.sum())
     stored = np.frombuffer(row["text_embedding"], np.float16).reshape(length, 16)
     assert row["reason"] == "" and row["text_length"] == length
@@ -86,10 +94,33 @@ def test_what_dit_init_may_name(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_and_clips_start_a_text_only_video(bundle: Path, tmp_path: Path) -> None:
-    from arlon_ray.generation.video import contact_sheet, read_video
-
     contact_sheet(tmp_path / "first.png", np.full((1, 80, 80, 3), 200, np.uint8))
-    flags = ["--bundle", str(bundle), "--prompt", "a red circle", "--output", str(tmp_path / "video.mp4")]
-    result = run_script("generate", *flags, "--image", str(tmp_path / "first.png"))
-    assert result.returncode == 0, result.stderr
-    assert read_video(tmp_path / "video.mp4").shape == (34, 64, 64, 3)
+    write_video(tmp_path / "clip.mp4", np.full((40, 64, 64, 3), 90, np.uint8), 16)
+
+    def made(name: str, *start: str) -> np.ndarray:
+        flags = ["--bundle", str(bundle), "--prompt", "a red circle", "--output", str(tmp_path / name)]
+        result = run_script("generate", *flags, *start)
+        assert result.returncode == 0, result.stderr
+        return read_video(tmp_path / name)
+
+    free, picture = made("free.mp4"), made("picture.mp4", "--image", str(tmp_path / "first.png"))
+    assert free.shape == picture.shape == (34, 64, 64, 3) and not np.array_equal(free, picture)
+    clip = made("clip-on.mp4", "--video", str(tmp_path / "clip.mp4"))
+    assert clip.shape == (40 + 17, 64, 64, 3) and np.abs(clip[:40].astype(int) - 90).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["dit.depth=3"], "depth=2, but dit.depth=3 here"),
+        (["dit.input_sq_size=256"], "input_sq_size=512"),
+        (["dit.temporal_attention=joint"], "temporal_attention=temporal"),
+        ([], "of VAE"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_anything_starts(
+    bundle: Path, settings: list[str], message: str
+) -> None:
+    config = override(small_config(), [f"dit.init={bundle}", *settings])
+    with pytest.raises(InputError, match=message):
+        _fitting_start(config, {"vae": "another", "text": "t5:x"})

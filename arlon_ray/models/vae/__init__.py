@@ -23,14 +23,19 @@ def build_vae(config: VaeConfig) -> VideoVAE:
     return OpenSoraVAE(config)
 
 
-def load_vae(path: str | Path, device: str | torch.device = "cpu", *, tile: int | None = None) -> VideoVAE:
-    """The VAE at `path`, frozen, in evaluation mode; `tile` in place of its own setting. Raises ArtifactError."""
+def load_vae(path: str | Path, device: str | torch.device = "cpu", *, bounds: VaeConfig | None = None) -> VideoVAE:
+    """The VAE at `path`, frozen, in evaluation mode. Raises ArtifactError.
+
+    How much it codes at a time (`tile`, `group_batch`, `spatial.frame_batch`) is taken from `bounds`, if given.
+    """
     artifact = load_artifact(path, "vae")
     tensors = artifact.tensors(device)
     with building(artifact):
         config = VaeConfig.model_validate(artifact.config)
-        if tile is not None:
-            config = config.model_copy(update={"tile": tile})
+        if bounds is not None:
+            spatial = config.spatial.model_copy(update={"frame_batch": bounds.spatial.frame_batch})
+            changes = {"tile": bounds.tile, "group_batch": bounds.group_batch, "spatial": spatial}
+            config = config.model_copy(update=changes)
         with torch.device("meta"):
             vae = build_vae(config)
         vae.load_state_dict(tensors, assign=True)

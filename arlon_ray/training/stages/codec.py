@@ -53,7 +53,7 @@ class CodecObjective(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             quantized, indices, commitment = self.quantizer(features.flatten(1, 3))
         self.codec.codebook.copy_(self.quantizer.codebook.detach())
-        rebuilt = self.codec.rebuild(quantized.view_as(features), len(latents))
+        rebuilt = self.codec.rebuild(quantized.view_as(features), len(latents), tuple(latents.shape[3:]))
         error = F.mse_loss(rebuilt, latents)
         used = indices.unique().numel() / len(self.codec.codebook)
         metrics = {
@@ -96,7 +96,7 @@ class CodecStage:
         errors, variances, first = [], [], None
         for batch in self.source.held_out_batches(self.training.batch_size):
             latents = batch["latents"].to(device)
-            rebuilt = codec.decode(codec.encode(latents))
+            rebuilt = codec.decode(codec.encode(latents), tuple(latents.shape[3:]))
             errors.append((rebuilt - latents).square().mean())
             variances.append(latents.var())
             first = first or (latents[:6], rebuilt[:6])

@@ -95,7 +95,7 @@ class DitObjective(nn.Module):
         """The latent that the fine tokens decode to, or for some samples the coarse ones."""
         fine, coarse = tokens
         assert self.fine is not None and self.coarse is not None
-        parts = [codec.decode(part[use]) for codec, part, use in (
+        parts = [codec.decode(part[use], self.config.latent_grid) for codec, part, use in (
             (self.fine, fine, ~use_coarse_B), (self.coarse, coarse, use_coarse_B)) if use.any()]  # fmt: skip
         order = torch.cat([torch.nonzero(~use_coarse_B), torch.nonzero(use_coarse_B)]).flatten()
         return torch.cat(parts)[order.argsort()]
