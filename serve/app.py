@@ -21,7 +21,10 @@ APP = "arlon"
 
 def check_devices(config: Config) -> None:
     """Raises ConfigError if `device` and the deployments' GPUs contradict each other."""
-    for name, settings in (("ar", config.serve.ar), ("dit", config.serve.dit), ("decoder", config.serve.decoder)):
+    deployments = {"ar": config.serve.ar, "dit": config.serve.dit, "decoder": config.serve.decoder}
+    if config.sampling.baseline:
+        del deployments["ar"]  # there will be none
+    for name, settings in deployments.items():
         if config.device == "cuda" and not settings.num_gpus:
             raise ConfigError(f"serve.{name}.num_gpus=0, but device=cuda: give every deployment a share of a GPU")
         if config.device == "cpu" and settings.num_gpus:
