@@ -1,14 +1,15 @@
-"""Rendered, captioned scenes: one or two equal shapes that move over a background, on a torus.
+"""Rendered, captioned scenes with their exact truth, in two grades: `simple` and `rich` (`worlds.py` draws them).
 
-What leaves on one side comes back on the other, so that the direction stays true for a video of any length and the
-start position tells nothing about it. `Scene` is the exact ground truth. Shapes: T frames, H × W pixels.
+The world is a torus: what leaves on one side comes back on the other, so that a direction stays true for a video of any
+length and the start position tells nothing about it. Shapes: T frames, H × W pixels.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,141 +18,74 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arlon_ray.config import GROUP_FRAMES, VideoConfig
-from arlon_ray.evaluation.world import COLOURS, DIRECTIONS, SHAPES, SPEEDS
-from data_pipeline.wording import compose
+from arlon_ray.evaluation.world import COLOURS, DIRECTIONS, SPEEDS, Shot, track
+from data_pipeline.worlds import Scene, caption, sample_scene, shot_captions
 
-BACKGROUNDS = ("dark", "light", "gradient", "stripes")
-#: Diameters (pixels, at 64) by number of objects.
-DIAMETERS = {1: (22.0, 30.0), 2: (16.0, 20.0)}
-PAIR_SHARE = 0.2
 NAME = "scene_{index:06d}"
-
-
-@dataclass(frozen=True)
-class Scene:
-    """The exact ground truth of one rendered video. Lengths in pixels, velocity in pixels a frame."""
-
-    seed: int
-    height: int
-    width: int
-    frames: int
-    count: int
-    shape: str
-    colour: str
-    background: str
-    background_level: float
-    background_phase: float
-    direction: str
-    speed: str
-    velocity: tuple[float, float]
-    diameter: float
-    starts: tuple[tuple[float, float], ...]
-
-    def to_json(self, **more: object) -> str:
-        """One line of JSON with every field, the caption, and `more`."""
-        return json.dumps({**asdict(self), "caption": caption(self), **more}, sort_keys=True)
-
-
-def sample_scene(seed: int, groups: tuple[int, ...] = (2, 3, 4), height: int = 64, width: int = 64) -> Scene:
-    """Draw a scene: equal seed and sizes, equal scene. Its length is one of `groups` × 17 frames."""
-    random = np.random.default_rng([seed, 0])
-    scale = min(height, width) / 64
-    count = 2 if random.random() < PAIR_SHARE else 1
-    direction = str(random.choice(list(DIRECTIONS)))
-    speed = str(random.choice(list(SPEEDS)))
-    low, high = DIAMETERS[count]
-    diameter = float(random.uniform(low, high)) * scale
-    first = (float(random.uniform(0, width)), float(random.uniform(0, height)))
-    starts = [first]
-    if count == 2:
-        # apart by more than a diameter on the torus, so that two never look like one
-        angle, distance = random.uniform(0, 2 * np.pi), random.uniform(1.25 * diameter, min(height, width) / 2)
-        starts.append(
-            (
-                float((first[0] + distance * np.cos(angle)) % width),
-                float((first[1] + distance * np.sin(angle)) % height),
-            )
-        )
-    pixels = SPEEDS[speed] * scale
-    unit = DIRECTIONS[direction]
-    return Scene(
-        seed=seed,
-        height=height,
-        width=width,
-        frames=int(random.choice(list(groups))) * GROUP_FRAMES,
-        count=count,
-        shape=str(random.choice(SHAPES)),
-        colour=str(random.choice(list(COLOURS))),
-        background=str(random.choice(BACKGROUNDS)),
-        background_level=float(random.uniform(-12, 12)),
-        background_phase=float(random.uniform(0, 2 * np.pi)),
-        direction=direction,
-        speed=speed,
-        velocity=(unit[0] * pixels, unit[1] * pixels),
-        diameter=diameter,
-        starts=tuple(starts),
-    )
-
-
-def caption(scene: Scene) -> str:
-    """The scene in words (at most 20); equal scene, equal wording."""
-    return compose(
-        np.random.default_rng([scene.seed, 1]),
-        count=scene.count,
-        colour=scene.colour,
-        shape=scene.shape,
-        direction=scene.direction,
-        speed=scene.speed,
-        background=scene.background,
-    )
-
-
-def _background(scene: Scene) -> NDArray[np.float32]:
-    """[H,W,3]. Nearly grey, so that the object's colour is never a matter of its surroundings."""
-    x = np.linspace(0, 1, scene.width, endpoint=False, dtype=np.float32)
-    y = np.linspace(0, 1, scene.height, endpoint=False, dtype=np.float32)[:, None]
-    grey = np.zeros((scene.height, scene.width), np.float32)
-    if scene.background == "dark":
-        grey += 44
-    elif scene.background == "light":
-        grey += 206
-    elif scene.background == "gradient":
-        grey += 40 + 130 * y
-    else:
-        # whole periods: the stripes meet at the seam of the torus
-        grey += 104 + 26 * np.sin(2 * np.pi * 4 * x + scene.background_phase).astype(np.float32)
-    grey += np.float32(scene.background_level)
-    return np.stack([grey, grey, np.minimum(grey + 6, 255)], axis=-1)
-
-
-def _distance(shape: str, radius: float, dx: NDArray[np.float32], dy: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Signed distance in pixels to the outline, negative inside; dx and dy from the centre. Areas are alike."""
-    if shape == "circle":
-        return np.sqrt(dx * dx + dy * dy) - np.float32(radius)
-    if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - np.float32(0.88 * radius)
-    inner = np.float32(0.62 * radius)
-    sloped = np.abs(dx) * np.float32(np.sqrt(3) / 2) - dy * np.float32(0.5)
-    return np.maximum(dy, sloped) - inner
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
     """[T,H,W,3] RGB, antialiased: motion by fractions of a pixel stays visible."""
-    frames = np.arange(scene.frames, dtype=np.float32)
-    cover = np.zeros((scene.frames, scene.height, scene.width), np.float32)
-    pixel_x = np.arange(scene.width, dtype=np.float32) + 0.5
-    pixel_y = np.arange(scene.height, dtype=np.float32) + 0.5
-    for start_x, start_y in scene.starts:
-        dx = pixel_x - (start_x + scene.velocity[0] * frames)[:, None]
-        dy = pixel_y - (start_y + scene.velocity[1] * frames)[:, None]
-        dx = ((dx + scene.width / 2) % scene.width - scene.width / 2)[:, None, :]
-        dy = ((dy + scene.height / 2) % scene.height - scene.height / 2)[:, :, None]
-        distance = _distance(scene.shape, scene.diameter / 2, dx.astype(np.float32), dy.astype(np.float32))
-        np.maximum(cover, np.clip(0.5 - distance, 0, 1), out=cover)
-    background = _background(scene)
-    colour = np.array(COLOURS[scene.colour], np.float32)
-    picture = background + (colour - background) * cover[..., None]
+    return np.concatenate([render_shot(shot, scene.height, scene.width) for shot in scene.shots])
+
+
+def render_shot(shot: Shot, height: int, width: int) -> NDArray[np.uint8]:
+    """[T,H,W,3] RGB of one shot. Of two objects at one place the later one is in front."""
+    scale = min(height, width) / 64
+    camera = np.arange(shot.frames, dtype=np.float32) * np.float32(SPEEDS["normal"] * scale)
+    camera_x, camera_y = (camera * step for step in DIRECTIONS[shot.pan])
+    picture = _background(shot, height, width, camera_x, camera_y)
+    for thing in shot.things:
+        x, y, radius = track(thing, shot.frames, scale)
+        dx = _on_torus(np.arange(width, dtype=np.float32) + 0.5 - (x - camera_x)[:, None], width)[:, None, :]
+        dy = _on_torus(np.arange(height, dtype=np.float32) + 0.5 - (y - camera_y)[:, None], height)[:, :, None]
+        cover = np.clip(0.5 - _distance(thing.shape, radius[:, None, None], dx, dy), 0, 1)[..., None]
+        picture = picture + (np.array(COLOURS[thing.colour], np.float32) - picture) * cover
     return (picture + 0.5).astype(np.uint8)
+
+
+def _on_torus(offset: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    return ((offset + size / 2) % size - size / 2).astype(np.float32)
+
+
+def _background(
+    shot: Shot, height: int, width: int, camera_x: NDArray[np.float32], camera_y: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """[T,H,W,3]. Nearly grey, so that an object's colour is never a matter of its surroundings.
+
+    What has a texture has whole periods, so that it meets at the seam of the torus and moves with the camera.
+    """
+    x = 2 * np.pi * (np.arange(width, dtype=np.float32) + camera_x[:, None]) / width
+    y = 2 * np.pi * (np.arange(height, dtype=np.float32) + camera_y[:, None]) / height
+    x, y, phase = x[:, None, :], y[:, :, None], shot.background_phase
+    grey = np.zeros((shot.frames, height, width), np.float32)
+    if shot.background == "dark":
+        grey += 44
+    elif shot.background == "light":
+        grey += 206
+    elif shot.background == "gradient":
+        grey += 40 + 130 * np.linspace(0, 1, height, endpoint=False, dtype=np.float32)[:, None]
+    elif shot.background == "stripes":
+        grey += 104 + 26 * np.sin(4 * x + phase)
+    elif shot.background == "checks":
+        grey += 112 + 30 * np.tanh(3 * np.sin(3 * x + phase) * np.sin(3 * y + phase))
+    else:  # clouds
+        waves = ((1, 2, 0.0), (2, -1, 1.7), (3, 1, 4.1), (-1, 3, 2.6))
+        grey += 120 + 17 * sum(np.sin(a * x + b * y + shift + phase) for a, b, shift in waves)
+    grey = (grey + np.float32(shot.background_level)).astype(np.float32)
+    return np.stack([grey, grey, np.minimum(grey + 6, 255)], axis=-1)
+
+
+def _distance(
+    shape: str, radius: NDArray[np.float32], dx: NDArray[np.float32], dy: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Signed distance in pixels to the outline, negative inside; dx and dy from the centre. Areas are alike."""
+    if shape == "circle":
+        return np.sqrt(dx * dx + dy * dy) - radius
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - np.float32(0.88) * radius
+    sloped = np.abs(dx) * np.float32(np.sqrt(3) / 2) - dy * np.float32(0.5)
+    return np.maximum(dy, sloped) - np.float32(0.62) * radius
 
 
 def write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
@@ -175,15 +109,23 @@ def write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_sample(folder: str | Path, index: int, seed: int, video: VideoConfig, groups: tuple[int, ...]) -> bool:
+def truth_json(scene: Scene, **more: object) -> str:
+    """One line of JSON with every field of the truth, the captions of scene and shots, and `more`."""
+    captions = {"caption": caption(scene), "shot_captions": shot_captions(scene)}
+    return json.dumps({**asdict(scene), **captions, **more}, sort_keys=True)
+
+
+def write_sample(
+    folder: str | Path, index: int, seed: int, video: VideoConfig, groups: Sequence[int], grade: str = "simple"
+) -> bool:
     """Render sample `index` of `seed` into `folder`: mp4, `.txt` caption, `.json` ground truth.
 
     Returns False where exactly this sample is there already: the ground truth names all that the file depends on,
-    `fps` among it. The mp4 comes last: if it is there, all of it is.
+    `fps` among it. The mp4 comes last: if it is there, all of it is. Raises ValueError for an unknown grade.
     """
     path = Path(folder) / f"{NAME.format(index=index)}.mp4"
-    scene = sample_scene(seed * 1_000_003 + index, groups, video.height, video.width)
-    truth = scene.to_json(fps=video.fps, groups=groups)
+    scene = sample_scene(seed * 1_000_003 + index, groups, video.height, video.width, grade)
+    truth = truth_json(scene, fps=video.fps, groups=list(groups))
     facts = path.with_suffix(".json")
     if path.exists() and facts.exists() and facts.read_text() == truth:
         return False
@@ -203,8 +145,10 @@ def remove_samples_from(folder: str | Path, count: int) -> int:
     return len(beyond)
 
 
-def write_samples(folder: str | Path, count: int, seed: int, video: VideoConfig, groups: tuple[int, ...]) -> int:
+def write_samples(
+    folder: str | Path, count: int, seed: int, video: VideoConfig, groups: Sequence[int], grade: str = "simple"
+) -> int:
     """Render the samples that are missing, in this process, so that exactly `count` are there. The number rendered."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     remove_samples_from(folder, count)
-    return sum(write_sample(folder, index, seed, video, groups) for index in range(count))
+    return sum(write_sample(folder, index, seed, video, groups, grade) for index in range(count))

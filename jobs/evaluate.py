@@ -1,212 +1,218 @@
-"""Measure a bundle on held-out captions: each row (a model and its steps) a table line and an MLflow run.
+"""Measure a bundle on held-out captions: each row (a model and how it samples) a table line and an MLflow run.
 
 `python jobs/evaluate.py --bundle DIR --rows text-only@30 guided@5 true-tokens@5 truth`
+`… --tune guidance_scale=1,2,3,4` finds each row's best value on other captions first.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from arlon_ray.artifact import sha256_of, write_json
 from arlon_ray.bundle import MANIFEST, Bundle
 from arlon_ray.config import GROUP_FRAMES
-from arlon_ray.evaluation.metrics import measure, summary
+from arlon_ray.evaluation.cost import weights, work
+from arlon_ray.evaluation.metrics import summary
 from arlon_ray.evaluation.scenes import Frames
-from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options
+from arlon_ray.evaluation.tokens import token_figures
+from arlon_ray.generation import default_options
 from arlon_ray.generation.video import contact_sheet, write_video
-from arlon_ray.models.text import load_token_counter
-from arlon_ray.training.stages.vae import to_frames, to_video
 from data_pipeline.manifest import settings_key
-from data_pipeline.synthetic import Scene, caption, render, sample_scene
 from jobs.command_line import InputError, existing, output_folder, parser, run
+from jobs.evaluation import (
+    FORM,
+    TUNING_SEED,
+    Evaluator,
+    Prompt,
+    Row,
+    RowResult,
+    check_options,
+    held_out_prompts,
+    parse_row,
+    read_prompts,
+    table,
+)
 from jobs.generate import open_bundle
 from jobs.tracking import Tracking
 
-#: Scenes of this seed are none that the pipeline renders for training.
-HELD_OUT_SEED = 7
-DEFAULT_ROWS = ("text-only@30", "text-only@5", "guided@5", "true-tokens@5", "truth")
-ROW = re.compile(r"(text-only|guided|true-tokens)@([1-9]\d{0,2})|truth|vae")
+DEFAULT_ROWS = ("truth", "text-only@30", "text-only@5", "guided@5", "true-tokens@5")
 STRIPS, STRIP_FRAMES = 6, 8
+#: What a video of the failure gallery got wrong.
+MEANT = ("object_class", "colour", "multiple_objects", "spatial_relationship", "action")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What to make; `scene` is its truth, where it has one."""
+class Gallery:
+    """Pictures of a row: its first videos, and those that show something else than they should."""
 
-    text: str
-    scene: Scene | None = None
+    def __init__(self) -> None:
+        self.first: list[Frames] = []
+        self.failed: list[Frames] = []
+        self.captions: list[str] = []
 
+    def add(self, index: int, prompt: Prompt, frames: Frames, values: Mapping[str, float]) -> None:
+        """Take in one video."""
+        strip = frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)]
+        if index < STRIPS:
+            self.first.append(strip)
+        wrong = [name for name in MEANT if values.get(name) == 0.0]
+        if wrong and len(self.failed) < STRIPS:
+            self.failed.append(strip)
+            self.captions.append(f"{prompt.text} ({', '.join(wrong)})")
 
-@dataclass
-class RowResult:
-    """Metrics of one row's videos, and what went wrong."""
-
-    name: str
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    absent: str | None = None
-
-    def report(self) -> dict[str, Any]:
-        """For results.json."""
-        if self.absent:
-            return {"absent": self.absent}
-        figures = summary(self.metrics) if self.metrics else {}
-        median = float(np.median(self.seconds)) if self.seconds else None
-        return {"videos": len(self.metrics), "seconds": median, "failures": self.failures, "metrics": figures}
-
-
-def held_out_prompts(bundle: Bundle, count: int) -> list[Prompt]:
-    """Captions of rendered scenes that no training has seen, of the length of a segment."""
-    video, groups = bundle.config.video, bundle.config.segment.groups
-    seeds = (HELD_OUT_SEED * 1_000_003 + i for i in range(count))
-    scenes = [sample_scene(seed, (groups,), video.height, video.width) for seed in seeds]
-    return [Prompt(caption(scene), scene) for scene in scenes]
-
-
-def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
-    """One prompt a line. Raises InputError that names the lines that are empty or too long."""
-    lines = path.read_text().splitlines()
-    count_tokens, limit = load_token_counter(bundle.config.text), bundle.config.text.max_tokens
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise InputError(f"--prompts {path}: line {number} is empty")
-        if (tokens := count_tokens(line)) > limit:
-            raise InputError(f"--prompts {path}: line {number} has {tokens} tokens, at most {limit}")
-    if not lines:
-        raise InputError(f"--prompts {path}: no prompt in it")
-    return [Prompt(line.strip()) for line in lines]
-
-
-class Evaluator:
-    """Makes and measures the videos of rows."""
-
-    def __init__(self, bundle: Bundle, prompts: list[Prompt], seed: int) -> None:
-        self.bundle, self.prompts, self.seed = bundle, prompts, seed
-        self.generator = VideoGenerator(bundle)
-
-    def row(self, name: str, on_video: Callable[[int, Frames], None]) -> RowResult:
-        """Measure the row `name`; `on_video(i, frames)` sees every video. One that fails is named, the rest goes on."""
-        result = RowResult(name)
-        if not self.bundle.guided and name.startswith(("guided", "true-tokens")):
-            result.absent = "the bundle has no AR"
-            return result
-        if any(prompt.scene is None for prompt in self.prompts) and name.startswith(("true-tokens", "truth", "vae")):
-            result.absent = "these prompts have no ground truth"
-            return result
-        for index, prompt in enumerate(self.prompts):
-            begin = time.perf_counter()
-            try:
-                frames = self.make(name, index, prompt)
-                result.seconds.append(time.perf_counter() - begin)
-                result.metrics.append(measure(frames, prompt.scene, self.bundle.config.video.fps))
-                on_video(index, frames)
-            except (ValueError, RuntimeError) as error:
-                result.failures[f"{index}: {prompt.text}"] = " ".join(str(error).split())[:300]
-            if sys.stderr.isatty():
-                print(f"\r{name}  {index + 1}/{len(self.prompts)}", end="", file=sys.stderr, flush=True)
-        return result
-
-    def make(self, name: str, index: int, prompt: Prompt) -> Frames:
-        """The video of one row and prompt. Raises ValueError for latents that are no numbers."""
-        model, _, steps = name.partition("@")
-        if model == "truth":
-            assert prompt.scene is not None
-            return render(prompt.scene)
-        if model == "vae":
-            assert prompt.scene is not None
-            return to_frames(self.bundle.vae.decode(self._true_latents(prompt.scene)))[0]
-        options = default_options(self.bundle.config.sampling, steps=int(steps))
-        options = options.model_copy(update={"baseline": model == "text-only"})
-        if model == "true-tokens":
-            assert prompt.scene is not None
-            return self._from_true_tokens(prompt.scene, prompt.text, index, options)
-        return next(self.generator.generate([prompt.text], self.seed + index, options))
-
-    def _true_latents(self, scene: Scene) -> torch.Tensor:
-        return self.bundle.vae.encode(to_video(render(scene)[None]).to(self.bundle.device))
-
-    def _from_true_tokens(self, scene: Scene, text: str, index: int, options: GenerationOptions) -> Frames:
-        tokens = self.bundle.codec.encode(self._true_latents(scene))[0].int().cpu().numpy()
-        rendered = self.generator.renderer.render(text, tokens, None, self.seed + index, 0, options)
-        return self.generator.decoder.decode(rendered.latents)
-
-
-def table(results: list[RowResult]) -> str:
-    """The results as a Markdown table: means, and half the width of the 95 % interval."""
-    names = next((list(result.metrics[0]) for result in results if result.metrics), [])
-    lines = [f"| row | videos | s/video | {' | '.join(names)} |", f"|---|{'---|' * (len(names) + 2)}"]
-    for result in results:
-        report = result.report()
-        if result.absent:
-            lines.append(f"| {result.name} | absent: {result.absent} |{' |' * (len(names) + 1)}")
-            continue
-        cells = [
-            f"{value['mean']:.3f} ±{(value['high'] - value['low']) / 2:.3f}" for value in report["metrics"].values()
-        ]
-        lines.append(f"| {result.name} | {report['videos']} | {report['seconds']:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    def write(self, folder: Path, row: Row) -> None:
+        """`<row>.png`, and `<row>-failures.png` where there are any."""
+        for strips, name in ((self.first, row.file_name), (self.failed, f"{row.file_name}-failures")):
+            if strips:
+                path = folder / f"{name}.png"
+                contact_sheet(path, np.concatenate(strips), columns=STRIP_FRAMES, limit=STRIPS * STRIP_FRAMES)
 
 
 def evaluate(
-    bundle: Bundle, prompts: list[Prompt], rows: list[str], output: Path, seed: int, vbench: Path | None
+    evaluator: Evaluator,
+    rows: Sequence[Row],
+    output: Path,
+    *,
+    label: str = "evaluate",
+    vbench: Path | None = None,
+    tracking: Tracking | None = None,
 ) -> list[RowResult]:
-    """Measure all rows: results.json, results.md and a strip of pictures for each row in `output`."""
-    evaluator, tracking, results = Evaluator(bundle, prompts, seed), Tracking(bundle.config, output), []
-    bundle_key = sha256_of(bundle.path / MANIFEST)
-    for name in rows:
-        strips: list[Frames] = []
+    """Measure all rows, each an MLflow run: results.json, results.md and pictures of each row in `output`."""
+    bundle, prompts, results = evaluator.bundle, evaluator.prompts, []
+    tracking = tracking or Tracking(bundle.config, output)
+    bundle_key, texts = sha256_of(bundle.path / MANIFEST), [prompt.text for prompt in prompts]
+    for row in rows:
+        gallery = Gallery()
 
-        def keep(index: int, frames: Frames, strips: list[Frames] = strips, name: str = name) -> None:
-            if index < STRIPS:
-                strips.append(frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)])
+        def keep(
+            index: int, frames: Frames, values: dict[str, float], row: Row = row, gallery: Gallery = gallery
+        ) -> None:
+            gallery.add(index, prompts[index], frames, values)
             if vbench is not None:
                 # VBench's layout: a folder for each model, "<prompt>-<number>.mp4"
                 stem = prompts[index].text.replace("/", " ").rstrip(".")[:180]
-                write_video(vbench / name.replace("@", "-") / f"{stem}-0.mp4", frames, bundle.config.video.fps)
+                write_video(vbench / row.file_name / f"{stem}-0.mp4", frames, bundle.config.video.fps)
 
-        key = settings_key({"bundle": bundle_key, "row": name, "prompts": [p.text for p in prompts], "seed": seed})
-        with tracking.pipeline(f"evaluate {name}", key=key) as tracked:
-            result = evaluator.row(name, keep)
+        settings = {"bundle": bundle_key, "row": row.name, "options": dict(row.changes), "prompts": texts}
+        with tracking.pipeline(
+            f"{label} {row.name}", key=settings_key({**settings, "seed": evaluator.seed})
+        ) as tracked:
+            result = evaluator.row(row, keep)
             if result.metrics:
-                tracked.metrics(0, {metric: value["mean"] for metric, value in summary(result.metrics).items()})
-                tracked.metrics(0, {"seconds_per_video": float(np.median(result.seconds))})
-            if strips:
-                path = output / f"{name.replace('@', '-')}.png"
-                contact_sheet(path, np.concatenate(strips), columns=STRIP_FRAMES, limit=STRIPS * STRIP_FRAMES)
+                figures = summary(list(result.metrics.values()))
+                tracked.metrics(0, {metric: value["mean"] for metric, value in figures.items()})
+                tracked.metrics(0, {"seconds_per_video": result.seconds or 0.0})
+                if result.distance is not None:
+                    tracked.metrics(0, {"frechet_video_distance": result.distance})
+            gallery.write(output, row)
         results.append(result)
         for failed, error in result.failures.items():
-            print(f"{name}: video {failed}: {error}", file=sys.stderr)
-        write_json(output / "results.json", {r.name: r.report() for r in results})
-        (output / "results.md").write_text(table(results) + "\n")
+            print(f"{row.name}: video {failed}: {error}", file=sys.stderr)
+        write_results(output, evaluator, results)
+        if gallery.captions:
+            (output / f"{row.file_name}-failures.txt").write_text("\n".join(gallery.captions) + "\n")
     return results
+
+
+def write_results(output: Path, evaluator: Evaluator, results: Sequence[RowResult], **more: Any) -> None:
+    """results.json and results.md as far as they are."""
+    rows = {result.row.name: result.report() for result in results}
+    write_json(output / "results.json", {"prompts": len(evaluator.prompts), "rows": rows, **more})
+    (output / "results.md").write_text(table(results, evaluator.bundle.config.sampling) + "\n")
+
+
+def tuned(
+    bundle: Bundle, rows: Sequence[Row], choices: Mapping[str, Sequence[Any]], count: int, seed: int
+) -> list[Row]:
+    """Each row at its own best options, found on captions of its own. Rows that differ in their steps alone, apart."""
+    if not choices:
+        return list(rows)
+    evaluator = Evaluator(bundle, held_out_prompts(bundle, count, TUNING_SEED), seed)
+    found = []
+    for row in rows:
+        absent = not bundle.guided and row.model != "text-only"
+        best = {} if absent else evaluator.best(row, choices)
+        if best:
+            print(f"{row.name}: best {', '.join(f'{name}={value:g}' for name, value in best.items())}", flush=True)
+        found.append(row.with_changes(**best))
+    return found
+
+
+def costs(evaluator: Evaluator) -> dict[str, dict[str, float]]:
+    """Parameters, bytes, operations and memory of each part for one video; of the DiT, for one denoising step."""
+    bundle, generator, text = evaluator.bundle, evaluator.generator, evaluator.prompts[0].text
+    parts, device = {"vae decoder": weights(bundle.vae)}, bundle.device
+    step = default_options(bundle.config.sampling, steps=1, guidance_scale=1.0, token_guidance_scale=1.0)
+    plain = step.model_copy(update={"baseline": True})
+    latents = generator.renderer.render(text, None, None, 0, 0, plain).latents
+    parts["vae decoder"] |= work(lambda: generator.decoder.decode(latents), device)
+    parts["dit text-only, a step"] = weights(bundle.baseline) | work(
+        lambda: generator.renderer.render(text, None, None, 0, 0, plain), device
+    )
+    if generator.planner is not None:
+        planner = generator.planner
+        single = step.model_copy(update={"ar_guidance_scale": 1.0})
+        tokens = next(planner.plan([text], 0, single)).tokens
+        parts["ar, a segment"] = weights(bundle.ar) | work(lambda: next(planner.plan([text], 0, single)), device)
+        parts["dit guided, a step"] = weights(bundle.dit) | work(
+            lambda: generator.renderer.render(text, tokens, None, 0, 0, step), device
+        )
+    return parts
+
+
+def costs_table(parts: Mapping[str, Mapping[str, float]]) -> str:
+    """The costs as a Markdown table."""
+    lines = ["| part | parameters | weights | GFLOP | peak memory |", "|---|---|---|---|---|"]
+    for name, cost in parts.items():
+        figures = (
+            f"{cost['parameters'] / 1e6:.2f} M", f"{cost['weight_bytes'] / 2**20:.1f} MiB",
+            f"{cost['flops'] / 1e9:.2f}", f"{cost['peak_bytes'] / 2**20:.1f} MiB",
+        )  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def parse_choices(texts: Sequence[str]) -> dict[str, list[float]]:
+    """`--tune NAME=VALUE,VALUE…`. Raises InputError."""
+    choices = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        try:
+            choices[name] = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise InputError(f"--tune {text}: expected OPTION=NUMBER,NUMBER,…") from None
+        for value in choices[name]:
+            check_options(f"--tune {text}", {name: value})
+    return choices
 
 
 def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="runs/evaluation", config=False)
     flags.add_argument("--bundle", required=True, metavar="DIR", help="model bundle")
-    flags.add_argument("--rows", nargs="+", default=list(DEFAULT_ROWS), metavar="ROW",
-                       help="text-only@STEPS, guided@STEPS, true-tokens@STEPS, vae, truth")  # fmt: skip
+    flags.add_argument("--rows", nargs="+", default=list(DEFAULT_ROWS), metavar="ROW", help=FORM)
     flags.add_argument("--count", type=int, default=64, help="held-out captions (default: 64)")
     flags.add_argument("--prompts", metavar="FILE", help="your own prompts instead, one a line: no readings of meaning")
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument(
+        "--tune",
+        action="append",
+        default=[],
+        metavar="OPTION=V,V",
+        help="values to choose from, on other captions, for each row; repeatable",
+    )
+    flags.add_argument("--tune-count", type=int, default=32, help="captions to choose on (default: 32)")
+    flags.add_argument("--costs", action="store_true", help="also parameters, operations and memory of each part")
     flags.add_argument("--export-vbench", metavar="DIR", help="also write the videos in the layout of the VBench tool")
     arguments = flags.parse_args()
-    for row in arguments.rows:
-        if not ROW.fullmatch(row):
-            raise InputError(f"--rows {row}: expected text-only@N, guided@N, true-tokens@N (N steps), vae or truth")
-    if arguments.count < 1:
-        raise InputError(f"--count {arguments.count}: expected 1 or more")
+    rows, choices = [parse_row(text) for text in arguments.rows], parse_choices(arguments.tune)
+    for name in ("count", "tune_count"):
+        if (value := getattr(arguments, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
     if arguments.prompts is not None:
         prompts = read_prompts(existing(arguments.prompts, "--prompts"), bundle)
@@ -214,9 +220,23 @@ def main() -> None:
         prompts = held_out_prompts(bundle, arguments.count)
     vbench = Path(arguments.export_vbench).expanduser().absolute() if arguments.export_vbench else None
     output = output_folder(arguments)
-    results = evaluate(bundle, prompts, arguments.rows, output, arguments.seed, vbench)
+    rows = tuned(bundle, rows, choices, arguments.tune_count, arguments.seed)
+    evaluator = Evaluator(bundle, prompts, arguments.seed)
+    results = evaluate(evaluator, rows, output, vbench=vbench)
+    more: dict[str, Any] = {}
+    if bundle.guided and all(prompt.scene is not None for prompt in prompts):
+        latents = [evaluator.latents(scene) for scene in evaluator.scenes]
+        more["tokens"] = token_figures(bundle, latents, [prompt.text for prompt in prompts])
+    if arguments.costs:
+        more["parts"] = costs(evaluator)
+    write_results(output, evaluator, results, **more)
     frames = bundle.config.segment.groups * GROUP_FRAMES
-    print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table(results)}\n\n{output / 'results.json'}")
+    print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table(results, bundle.config.sampling)}\n")
+    if "tokens" in more:
+        print("\n".join(f"{name} {value:.4g}" for name, value in more["tokens"].items()), end="\n\n")
+    if "parts" in more:
+        print(costs_table(more["parts"]), end="\n\n")
+    print(output / "results.json")
     if any(result.failures for result in results):
         raise SystemExit(1)
 

@@ -18,7 +18,10 @@ CHUNK = 50
 
 def render_chunk(indices: range, *, folder: Path, seed: int, config: Config) -> int:
     """Render the missing samples among `indices`; how many were rendered."""
-    return sum(write_sample(folder, index, seed, config.video, config.data.bucket_groups) for index in indices)
+    data = config.data
+    return sum(
+        write_sample(folder, index, seed, config.video, data.bucket_groups, data.sample_grade) for index in indices
+    )
 
 
 def run_render_samples(config: Config, folder: Path, *, count: int | None = None, seed: int | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -185,6 +185,9 @@ class ArConfig(Section):
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     mlp_ratio: float = Field(8 / 3, gt=0)
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        (1, 1), description="rows and columns of the tokens that one step of the transformer gives"
+    )
     dropout: float = Field(0.1, ge=0, lt=1)
     text_dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained without text, for guidance")
     token_noise: float = Field(0.05, ge=0, lt=1, description="share of context tokens replaced by random codes")
@@ -202,9 +205,14 @@ class ArConfig(Section):
 
 
 class InjectionConfig(Section):
-    """Semantic injection: gated adaptive norm from the latent that the tokens decode to."""
+    """Semantic injection: gated adaptive norm from the latent that the tokens decode to.
+
+    `kind`: the other two are what the paper compares it with; `mlp_adapter` adds features of the tokens, `controlnet`
+    runs copies of the listening layers beside them and adds what they give.
+    """
 
     enabled: bool = True
+    kind: Literal["adaptive_norm", "mlp_adapter", "controlnet"] = "adaptive_norm"
     layers: Literal["first_quarter", "first_half", "all", "last_half"] = "first_half"
     width: int = Field(128, ge=8, description="channels of the latent adapter's features")
     blocks: int = Field(2, ge=0, description="residual blocks of the latent adapter")

@@ -22,6 +22,7 @@ class DataConfig(Section):
     """Raw video to latents. `bucket_groups` are the clip lengths kept, in 17-frame groups."""
 
     sample_videos: int = Field(2000, ge=1, description="videos that the pipeline renders when it is given none")
+    sample_grade: Literal["simple", "rich"] = Field("simple", description="grade of the rendered scenes")
     bucket_groups: tuple[Annotated[int, Field(ge=1)], ...] = Field((2, 3, 4), min_length=1)
     max_clips_per_video: int = Field(64, ge=1)
     decode_threads: int = Field(1, ge=1)
@@ -47,6 +48,9 @@ class SamplingConfig(Section):
     steps: int = Field(8, ge=1, description="denoising steps")
     guidance_scale: float = Field(2.0, ge=0, description="text guidance of the DiT")
     token_guidance_scale: float = Field(1.0, ge=0, description="token guidance of the DiT; 1 costs nothing")
+    start: float = Field(
+        1.0, gt=0, le=1, description="noise that sampling starts from; below 1 the rest is the latent of the tokens"
+    )
     ar_guidance_scale: float = Field(1.5, ge=0, description="text guidance of the AR; 1 costs nothing")
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: all codes")

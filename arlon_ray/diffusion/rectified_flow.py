@@ -55,9 +55,9 @@ def add_noise(x0_BCthw: Tensor, noise_BCthw: Tensor, time_B: Tensor) -> Tensor:
     return (1.0 - t) * x0_BCthw + t * noise_BCthw
 
 
-def schedule(steps: int, ratio: float) -> list[float]:
-    """Times of `steps` Euler steps, noisiest first; the last step ends at 0."""
-    times = torch.tensor([(1.0 - i / steps) * NUM_TIMES for i in range(steps)], dtype=torch.float64)
+def schedule(steps: int, ratio: float, start: float = 1.0) -> list[float]:
+    """Times of `steps` Euler steps from `start` (1: pure noise) on, noisiest first; the last step ends at 0."""
+    times = torch.tensor([start * (1.0 - i / steps) * NUM_TIMES for i in range(steps)], dtype=torch.float64)
     return transform_time(times, ratio).tolist()
 
 

@@ -10,8 +10,13 @@ temporal_flickering     VBench: 1 − mean absolute difference of neighbouring f
 motion_smoothness       VBench: 1 − error / 255 of frames interpolated by AMT. Here: along optical flow (DIS).
 dynamic_degree          VBench: whether the largest 5 % of RAFT's flow exceed a threshold. Here: of DIS flow.
 imaging_quality         VBench: MUSIQ. Here: how sharply objects end, against a rendered edge.
-object_class, colour, multiple_objects, action
-                        VBench: detectors. Here: readings of pixels against the scene's truth (`scenes.py`).
+object_class, colour    VBench: a detector finds what is named. Here: every shape (colour) of the truth is seen.
+multiple_objects        VBench: all that is named is in one frame. Here: as many objects as there are, of these very
+                        pairs of colour and shape.
+spatial_relationship    VBench: positions of detected boxes. Here: of the objects' centres; only where one is named.
+action                  VBench: UMT's class. Here: what every object does, with its direction and speed.
+                        Beside it `direction` alone, and `presence`, the share of frames with an object.
+                        The last five are readings of pixels against the scene's truth (`scenes.py`).
 
 Legend: T frames, H × W pixels, F features.
 """
@@ -20,12 +25,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from arlon_ray.evaluation.scenes import Frames, Mask, object_masks, read_scene
+from arlon_ray.evaluation.scenes import (
+    SIMPLE_ACTIONS,
+    Frames,
+    Mask,
+    Seen,
+    grown,
+    object_masks,
+    read_relation,
+    read_scene,
+)
+from arlon_ray.evaluation.world import ACTIONS, RELATIONS, Deed, Shot, deed_of
 
 Features = NDArray[np.float64]
 
@@ -35,47 +50,65 @@ DYNAMIC_PIXELS, DYNAMIC_SIDE, DYNAMIC_FPS = 6.0, 256, 8.0
 FLOW_SIDE = 256
 
 
-class Truth(Protocol):
-    """What a video should show: a rendered scene, or anything with these fields."""
-
-    @property
-    def colour(self) -> str: ...
-    @property
-    def shape(self) -> str: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def direction(self) -> str: ...
-    @property
-    def speed(self) -> str: ...
+#: VBench's eleven, in the order of the tables.
+DIMENSIONS = (
+    "object_class", "colour", "multiple_objects", "spatial_relationship", "action", "subject_consistency",
+    "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree", "imaging_quality",
+)  # fmt: skip
 
 
-def measure(frames: Frames, truth: Truth | None, fps: float) -> dict[str, float]:
+def measure(frames: Frames, truth: Shot | None, fps: float) -> dict[str, float]:
     """All metrics of uint8 [T, H, W, 3]; those of meaning only with a truth. Raises ValueError as `read_scene` does."""
     masks, flow = object_masks(frames), optical_flow(frames)
     values = {
         "subject_consistency": consistency(_around_object(frames, masks)),
-        "background_consistency": consistency(_pooled(frames, ~_grown(masks))),
+        "background_consistency": consistency(_pooled(frames, ~grown(masks))),
         "temporal_flickering": flickering(frames, masks),
         "motion_smoothness": smoothness(frames, flow),
         "dynamic_degree": float(dynamic(flow, frames.shape[1:3], fps)),
         "imaging_quality": sharpness(frames, masks),
     }
-    return values if truth is None else {**values, **meaning(frames, truth)}
+    return values if truth is None else {**meaning(frames, truth), **values}
 
 
-def meaning(frames: Frames, truth: Truth) -> dict[str, float]:
-    """Whether the video shows what it should: 1 or 0 for each, and the share of frames with an object."""
-    read = read_scene(frames)
-    moves = read.direction == truth.direction
-    return {
-        "object_class": float(read.shape == truth.shape),
-        "colour": float(read.colour == truth.colour),
-        "multiple_objects": float(read.count == truth.count),
-        "action": float(moves),
-        "speed": float(moves and (truth.direction == "still" or read.speed == truth.speed)),
+def meaning(frames: Frames, truth: Shot) -> dict[str, float]:
+    """Whether the video shows what it should: 1 or 0 for each (and `presence`). No relation in the truth, no figure."""
+    # a world without a camera and actions is read as such: the truth says which it is
+    simple = all(thing.action in SIMPLE_ACTIONS for thing in truth.things) and truth.pan == "still"
+    read = read_scene(frames, SIMPLE_ACTIONS if simple else ACTIONS)
+    by_colour = {seen.colour: seen for seen in read.things}
+    wanted = [(thing.colour, thing.shape) for thing in truth.things]
+    found = [(seen.colour, seen.shape) for seen in read.things for _ in range(seen.count)]
+    done = [by_colour[thing.colour].deed if thing.colour in by_colour else None for thing in truth.things]
+    deeds = [deed_of(thing) for thing in truth.things]
+    values = {
+        "object_class": float({shape for _, shape in wanted} <= {shape for _, shape in found}),
+        "colour": float({colour for colour, _ in wanted} <= {colour for colour, _ in found}),
+        "multiple_objects": float(sorted(wanted) == sorted(found)),
+        "action": float(all(seen is not None and _alike(seen, deed) for seen, deed in zip(done, deeds, strict=True))),
+        "direction": float(
+            all(seen is not None and seen.direction == deed.direction for seen, deed in zip(done, deeds, strict=True))
+        ),
         "presence": read.presence,
     }
+    if truth.relation is not None:
+        pair = [by_colour.get(thing.colour) for thing in truth.things[:2]]
+        values["spatial_relationship"] = float(_related(pair[0], pair[1], truth.relation, frames.shape[1:3]))
+    return values
+
+
+def _alike(seen: Deed, deed: Deed) -> bool:
+    """Equal; what a caption names no speed of may have any."""
+    return seen == deed or (deed.speed is None and seen.action == deed.action and seen.direction == deed.direction)
+
+
+def _related(first: Seen | None, second: Seen | None, relation: str, size: tuple[int, ...]) -> bool:
+    """Whether the first is on that side of the second, more than it is above or beside it."""
+    if first is None or second is None:
+        return False
+    x, y = read_relation(first, second, (size[0], size[1]))
+    side_x, side_y = RELATIONS[relation]
+    return side_x * x + side_y * y > abs(side_x * y - side_y * x)
 
 
 def consistency(features_TF: Features) -> float:
@@ -88,8 +121,8 @@ def consistency(features_TF: Features) -> float:
 
 def flickering(frames: Frames, masks: Mask) -> float:
     """1 − mean |f_t − f_{t+1}| / 255 over pixels that no object touches."""
-    grown = _grown(masks)
-    calm = ~(grown[:-1] | grown[1:])
+    touched = grown(masks)
+    calm = ~(touched[:-1] | touched[1:])
     if not calm.any():
         return 0.0
     return float(1 - np.abs(np.diff(frames.astype(np.float32), axis=0)).mean(3)[calm].mean() / 255)
@@ -149,12 +182,6 @@ def sharpness(frames: Frames, masks: Mask) -> float:
     return float(np.mean(scores))
 
 
-def _grown(masks: Mask, by: int = 2) -> Mask:
-    for _ in range(by):
-        masks = masks | np.logical_or.reduce([np.roll(masks, step, axis) for axis in (-1, -2) for step in (1, -1)])
-    return masks
-
-
 def _shrunk(mask: Mask) -> Mask:
     return mask & np.logical_and.reduce([np.roll(mask, step, axis) for axis in (-1, -2) for step in (1, -1)])
 
@@ -197,10 +224,14 @@ def bootstrap(values: NDArray[np.float64], seed: int = 0, draws: int = 2000) -> 
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean and 95 % interval of every metric over videos."""
+    """Mean and 95 % interval of every metric over the videos that have it, and how many those are."""
     result: dict[str, Any] = {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows])
+    for name in sorted({name for row in rows for name in row}, key=_order):
+        values = np.array([row[name] for row in rows if name in row])
         low, high = bootstrap(values)
-        result[name] = {"mean": float(values.mean()), "low": low, "high": high}
+        result[name] = {"mean": float(values.mean()), "low": low, "high": high, "videos": len(values)}
     return result
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (DIMENSIONS.index(name) if name in DIMENSIONS else len(DIMENSIONS), name)

@@ -47,42 +47,73 @@ def sample_tokens(
     model: ArTransformer,
     text_1LE: Tensor,
     mask_1L: Tensor,
-    context: Tensor,
+    context_thw: Tensor,
     grid: Grid,
     options: GenerationOptions,
     generator: torch.Generator,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Continue `context` (int64 [n], the first n places of `grid` in raster order) to the whole grid: int64 [t·h·w].
+    """Continue `context` (int64 [t, h, w]: the first latent frames of `grid`, may be none) to the whole grid.
 
-    With `ar_guidance_scale` ≠ 1 the text and the null text run as a batch of two through one cache.
-    `on_token(n)` is called before every token and may raise, which stops the sampling there.
+    Returns int64 [t, h, w]. With `ar_guidance_scale` ≠ 1 the text and the null text run as a batch of two through one
+    cache. `on_token(n)` is called before every token and may raise, which stops the sampling there.
     """
-    total, scale = grid[0] * grid[1] * grid[2], options.ar_guidance_scale
     text, mask = text_1LE, mask_1L
-    if scale != 1.0:
+    if options.ar_guidance_scale != 1.0:
         null, null_mask = model.without_text(text, mask, torch.ones(1, dtype=torch.bool, device=text.device))
         text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
+    block_grid = model.block_grid(grid)
+    total = block_grid[0] * block_grid[1] * block_grid[2]
     batch, length = mask.shape
-    cache = KeyValueCache(model, batch, length + 1 + total)
-    rotary = model.rotary(length, grid, length + 1 + total, text.device)
-    places = model.places(grid)
-    x, attention = model.embed(text, mask, context.expand(batch, -1), grid)
-    visible = torch.nn.functional.pad(mask, (0, 1 + total), value=True)[:, None, None]
-    tokens = list(context.unbind())
-    while len(tokens) < total:
-        if on_token is not None:
-            on_token(len(tokens))
+    cache = KeyValueCache(model, batch, length + total)
+    rotary = model.rotary(length, block_grid, length + total, text.device)
+    places = model.places(block_grid)
+    blocks = model.to_blocks(context_thw[None])
+    x, attention = model.embed(text, mask, blocks.expand(batch, -1, -1), block_grid)
+    visible = torch.nn.functional.pad(mask, (0, total), value=True)[:, None, None]
+    inner = model.to_blocks(torch.zeros(1, *grid, dtype=torch.long, device=text.device))[0] <= model.last
+    done, drawn = blocks.shape[1], [blocks[0]]
+    count = context_thw.numel()
+    while done < total:
         start, end = cache.length, cache.length + x.shape[1]
         for layer, block in enumerate(model.blocks):
             x = block(x, rotary.part(start, end), attention, cache, layer)
         cache.length = end
-        logits = model.head(model.norm(x[:, -1]))
-        logits = logits[0] if scale == 1.0 else logits[1] + scale * (logits[0] - logits[1])
-        tokens.append(draw(logits, options, generator))
-        if len(tokens) < total:
-            x = (model.codes(tokens[-1]) + places[len(tokens)]).expand(batch, 1, -1)
+        tokens = _draw_block(model, x[:, -1:], inner[done], options, generator, on_token, count)
+        count += int(inner[done].sum())
+        drawn.append(tokens[None])
+        done += 1
+        if done < total:
+            x = (model.embed_blocks(tokens[None, None]) + places[done]).expand(batch, 1, -1)
             attention = visible[..., : cache.length + 1]
+    return model.from_blocks(torch.cat(drawn)[None], grid)[0]
+
+
+def _draw_block(
+    model: ArTransformer,
+    x_B1C: Tensor,
+    inner_k: Tensor,
+    options: GenerationOptions,
+    generator: torch.Generator,
+    on_token: Callable[[int], None] | None,
+    count: int,
+) -> Tensor:
+    """The tokens [k] of one block, one after the other; `inner` marks those on the grid, `count` came before."""
+    scale, state = options.ar_guidance_scale, x_B1C[:, 0]
+    tokens: list[Tensor] = []
+    for place, on_grid in enumerate(inner_k.tolist()):
+        if not on_grid:
+            tokens.append(torch.tensor(model.codebook_size, device=x_B1C.device))
+        else:
+            if on_token is not None:
+                on_token(count)
+            feature = state if model.inside is None else model.inside.feature(state + model.inside.place[place])
+            logits = model.head(model.norm(feature))
+            logits = logits[0] if scale == 1.0 else logits[1] + scale * (logits[0] - logits[1])
+            tokens.append(draw(logits, options, generator))
+            count += 1
+        if model.inside is not None and place + 1 < len(inner_k):
+            state = state + model.inside.before[place](model.codes(tokens[-1].clamp(max=model.last)))
     return torch.stack(tokens)
 
 
@@ -124,9 +155,7 @@ class ArPlanner:
             grid = (end, *self.group_grid[1:])
             embedding = self.text.encode([prompt])
             generator = segment_generator(seed, index, "ar", self.bundle.device)
-            window = sample_tokens(
-                self.model, *embedding, window.flatten(), grid, options, generator, on_token
-            ).view(grid)  # fmt: skip
+            window = sample_tokens(self.model, *embedding, window, grid, options, generator, on_token)
             yield SegmentTokens(index, window[-segment.groups * per_group :].int().cpu().numpy())
 
     def _tokens_of(self, given: np.ndarray | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
-from arlon_ray.diffusion.rectified_flow import euler_sample, schedule, time_ratio
+from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, schedule, time_ratio
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.models.dit import STDiT3
@@ -130,7 +130,12 @@ class DiTRenderer:
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
         ratio = time_ratio(*size, segment.latents, self.config.dit.time_base_pixels) * self.config.dit.time_scale
-        latents = euler_sample(velocity, noise, schedule(options.steps, ratio), frozen, on_step)
+        times = schedule(options.steps, ratio, options.start)
+        if options.start < 1.0:
+            if coarse is None:
+                raise ValueError(f"start={options.start}: the baseline has no tokens to start from; expected 1")
+            noise = add_noise(coarse, noise, noise.new_full((1,), times[0]))
+        latents = euler_sample(velocity, noise, times, frozen, on_step)
         return SegmentLatents(index, latents[0, :, kept:].cpu().numpy())
 
     def _coarse(self, tokens: np.ndarray | None) -> Tensor:

@@ -1,14 +1,19 @@
 """The autoregressive transformer: plans a video as tokens of the fine codec, from text.
 
-One decoder-only transformer: first the text (causal like all else), then a start token, then
-visual tokens in (t, h, w) raster order. 3-D rotary positions turn the visual tokens; text stays unturned. A query is
-turned by the place of the token that it predicts, a key by the place of the token that it holds, so that "the same
-place one frame ago" is one and the same rotation everywhere (in raster order alone it is not: rows wrap around).
-Pre-norm blocks with RMS norm and SwiGLU, no biases (Llama;
-LlamaGen for visual tokens). Training runs the whole sequence; sampling runs one token a time through a KV cache.
+One decoder-only transformer: first the text (causal like all else), then a start token, then blocks of visual tokens in
+(t, h, w) raster order. A block (`ar.block`, rows × columns of one latent frame; 1 × 1: plain next-token prediction) is
+one position of the transformer; a small head gives its tokens one after the other, each from the transformer's output
+and the block's tokens before it. So the chain rule holds exactly, and the transformer runs once a block: k times
+fewer steps. (RQ-Transformer, Lee et al. 2022, splits depth in the same way; the inner head sums what comes before, as
+NADE does, Larochelle and Murray 2011.)
 
-Legend: B batch, L text tokens, N visual tokens, P = L + 1 + N positions, C channels, A heads, D channels a head,
-K codes.
+3-D rotary positions turn the visual positions; text stays unturned. A query is turned by the place that it predicts, a
+key by the place that it holds, so that "the same place one frame ago" is one and the same rotation everywhere (in
+raster order alone it is not: rows wrap around). Pre-norm blocks with RMS norm and SwiGLU, no biases (Llama; LlamaGen
+for visual tokens). Training runs the whole sequence; sampling runs one block a time through a KV cache.
+
+Legend: B batch, L text tokens, N blocks of k tokens, P = L + 1 + N positions, C channels, A heads, D channels a head,
+K codes, t×h×w token grid.
 """
 
 from __future__ import annotations
@@ -94,10 +99,35 @@ class ArBlock(nn.Module):
         return x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
 
 
+class InnerHead(nn.Module):
+    """From the trunk's output of a block to the features of each of its k tokens, aware of those before it."""
+
+    def __init__(self, config: ArConfig, size: int) -> None:
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio) // 8 * 8
+        self.dropout = config.dropout
+        self.place = nn.Parameter(torch.zeros(size, config.dim))
+        self.before = nn.ModuleList(nn.Linear(config.dim, config.dim, bias=False) for _ in range(size - 1))
+        self.norm = RMSNorm(config.dim)
+        self.gate_up = nn.Linear(config.dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, config.dim, bias=False)
+
+    def forward(self, x_BNC: Tensor, earlier_BNiC: Tensor) -> Tensor:
+        """Features [B, N, k, C] from the embeddings of the blocks' first k − 1 tokens."""
+        parts = [layer(earlier_BNiC[:, :, i]) for i, layer in enumerate(self.before)]
+        state = torch.stack([x_BNC, *parts], dim=2).cumsum(2)
+        return self.feature(state + self.place)
+
+    def feature(self, state: Tensor) -> Tensor:
+        """SwiGLU with its residual."""
+        gate, up = self.gate_up(self.norm(state)).chunk(2, dim=-1)
+        return state + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
+
+
 class ArTransformer(nn.Module):
     """Next-token model over a codec's codes. `null_text` stands for no text (classifier-free guidance)."""
 
-    muon_excluded = ("text_in", "null_text", "codes", "start", "head", "place")
+    muon_excluded = ("text_in", "null_text", "codes", "start", "head", "place", "inside.place")
 
     def __init__(self, config: ArConfig, *, codebook_size: int, text_dim: int, max_text: int) -> None:
         super().__init__()
@@ -110,6 +140,9 @@ class ArTransformer(nn.Module):
         self.blocks = nn.ModuleList(ArBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, codebook_size, bias=False)
+        size = config.block[0] * config.block[1]
+        self.join = nn.Linear(size * config.dim, config.dim, bias=False) if size > 1 else None
+        self.inside = InnerHead(config, size) if size > 1 else None
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -134,20 +167,67 @@ class ArTransformer(nn.Module):
         text = torch.where(drop_B[:, None, None], self.null_text.to(text_BLE.dtype), text_BLE)
         return text, torch.where(drop_B[:, None], only_first, mask_BL)
 
-    def forward(self, text_BLE: Tensor, mask_BL: Tensor, tokens_BN: Tensor, grid: Grid) -> Tensor:
-        """Logits [B, N, K]: entry n predicts token n from the text and the tokens before it. For training."""
-        inputs = tokens_BN[:, :-1]
-        x, mask = self.embed(text_BLE, mask_BL, inputs, grid)
-        positions = self.rotary(text_BLE.shape[1], grid, x.shape[1], x.device)
+    def forward(self, text_BLE: Tensor, mask_BL: Tensor, tokens_Bthw: Tensor) -> Tensor:
+        """Logits [B, t, h, w, K]: each place's from the text and the tokens before it, block by block. For training."""
+        grid: Grid = tuple(tokens_Bthw.shape[1:])  # type: ignore[assignment]
+        blocks = self.to_blocks(tokens_Bthw)
+        x, mask = self.embed(text_BLE, mask_BL, blocks[:, :-1], self.block_grid(grid))
+        positions = self.rotary(text_BLE.shape[1], self.block_grid(grid), x.shape[1], x.device)
         for block in self.blocks:
             x = block(x, positions, mask)
-        return self.head(self.norm(x[:, text_BLE.shape[1] :]))
+        logits = self.logits(x[:, text_BLE.shape[1] :], blocks)
+        return self.from_blocks(logits, grid)
 
-    def embed(self, text_BLE: Tensor, mask_BL: Tensor, tokens_BN: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Inputs [B, L + 1 + N, C] of text, start token and `tokens_BN`, and their causal mask [B, 1, P, P]."""
+    def logits(self, x_BNC: Tensor, blocks_BNk: Tensor) -> Tensor:
+        """Logits [B, N, k, K] of the tokens of blocks, each from the trunk and the tokens before it in its block."""
+        if self.inside is None:
+            return self.head(self.norm(x_BNC))[:, :, None]
+        return self.head(self.norm(self.inside(x_BNC, self.codes(blocks_BNk[..., :-1].clamp(max=self.last)))))
+
+    @property
+    def last(self) -> int:
+        """The largest code; one more stands for what is beyond the grid."""
+        return self.codebook_size - 1
+
+    def block_grid(self, grid: Grid) -> Grid:
+        """Grid of the blocks; those at the right and lower edge may reach beyond the tokens."""
+        rows, columns = self.config.block
+        return grid[0], -(-grid[1] // rows), -(-grid[2] // columns)
+
+    def to_blocks(self, tokens_Bthw: Tensor) -> Tensor:
+        """Tokens [B, t, h, w] as blocks [B, N, k] in (t, h, w) raster order; `codebook_size` fills up the edges."""
+        rows, columns = self.config.block
+        edges = (0, -tokens_Bthw.shape[3] % columns, 0, -tokens_Bthw.shape[2] % rows)
+        return rearrange(
+            F.pad(tokens_Bthw, edges, value=self.codebook_size),
+            "b t (h r) (w c) -> b (t h w) (r c)",
+            r=rows, c=columns,
+        )  # fmt: skip
+
+    def from_blocks(self, values_BNk: Tensor, grid: Grid) -> Tensor:
+        """What `to_blocks` did, undone: [B, N, k, …] to [B, t, h, w, …]."""
+        rows, columns = self.config.block
+        t, h, w = self.block_grid(grid)
+        whole = rearrange(
+            values_BNk, "b (t h w) (r c) ... -> b t (h r) (w c) ...", t=t, h=h, w=w, r=rows, c=columns
+        )  # fmt: skip
+        return whole[:, :, : grid[1], : grid[2]]
+
+    def embed_blocks(self, blocks_BNk: Tensor) -> Tensor:
+        """Inputs [B, N, C] of whole blocks."""
+        if self.join is None:
+            return self.codes(blocks_BNk[..., 0])
+        inner = (blocks_BNk <= self.last)[..., None]
+        return self.join((self.codes(blocks_BNk.clamp(max=self.last)) * inner).flatten(2))
+
+    def embed(self, text_BLE: Tensor, mask_BL: Tensor, blocks_BNk: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Inputs [B, L + 1 + N, C] of text, start token and blocks, and their causal mask [B, 1, P, P].
+
+        `grid` is that of the blocks.
+        """
         batch, length = mask_BL.shape
-        count = tokens_BN.shape[1]
-        visual = torch.cat([self.start.expand(batch, 1, -1), self.codes(tokens_BN)], dim=1)
+        count = blocks_BNk.shape[1]
+        visual = torch.cat([self.start.expand(batch, 1, -1), self.embed_blocks(blocks_BNk)], dim=1)
         text = self.text_in(text_BLE.to(self.text_in.weight.dtype))
         x = torch.cat([text, visual + self.places(grid)[: count + 1]], dim=1)
         total = length + 1 + count
@@ -158,16 +238,16 @@ class ArTransformer(nn.Module):
         return x, ((causal & visible[:, None, :]) | itself)[:, None]
 
     def places(self, grid: Grid) -> Tensor:
-        """Embedding [t·h·w, C] of the place (t, h, w) that each visual position predicts."""
+        """Embedding [t·h·w, C] of the place (t, h, w) in a grid of blocks that each visual position predicts."""
         half = self.config.dim // 2
         coordinates = grid_coordinates(grid, self.head.weight.device)
         features = torch.cat([sinusoidal(coordinates[:, axis], half, 100.0) for axis in range(3)], dim=-1)
         return self.place(features.to(self.place.weight.dtype))
 
     def rotary(self, text_length: int, grid: Grid, count: int, device: torch.device) -> Rotary:
-        """Rotations of the first `count` positions: none for text, (t, h, w) for tokens.
+        """Rotations of the first `count` positions: none for text, (t, h, w) for blocks.
 
-        Position text_length + n holds token n − 1 (n = 0: the start token) and predicts token n.
+        Position text_length + n holds block n − 1 (n = 0: the start token) and predicts block n of `grid`.
         """
         head_dim = self.config.dim // self.config.heads
         pairs = head_dim // 2

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from arlon_ray.artifact import building, load_artifact
 from arlon_ray.config import DitConfig
-from arlon_ray.models.injection import SemanticInjection
+from arlon_ray.models.injection import BRANCH, Modulation, SemanticInjection, listening_layers
 from arlon_ray.models.layers import (
     CrossAttention,
     Mlp,
@@ -25,8 +25,6 @@ from arlon_ray.models.layers import (
     SelfAttention,
     position_table,
 )
-
-Modulation = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,19 @@ class STDiT3(nn.Module):
         patch = config.patch_size
         self.final_layer = FinalLayer(dim, patch[0] * patch[1] * patch[2] * self.out_channels)
         self._initialise()
-        self.injection = SemanticInjection(config) if config.injection.enabled else None
+        self.injection = SemanticInjection(config, self._new_pair) if config.injection.enabled else None
+
+    def _new_pair(self) -> nn.Module:
+        return nn.ModuleList([STDiT3Block(self.config, temporal=False), STDiT3Block(self.config, temporal=True)])
+
+    @torch.no_grad()
+    def copy_into_branch(self) -> None:
+        """A ControlNet-like branch starts as a copy of the layers that it stands beside; without one, nothing."""
+        if self.injection is not None and self.injection.branch is not None:
+            layers = self._layers()
+            for index, pair in zip(listening_layers(self.config), self.injection.branch.pairs, strict=True):
+                for copy, block in zip(pair, layers[index], strict=True):  # type: ignore[call-overload]
+                    copy.load_state_dict(block.state_dict())
 
     def _initialise(self) -> None:
         """Open-Sora v1.2's initialisation: new temporal blocks, frame-rate embedding and output start at zero."""
@@ -187,7 +197,7 @@ class STDiT3(nn.Module):
             keep = keep_tokens_B if keep_tokens_B is not None else text.new_ones(len(text), dtype=torch.bool)
             injection = self.injection.prepare(coarse_BCthw.to(dtype), keep, generator)
         return Condition(
-            text=[block.cross_attn.keys_values(text) for pair in self._layers() for block in pair],
+            text=[block.cross_attn.keys_values(text) for pair in self._all_pairs() for block in pair],
             text_mask_BL=text_mask_BL,
             fps_BD=self.fps_embedder(fps_B),
             positions_SD=position_table(height, width, self.config.hidden_size, scale, text.device).to(dtype),
@@ -196,6 +206,11 @@ class STDiT3(nn.Module):
 
     def _layers(self) -> list[tuple[STDiT3Block, STDiT3Block]]:
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
+
+    def _all_pairs(self) -> list[tuple[STDiT3Block, STDiT3Block]]:
+        """The layers, then those of the branch."""
+        branch = None if self.injection is None else self.injection.branch
+        return self._layers() + ([] if branch is None else [tuple(pair) for pair in branch.pairs])  # type: ignore[arg-type]
 
     def forward(self, x_BCthw: Tensor, time_B: Tensor, condition: Condition, noisy_Bt: Tensor | None = None) -> Tensor:
         """Velocity x0 − noise (and, with `pred_sigma`, unused variances): [B, C or 2C, t, h, w] in float32.
@@ -213,13 +228,27 @@ class STDiT3(nn.Module):
         noisy_BT = None if noisy_Bt is None else noisy_Bt[:, :: patch[0]]
         times_BD, time_BT6D = self._time(time_B, condition.fps_BD, noisy_BT)
         rotary = self.rope.angles(torch.arange(frames, device=x.device))
-        text = iter(condition.text)
-        for i, (spatial, temporal) in enumerate(self._layers()):
+        text = list(zip(condition.text[::2], condition.text[1::2], strict=True))
+
+        def through(pair: tuple[STDiT3Block, STDiT3Block], x: Tensor, number: int) -> Tensor:
+            for block, words in zip(pair, text[number], strict=True):
+                x = block(x, time_BT6D, words, condition.text_mask_BL, rotary)
+            return x
+
+        layers, branch = self._layers(), None
+        if BRANCH in condition.injection:
+            branch = x + condition.injection[BRANCH][0].view_as(x)
+        listening = list(listening_layers(self.config)) if branch is not None else []
+        for i, pair in enumerate(layers):
             if str(i) in condition.injection:
                 injected = self.injection.layers[str(i)](x.flatten(1, 2), condition.injection[str(i)])  # type: ignore[union-attr]
                 x = injected.view_as(x)
-            x = spatial(x, time_BT6D, next(text), condition.text_mask_BL, rotary)
-            x = temporal(x, time_BT6D, next(text), condition.text_mask_BL, rotary)
+            x = through(pair, x, i)
+            if i in listening:
+                n = listening.index(i)
+                control = self.injection.branch  # type: ignore[union-attr]
+                branch = through(tuple(control.pairs[n]), branch, len(layers) + n)
+                x = x + (control.exits[n](branch.flatten(1, 2)) * condition.injection[BRANCH][1]).view_as(x)
         out = rearrange(
             self.final_layer(x, times_BD, noisy_BT),
             "b t (h w) (u p q c) -> b c (t u) (h p) (w q)",

@@ -2,12 +2,15 @@
 
 ARLON (abstract; notes in docs/method.md): a latent adapter turns the coarse latent ẑ into features F on the DiT's token
 grid; layer i then adds g_i(F)·((1 + s_i(F))·Norm(x) + b_i(F)). g is zero-initialised, so an untrained injection leaves
-the base DiT exactly as it was, and its strength is learned per layer, position and channel.
+the base DiT exactly as it was, and its strength is learned per layer, position and channel. `injection.kind` exchanges
+that for an MLP adapter or a ControlNet-like branch (Zhang et al. 2023; of DiT blocks: PixArt-δ), for comparison.
 
 Legend: B batch, N tokens of the DiT, C channels of the DiT, E channels of F.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -16,6 +19,10 @@ from torch.nn import functional as F
 
 from arlon_ray.config import DitConfig
 from arlon_ray.models.layers import Mlp
+
+Modulation = tuple[Tensor, ...]
+#: Name of the branch's features among the modulations.
+BRANCH = "branch"
 
 
 class UncertaintySampling(nn.Module):
@@ -77,39 +84,80 @@ class GatedAdaptiveNorm(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def modulation(self, features_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def modulation(self, features_BNE: Tensor) -> Modulation:
         """gate, scale, bias, each [B, N, C]: the same at every denoising step."""
         gate, scale, bias = self.out(F.silu(self.hidden(features_BNE))).chunk(3, dim=-1)
         return gate, scale, bias
 
-    def forward(self, x_BNC: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BNC: Tensor, modulation: Modulation) -> Tensor:
         gate, scale, bias = modulation
         return x_BNC + gate * ((1.0 + scale) * self.norm(x_BNC) + bias)
 
 
+class MlpAdapter(nn.Module):
+    """One layer's x + MLP(F): features are added, whatever x is. Zero-initialised."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def modulation(self, features_BNE: Tensor) -> Modulation:
+        """What is added [B, N, C]: the same at every denoising step."""
+        return (self.out(F.silu(self.hidden(features_BNE))),)
+
+    def forward(self, x_BNC: Tensor, modulation: Modulation) -> Tensor:
+        return x_BNC + modulation[0]
+
+
+class ControlBranch(nn.Module):
+    """Copies of the listening layers that see x and the tokens' features; a zero-initialised linear adds their output.
+
+    `blocks` are pairs of a spatial and a temporal block, made by the DiT; unlike the others, they run at every step.
+    """
+
+    def __init__(self, width: int, dim: int, pairs: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.entry = nn.Linear(width, dim)
+        self.pairs = nn.ModuleList(pairs)
+        self.exits = nn.ModuleList(nn.Linear(dim, dim) for _ in pairs)
+        for layer in (self.entry, *self.exits):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
 class SemanticInjection(nn.Module):
-    """Adapter, uncertainty sampling, and one gated adaptive norm for each layer that listens."""
+    """Adapter, uncertainty sampling, and one module for each layer that listens (or one branch for all)."""
 
-    muon_excluded = ("adapter.embed", "layers")
+    muon_excluded = ("adapter.embed", "layers", "branch.entry", "branch.exits")
 
-    def __init__(self, config: DitConfig) -> None:
+    def __init__(self, config: DitConfig, new_pair: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.adapter = LatentAdapter(config)
         self.uncertainty = UncertaintySampling(config.uncertainty_probability)
-        width = config.injection.width
-        self.layers = nn.ModuleDict(
-            {str(i): GatedAdaptiveNorm(width, config.hidden_size) for i in listening_layers(config)}
-        )
+        width, layers, kind = config.injection.width, listening_layers(config), config.injection.kind
+        self.branch: ControlBranch | None = None
+        self.layers = nn.ModuleDict()
+        if kind == "controlnet":
+            self.branch = ControlBranch(width, config.hidden_size, [new_pair() for _ in layers])
+        else:
+            made = GatedAdaptiveNorm if kind == "adaptive_norm" else MlpAdapter
+            self.layers.update({str(i): made(width, config.hidden_size) for i in layers})
 
     def prepare(
         self, coarse_BCthw: Tensor, keep_B: Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    ) -> dict[str, Modulation]:
         """Modulation of every listening layer. Samples with `keep_B` False stay exactly the base DiT's."""
         features = self.uncertainty(self.adapter(coarse_BCthw), generator)
+        keep = keep_B[:, None, None]
+        if self.branch is not None:
+            return {BRANCH: (self.branch.entry(features), keep)}
         prepared = {}
         for name, layer in self.layers.items():
-            gate, scale, bias = layer.modulation(features)  # type: ignore[operator]
-            prepared[name] = (gate * keep_B[:, None, None], scale, bias)
+            first, *others = layer.modulation(features)  # type: ignore[operator]
+            prepared[name] = (first * keep, *others)
         return prepared
 
 

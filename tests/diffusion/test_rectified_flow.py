@@ -22,6 +22,14 @@ def test_the_true_velocity_leads_back_to_the_data() -> None:
         assert torch.allclose(out, x0, atol=1e-4)
 
 
+def test_a_later_start_leads_back_to_the_data_in_the_same_steps() -> None:
+    x0, noise = torch.randn(1, 3, 5, 4, 4), torch.randn(1, 3, 5, 4, 4)
+    times = schedule(4, 0.7, start=0.6)
+    assert len(times) == 4 and times[0] < schedule(4, 0.7)[0]
+    begin = add_noise(x0, noise, torch.tensor([times[0]]))
+    assert torch.allclose(euler_sample(lambda x, t: x0 - noise, begin, times), x0, atol=1e-4)
+
+
 def test_noise_at_the_ends_of_time() -> None:
     x0, noise = torch.randn(2, 1, 1, 2, 2), torch.randn(2, 1, 1, 2, 2)
     mixed = add_noise(x0, noise, torch.tensor([0.0, 1000.0]))

@@ -66,6 +66,19 @@ def test_the_overlap_is_seen_by_the_next_segment(generator: VideoGenerator) -> N
     assert np.abs(one - two).max() > 1e-4
 
 
+def test_sampling_can_start_from_the_latent_of_the_tokens(generator: VideoGenerator) -> None:
+    renderer, tokens = generator.renderer, np.full((10, 4, 4), 3, np.int32)
+    sampling = generator.bundle.config.sampling
+    coarse = generator.bundle.codec.decode(torch.from_numpy(tokens)[None].long(), (8, 8))[0].numpy()
+    far, near = (
+        renderer.render("a", tokens, None, 0, 0, default_options(sampling, start=start, steps=1)).latents
+        for start in (1.0, 1e-4)
+    )
+    assert np.abs(near - coarse).mean() < 0.1 * np.abs(far - coarse).mean()
+    with pytest.raises(ValueError, match="no tokens to start from"):
+        renderer.render("a", None, None, 0, 0, default_options(sampling, start=0.5, baseline=True))
+
+
 def test_every_guidance_scale_of_one_is_free_and_others_change_the_video(generator: VideoGenerator) -> None:
     sampling = generator.bundle.config.sampling
     tokens = np.arange(160, dtype=np.int32).reshape(10, 4, 4) % 32

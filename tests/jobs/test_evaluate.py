@@ -24,15 +24,29 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    rows = ["truth", "vae", "text-only@2", "guided@2", "true-tokens@1"]
+    rows = ["truth", "vae", "text-only@2", "guided@2", "guided@2:start=0.5", "true-tokens@1:wrong=0.3"]
     flags = ["--bundle", str(bundle), "--rows", *rows, "--count", "3", "--output", str(tmp_path / "out")]
+    flags += ["--tune", "guidance_scale=1,2", "--tune", "ar_guidance_scale=1", "--tune-count", "1", "--costs"]
     result = run_script("evaluate", *flags, "--export-vbench", str(tmp_path / "vbench"))
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = written["rows"]
     assert list(found) == sorted(rows) and all(row["videos"] == 3 for row in found.values())
     assert found["truth"]["metrics"]["colour"]["mean"] == found["truth"]["metrics"]["action"]["mean"] == 1.0
+    assert found["truth"]["frechet_video_distance"] == pytest.approx(0.0, abs=1e-6)
     assert found["guided@2"]["metrics"]["colour"]["mean"] < 1.0  # random weights show nothing
+    assert found["guided@2"]["frechet_video_distance"] > found["vae"]["frechet_video_distance"] * 0.5
+    assert found["guided@2"]["options"]["ar_guidance_scale"] == 1.0
+    assert found["guided@2"]["options"]["guidance_scale"] in (1.0, 2.0)
+    assert "ar_guidance_scale" not in found["text-only@2"]["options"]
+    assert found["guided@2"]["seconds_of"]["ar"] > 0.01 > found["text-only@2"]["seconds_of"]["ar"]
+    assert written["tokens"]["ar_perplexity"] > 1 and 0 < written["tokens"]["fine_codes_used"] <= 1
+    assert set(written["parts"]) == {"vae decoder", "dit text-only, a step", "dit guided, a step", "ar, a segment"}
+    assert written["parts"]["dit guided, a step"]["flops"] > 1e6
+    assert written["parts"]["ar, a segment"]["peak_bytes"] > 1e3
     assert (tmp_path / "out" / "guided-2.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "guided-2-failures.png").exists()
+    assert len((tmp_path / "out" / "guided-2-failures.txt").read_text().splitlines()) == 3
     videos = sorted((tmp_path / "vbench" / "guided-2").iterdir())
     assert len(videos) == 3 and read_video(videos[0]).shape == (34, 64, 64, 3)
     client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
@@ -47,7 +61,7 @@ def test_rows_that_a_text_only_bundle_cannot_make_are_marked_absent(tmp_path: Pa
     flags = ["--bundle", str(path), "--rows", "guided@2", "text-only@1", "truth", "--output", str(tmp_path / "out")]
     result = run_script("evaluate", *flags, "--prompts", str(tmp_path / "prompts.txt"))
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert found["guided@2"] == {"absent": "the bundle has no AR"}
     assert found["truth"] == {"absent": "these prompts have no ground truth"}
     assert found["text-only@1"]["videos"] == 2 and "colour" not in found["text-only@1"]["metrics"]
@@ -67,7 +81,7 @@ def test_a_video_of_no_numbers_fails_by_name_and_the_others_go_on(
     flags = ["--bundle", str(bundle), "--rows", "text-only@1", "--prompts", str(tmp_path / "prompts.txt")]
     result = run_script("evaluate", *flags, "--output", str(tmp_path / "out"))
     assert result.returncode == 1 and "video 1: a bad one: 5120 of 5120 latents are not finite" in result.stderr
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["text-only@1"]["videos"] == 2
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"]["text-only@1"]["videos"] == 2
 
 
 @pytest.mark.parametrize(
@@ -77,6 +91,12 @@ def test_a_video_of_no_numbers_fails_by_name_and_the_others_go_on(
         (f"a\n{'circle ' * 100}\n", [], "line 2 has 102 tokens, at most 32"),
         ("", [], "no prompt in it"),
         ("a\n", ["--rows", "guided"], "--rows guided: expected"),
+        ("a\n", ["--rows", "guided@5:stepz=3"], "stepz"),
+        ("a\n", ["--rows", "guided@5:wrong=0.5"], "of true-tokens"),
+        ("a\n", ["--rows", "truth:start=0.5"], "truth takes no options"),
+        ("a\n", ["--tune", "guidance_scale=x"], "expected OPTION=NUMBER"),
+        ("a\n", ["--tune", "guide=1"], "guide"),
+        ("a\n", ["--tune-count", "0"], "--tune-count 0"),
         ("a\n", ["--count", "0"], "--count 0"),
     ],
 )

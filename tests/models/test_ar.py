@@ -1,4 +1,7 @@
-"""The AR: causal, equal with and without its cache, and deaf to padding."""
+"""The AR: causal, equal with and without its cache, and deaf to padding; token by token and in blocks.
+
+Blocks of 2 × 2 reach beyond the right edge of the 4 × 2 × 3 grid.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ from arlon_ray.generation.planning import draw, sample_tokens
 from arlon_ray.models.ar import ArTransformer
 
 GRID = (4, 2, 3)
-COUNT = 24
+#: Places of the grid in the order in which they are drawn.
+ORDER = {
+    (1, 1): [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)],
+    (2, 2): [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2)],
+    (1, 3): [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)],
+}
 
 
-@pytest.fixture(scope="module")
-def model() -> ArTransformer:
+@pytest.fixture(scope="module", params=list(ORDER), ids=lambda block: f"{block[0]}x{block[1]}")
+def model(request: pytest.FixtureRequest) -> ArTransformer:
     torch.manual_seed(0)
-    ar = ArTransformer(ArConfig(dim=32, layers=2, heads=2), codebook_size=16, text_dim=8, max_text=6).eval()
+    config = ArConfig(dim=32, layers=2, heads=2, block=request.param)
+    ar = ArTransformer(config, codebook_size=16, text_dim=8, max_text=6).eval()
     with torch.no_grad():
         for parameter in ar.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -34,59 +43,73 @@ def greedy() -> GenerationOptions:
     return default_options(SamplingConfig(ar_guidance_scale=1.0, top_k=1))
 
 
+def drawn_order(model: ArTransformer, values_thwX: torch.Tensor) -> torch.Tensor:
+    """[24, …] in the order in which the tokens are drawn."""
+    order = ORDER[model.config.block]
+    return torch.stack([values_thwX[t, row, column] for t in range(GRID[0]) for row, column in order])
+
+
+def random_tokens(seed: int) -> torch.Tensor:
+    return torch.randint(16, (1, *GRID), generator=torch.Generator().manual_seed(seed))
+
+
 def test_a_token_depends_on_earlier_ones_only(model: ArTransformer, text) -> None:
-    tokens = torch.randint(16, (1, COUNT), generator=torch.Generator().manual_seed(2))
-    changed = tokens.clone()
-    changed[0, 10] = (changed[0, 10] + 1) % 16
-    before, after = model(*text, tokens, GRID), model(*text, changed, GRID)
-    assert torch.equal(before[:, :11], after[:, :11])
-    assert (before[:, 11:] - after[:, 11:]).abs().amax(-1).gt(1e-4).all()
+    tokens = random_tokens(2)
+    before = drawn_order(model, model(*text, tokens)[0])
+    for at in (7, 10, 16):
+        frame, (row, column) = at // 6, ORDER[model.config.block][at % 6]
+        changed = tokens.clone()
+        changed[0, frame, row, column] = (changed[0, frame, row, column] + 1) % 16
+        after = drawn_order(model, model(*text, changed)[0])
+        assert torch.equal(before[: at + 1], after[: at + 1])
+        assert (before[at + 1 :] - after[at + 1 :]).abs().amax(-1).gt(1e-5).all()
 
 
 def test_padding_is_not_seen_and_text_is(model: ArTransformer, text) -> None:
     values, mask = text
-    tokens = torch.zeros(1, COUNT, dtype=torch.long)
+    tokens = torch.zeros(1, *GRID, dtype=torch.long)
     padded, worded = values.clone(), values.clone()
     padded[0, 5] += 5.0
     worded[0, 1] += 5.0
-    plain = model(values, mask, tokens, GRID)
-    assert torch.allclose(model(padded, mask, tokens, GRID), plain, atol=1e-6)
-    assert not torch.allclose(model(worded, mask, tokens, GRID), plain, atol=1e-3)
+    plain = model(values, mask, tokens)
+    assert torch.allclose(model(padded, mask, tokens), plain, atol=1e-6)
+    assert not torch.allclose(model(worded, mask, tokens), plain, atol=1e-3)
 
 
 def test_cached_sampling_equals_the_full_forward(model: ArTransformer, text) -> None:
     """Greedy tokens through the cache are the argmax of the uncached logits over the same prefix."""
-    context = torch.tensor([3, 1, 4, 1, 5])
+    context = random_tokens(3)[0, :1]
     tokens = sample_tokens(model, *text, context, GRID, greedy(), torch.Generator().manual_seed(0))
-    assert torch.equal(tokens[:5], context)
-    best = model(*text, tokens[None], GRID)[0].argmax(-1)
-    assert torch.equal(best[5:], tokens[5:])
+    assert tokens.shape == GRID and torch.equal(tokens[:1], context)
+    best = model(*text, tokens[None])[0].argmax(-1)
+    assert torch.equal(best[1:], tokens[1:])
 
 
 def test_guidance_combines_the_two_branches(model: ArTransformer, text) -> None:
     options = greedy().model_copy(update={"ar_guidance_scale": 3.0})
-    empty = torch.zeros(0, dtype=torch.long)
-    tokens = sample_tokens(model, *text, empty, GRID, options, torch.Generator().manual_seed(0))
+    tokens = sample_tokens(model, *text, random_tokens(0)[0, :0], GRID, options, torch.Generator().manual_seed(0))
     null = model.without_text(*text, torch.tensor([True]))
-    conditional, unconditional = model(*text, tokens[None], GRID), model(*null, tokens[None], GRID)
+    conditional, unconditional = model(*text, tokens[None]), model(*null, tokens[None])
     guided = unconditional + 3.0 * (conditional - unconditional)
     assert torch.equal(guided[0].argmax(-1), tokens)
 
 
 def test_sampling_is_deterministic_and_can_be_stopped(model: ArTransformer, text) -> None:
-    options = default_options(SamplingConfig(top_p=0.9))
-    empty = torch.zeros(0, dtype=torch.long)
+    options, seen = default_options(SamplingConfig(top_p=0.9)), []
+    empty = random_tokens(0)[0, :0]
     first, second = (
         sample_tokens(model, *text, empty, GRID, options, torch.Generator().manual_seed(7)) for _ in range(2)
     )
-    assert torch.equal(first, second)
+    assert torch.equal(first, second) and int(first.max()) < 16
 
     def stop(count: int) -> None:
+        seen.append(count)
         if count == 9:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         sample_tokens(model, *text, empty, GRID, options, torch.Generator(), stop)
+    assert seen == list(range(10))
 
 
 def test_top_k_and_top_p_leave_out_the_rest() -> None:

@@ -45,6 +45,42 @@ def test_untrained_injection_leaves_the_base_exactly_as_it_is() -> None:
     assert not torch.allclose(forward(injected, io, None, coarse), plain)
 
 
+@pytest.mark.parametrize("kind, exit", [
+    ("adaptive_norm", "layers.0.out.bias"), ("mlp_adapter", "layers.0.out.bias"), ("controlnet", "branch.exits.0.bias"),
+])  # fmt: skip
+def test_every_kind_of_injection_starts_as_the_base_and_is_gated_by_the_sample(kind: str, exit: str) -> None:
+    base, model = small(injection=InjectionConfig(enabled=False)), small_injected(kind)
+    x, text, fps = torch.randn(2, 4, 5, 4, 4), torch.randn(2, 6, 8), torch.tensor([16.0, 16.0])
+    keep = torch.tensor([True, False])
+
+    def run(dit: STDiT3, coarse: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad():
+            condition = dit.condition((5, 4, 4), text, None, fps, (32, 32), coarse, None if coarse is None else keep)
+            return dit(x, torch.tensor([500.0, 500.0]), condition)
+
+    plain, coarse = run(base, None), torch.randn(2, 4, 5, 4, 4)
+    assert torch.allclose(run(model, coarse), plain, atol=1e-6)
+    dict(model.injection.named_parameters())[exit].data.add_(0.5)
+    if kind == "adaptive_norm":  # of its gate, scale and bias the gate alone opens it
+        assert dict(model.injection.named_parameters())[exit].shape == (96,)
+    guided = run(model, coarse)
+    assert not torch.allclose(guided[0], plain[0], atol=1e-3) and torch.allclose(guided[1], plain[1], atol=1e-6)
+    assert torch.allclose(run(model, None), plain, atol=1e-6)
+
+
+def small_injected(kind: str) -> STDiT3:
+    """The model of `small` with untrained injection, begun as training begins it."""
+    base = small(injection=InjectionConfig(enabled=False))
+    torch.manual_seed(1)
+    model = STDiT3(base.config.model_copy(update={"injection": InjectionConfig(kind=kind, width=16)})).eval()  # type: ignore[arg-type]
+    model.load_state_dict(base.state_dict(), strict=False)
+    model.copy_into_branch()
+    if kind == "controlnet":
+        own, copy = model.spatial_blocks[0].state_dict(), model.injection.branch.pairs[0][0].state_dict()
+        assert all(torch.equal(own[name], copy[name]) for name in own)
+    return model
+
+
 def small(**changes: object) -> STDiT3:
     torch.manual_seed(0)
     config = DitConfig(

@@ -49,15 +49,14 @@ class ArObjective(nn.Module):
         if self.training:
             drop = torch.rand(len(tokens), generator=generator, device=tokens.device) < settings.text_dropout
             text, mask = self.model.without_text(text, mask, drop)
-        inputs = tokens.flatten(1)
+        inputs = tokens
         if self.training and settings.token_noise:
             noisy = torch.rand(inputs.shape, generator=generator, device=inputs.device) < settings.token_noise
             other = torch.randint(self.model.codebook_size, inputs.shape, generator=generator, device=inputs.device)
             inputs = torch.where(noisy, other, inputs)
-        logits = self.model(text, mask, inputs, tuple(tokens.shape[1:])).float()  # type: ignore[arg-type]
-        targets = tokens.flatten()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets)
-        accuracy = (logits.flatten(0, 1).argmax(-1) == targets).float().mean()
+        logits, targets = self.model(text, mask, inputs).float().flatten(0, 3), tokens.flatten()
+        loss = F.cross_entropy(logits, targets)
+        accuracy = (logits.argmax(-1) == targets).float().mean()
         return Losses(loss, {"accuracy": accuracy})
 
     def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
@@ -118,10 +117,10 @@ class ArStage:
         true, drawn = batch["tokens_fine"][:PICTURED], []
         for i in range(len(true)):
             generator = torch.Generator(device=device).manual_seed(self.seed + i)
-            context = torch.zeros(0, dtype=torch.long, device=device)
+            context = true[i, :0]
             text, mask = batch["text"][i : i + 1], batch["text_mask"][i : i + 1]
             grid = tuple(true.shape[1:])
-            drawn.append(sample_tokens(model, text, mask, context, grid, options, generator).view(grid))  # type: ignore[arg-type]
+            drawn.append(sample_tokens(model, text, mask, context, grid, options, generator))  # type: ignore[arg-type]
         clips = [look(self.codec.decode(tokens.cpu()), self.paths.vae) for tokens in (true, torch.stack(drawn))]
         return comparison(*clips)
 

@@ -26,6 +26,7 @@ from arlon_ray.generation.options import default_options
 from arlon_ray.generation.rendering import guided_velocity
 from arlon_ray.models.codec import load_codec
 from arlon_ray.models.dit import STDiT3
+from arlon_ray.models.injection import Modulation
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
 from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look, trimmed
@@ -101,8 +102,8 @@ class DitObjective(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     @staticmethod
-    def _gate(injection: Mapping[str, tuple[Tensor, Tensor, Tensor]], x0: Tensor) -> Tensor:
-        gates = [gate.detach().abs().mean() for gate, _, _ in injection.values()]
+    def _gate(injection: Mapping[str, Modulation], x0: Tensor) -> Tensor:
+        gates = [first.detach().float().abs().mean() for first, *_ in injection.values()]
         return torch.stack(gates).mean() if gates else x0.new_zeros(())
 
 
@@ -206,3 +207,5 @@ def _initialise(dit: STDiT3, path: str) -> None:
         if names:
             raise ArtifactError(f"dit.init={path}: {names[0]} {what} (and {len(names) - 1} more); are the sizes equal?")
     dit.load_state_dict(tensors, strict=False)
+    if not any(name.startswith("injection.branch.") for name in tensors):
+        dit.copy_into_branch()

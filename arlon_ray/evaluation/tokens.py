@@ -1,0 +1,91 @@
+"""Figures of the tokens: what the codecs lose, how well the AR predicts, and how its own samples differ from the truth.
+
+Legend: N videos, C latent channels, t×h×w latent grid, t'×h'×w' token grid, K codes of D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from arlon_ray.bundle import Bundle
+from arlon_ray.models.codec import LatentCodec, load_codec
+
+
+@torch.no_grad()
+def token_figures(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str]) -> dict[str, float]:
+    """Of latents [1, C, t, h, w] and their captions: latent error, codebook use and perplexity, and the AR's.
+
+    `*_latent_error` is the squared error of the codec relative to the variance of the latents; `ar_perplexity` is
+    exp(mean cross-entropy) of the true fine tokens, each given all before it.
+    """
+    figures: dict[str, float] = {}
+    for role in ("fine", "coarse"):
+        codec = load_codec(bundle.path / "vqvae" / role, bundle.device)
+        tokens = [codec.encode(part) for part in latents]
+        figures |= {f"{role}_{name}": value for name, value in _codec(codec, latents, tokens).items()}
+        if role == "fine":
+            figures |= _ar(bundle, tokens, texts)
+    return figures
+
+
+def _codec(codec: LatentCodec, latents: Sequence[Tensor], tokens: Sequence[Tensor]) -> dict[str, float]:
+    pairs = zip(latents, tokens, strict=True)
+    errors = [(codec.decode(t, tuple(x.shape[3:])) - x).square().mean() for x, t in pairs]
+    variance = torch.cat([part.flatten() for part in latents]).var()
+    counts = torch.bincount(torch.cat([t.flatten() for t in tokens]).cpu(), minlength=len(codec.codebook)).double()
+    shares = counts / counts.sum()
+    return {
+        "latent_error": float(torch.stack(errors).mean() / variance),
+        "codes_used": float((counts > 0).double().mean()),
+        "codebook_perplexity": float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())),
+    }
+
+
+def _ar(bundle: Bundle, tokens: Sequence[Tensor], texts: Sequence[str]) -> dict[str, float]:
+    losses, hits = [], []
+    for true, text in zip(tokens, texts, strict=True):
+        logits = bundle.ar(*bundle.text.encode([text]), true).float().flatten(0, 3)
+        losses.append(F.cross_entropy(logits, true.flatten()))
+        hits.append((logits.argmax(-1) == true.flatten()).float().mean())
+    return {
+        "ar_perplexity": float(torch.stack(losses).mean().exp()),
+        "ar_accuracy": float(torch.stack(hits).mean()),
+    }
+
+
+def wrong_tokens(tokens: np.ndarray, share: float, codes: int, seed: int) -> np.ndarray:
+    """`tokens` with this share of them replaced by other codes, drawn evenly."""
+    random = np.random.default_rng([seed, 77])
+    shift = random.integers(1, codes, tokens.shape)
+    return np.where(random.random(tokens.shape) < share, (tokens + shift) % codes, tokens).astype(tokens.dtype)
+
+
+@torch.no_grad()
+def error_profile(
+    codec: LatentCodec, true_thw: Tensor, predicted_thw: Tensor, surprise_thw: Tensor
+) -> dict[str, list[float]]:
+    """How predicted tokens differ from the true ones, each given the true tokens before it (teacher forcing).
+
+    Per latent frame: `wrong`, the share of tokens that differ; `distance`, their distance in the codebook relative to
+    that of two random codes; `loss`, the cross-entropy. And `beside`: of the wrong tokens, the share with a wrong one
+    directly before or after them in time at their place (evenly spread errors would have 1 − (1 − wrong)²).
+    """
+    differ = true_thw != predicted_thw
+    book = codec.codebook
+    apart = (book[true_thw.long()] - book[predicted_thw.long()]).norm(dim=-1)
+    usual = torch.pdist(book.float()).mean()
+    frames = range(len(true_thw))
+    beside = torch.zeros_like(differ)
+    beside[1:] |= differ[:-1]
+    beside[:-1] |= differ[1:]
+    return {
+        "wrong": [float(differ[t].float().mean()) for t in frames],
+        "distance": [float(apart[t][differ[t]].mean() / usual) if differ[t].any() else float("nan") for t in frames],
+        "loss": [float(surprise_thw[t].mean()) for t in frames],
+        "beside": [float(beside[differ].float().mean()) if differ.any() else float("nan")],
+    }

@@ -1,0 +1,171 @@
+"""The two grades of the rendered world: what scenes there are, drawn by seed.
+
+`simple`: one object of 22–30 pixels (at 64), or two smaller ones that move together: equal ones, or two of different
+colours one beside or above the other. Few clear motions: learnable by the tiny preset.
+`rich`: two or three objects of different colours, each with an action of its own (bounce, circle, grow, stop, turn and
+the simple ones), relations, textured backgrounds, camera pans; one video in four has a cut to a second shot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from arlon_ray.config import GROUP_FRAMES
+from arlon_ray.evaluation.world import ACTIONS, COLOURS, DIRECTIONS, RELATIONS, SHAPES, SPEEDS, Shot, Thing
+from data_pipeline.wording import compose, compose_rich, join_shots
+
+Random = np.random.Generator
+SIMPLE_BACKGROUNDS = ("dark", "light", "gradient", "stripes")
+TEXTURES = ("stripes", "checks", "clouds")
+#: Diameters (pixels, at 64) of one object, and of one of several.
+ONE, SEVERAL = (22.0, 30.0), (16.0, 20.0)
+#: Shares of the simple grade: two equal objects, and two different ones.
+EQUAL_PAIRS, DIFFERENT_PAIRS = 0.12, 0.3
+#: Distance of two related objects (pixels, at 64): apart, and less than half way round the torus.
+APART, ASIDE = (24.0, 28.0), 4.0
+#: Shares of the rich grade.
+THREE, PANS, CUTS = 0.35, 0.25, 0.25
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The exact ground truth of one rendered video."""
+
+    seed: int
+    grade: str
+    height: int
+    width: int
+    shots: tuple[Shot, ...]
+
+    @property
+    def frames(self) -> int:
+        """Length of the video."""
+        return sum(shot.frames for shot in self.shots)
+
+
+def sample_scene(
+    seed: int, groups: Sequence[int] = (2, 3, 4), height: int = 64, width: int = 64, grade: str = "simple"
+) -> Scene:
+    """Draw a scene: equal arguments, equal scene. Its length is one of `groups` × 17 frames.
+
+    Raises ValueError for an unknown grade.
+    """
+    if grade not in GRADES:
+        raise ValueError(f"grade {grade!r}: expected one of {', '.join(GRADES)}")
+    random = np.random.default_rng([seed, 0, list(GRADES).index(grade)])
+    frames = int(random.choice(list(groups))) * GROUP_FRAMES
+    return Scene(seed, grade, height, width, GRADES[grade](random, frames, height, width))
+
+
+def caption(scene: Scene) -> str:
+    """The whole scene in words; equal scene, equal wording."""
+    return join_shots(shot_captions(scene))
+
+
+def shot_captions(scene: Scene) -> list[str]:
+    """Each shot in words: the prompts of a progressive video."""
+    return [_caption(scene, number) for number in range(len(scene.shots))]
+
+
+def _caption(scene: Scene, number: int) -> str:
+    words = compose if scene.grade == "simple" else compose_rich
+    return words(np.random.default_rng([scene.seed, 1, number]), scene.shots[number])
+
+
+def _simple(random: Random, frames: int, height: int, width: int) -> tuple[Shot, ...]:
+    scale = min(height, width) / 64
+    kind = random.random()
+    number = 2 if kind < EQUAL_PAIRS + DIFFERENT_PAIRS else 1
+    direction, speed = str(random.choice(list(DIRECTIONS))), str(random.choice(list(SPEEDS)))
+    diameter = float(random.uniform(*(SEVERAL if number == 2 else ONE))) * scale
+    colours, shapes = _different(random, COLOURS, 2), [str(random.choice(SHAPES)) for _ in range(2)]
+    starts, relation = [_anywhere(random, height, width)], None
+    if kind < EQUAL_PAIRS:
+        colours, shapes = [colours[0]] * 2, [shapes[0]] * 2
+        # apart by more than a diameter on the torus, so that two never look like one
+        angle, distance = random.uniform(0, 2 * np.pi), random.uniform(1.25 * diameter, min(height, width) / 2)
+        starts.append(_moved(starts[0], distance * np.cos(angle), distance * np.sin(angle), height, width))
+    elif number == 2:
+        relation = str(random.choice(list(RELATIONS)))
+        starts.append(_related(random, starts[0], relation, scale, height, width))
+    things = tuple(
+        Thing(shape, colour, diameter, start, "still" if direction == "still" else "move", direction, speed)
+        for shape, colour, start in zip(shapes, colours, starts, strict=False)
+    )
+    return (_shot(random, frames, things, relation, SIMPLE_BACKGROUNDS),)
+
+
+def _rich(random: Random, frames: int, height: int, width: int) -> tuple[Shot, ...]:
+    if random.random() >= CUTS or frames < 2 * GROUP_FRAMES:
+        return (_rich_shot(random, frames, height, width),)
+    # a cut lies between two groups: no latent is of both shots
+    first = int(random.integers(1, frames // GROUP_FRAMES)) * GROUP_FRAMES
+    return _rich_shot(random, first, height, width), _rich_shot(random, frames - first, height, width)
+
+
+def _rich_shot(random: Random, frames: int, height: int, width: int) -> Shot:
+    scale = min(height, width) / 64
+    number = 3 if random.random() < THREE else 2
+    colours = _different(random, COLOURS, number)
+    relation = str(random.choice(list(RELATIONS)))
+    first = _anywhere(random, height, width)
+    starts = [first, _related(random, first, relation, scale, height, width)]
+    if number == 3:  # off the line of the other two
+        across = RELATIONS[relation][::-1]
+        way = float(random.uniform(*APART)) * scale
+        starts.append(_moved(first, -across[0] * way, -across[1] * way, height, width))
+    things = tuple(_rich_thing(random, colour, start, scale) for colour, start in zip(colours, starts, strict=True))
+    pan = str(random.choice([name for name in DIRECTIONS if name != "still"])) if random.random() < PANS else "still"
+    backgrounds = TEXTURES if pan == "still" else TEXTURES[1:]  # stripes look alike from wherever one pans along them
+    return _shot(random, frames, things, relation, backgrounds, pan)
+
+
+def _rich_thing(random: Random, colour: str, start: tuple[float, float], scale: float) -> Thing:
+    action = str(random.choice(ACTIONS))
+    ways = [name for name in DIRECTIONS if name != "still"]
+    direction = "still" if action in ("still", "grow", "circle") else str(random.choice(ways))
+    turned = None
+    if action == "turn":
+        turned = str(random.choice([name for name in ways if not np.dot(DIRECTIONS[name], DIRECTIONS[direction])]))
+    diameter = float(random.uniform(14.0, 17.0)) * scale
+    speed = str(random.choice(list(SPEEDS))) if action in ("move", "stop", "turn") else "normal"
+    return Thing(str(random.choice(SHAPES)), colour, diameter, start, action, direction, speed, turned)
+
+
+def _shot(
+    random: Random,
+    frames: int,
+    things: tuple[Thing, ...],
+    relation: str | None,
+    backgrounds: Sequence[str],
+    pan: str = "still",
+) -> Shot:
+    level, phase = float(random.uniform(-12, 12)), float(random.uniform(0, 2 * np.pi))
+    return Shot(frames, things, relation, str(random.choice(list(backgrounds))), level, phase, pan)
+
+
+def _different(random: Random, choices: Sequence[str] | dict[str, tuple[int, int, int]], count: int) -> list[str]:
+    return [str(name) for name in random.choice(list(choices), count, replace=False)]
+
+
+def _anywhere(random: Random, height: int, width: int) -> tuple[float, float]:
+    return float(random.uniform(0, width)), float(random.uniform(0, height))
+
+
+def _moved(start: tuple[float, float], dx: float, dy: float, height: int, width: int) -> tuple[float, float]:
+    return float((start[0] + dx) % width), float((start[1] + dy) % height)
+
+
+def _related(
+    random: Random, first: tuple[float, float], relation: str, scale: float, height: int, width: int
+) -> tuple[float, float]:
+    """Where the second object is, if the first is `relation` to it."""
+    away, aside = float(random.uniform(*APART)) * scale, float(random.uniform(-ASIDE, ASIDE)) * scale
+    x, y = RELATIONS[relation]
+    return _moved(first, -x * away + y * aside, -y * away + x * aside, height, width)
+
+
+GRADES: dict[str, Callable[[Random, int, int, int], tuple[Shot, ...]]] = {"simple": _simple, "rich": _rich}

@@ -1,0 +1,292 @@
+"""The rows of an evaluation: which model, how it samples, what its videos measure."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from arlon_ray.artifact import one_line
+from arlon_ray.bundle import Bundle
+from arlon_ray.config import SamplingConfig
+from arlon_ray.evaluation.frechet import frechet_distance, video_features
+from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
+from arlon_ray.evaluation.scenes import Frames
+from arlon_ray.evaluation.tokens import wrong_tokens
+from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options
+from arlon_ray.models.text import load_token_counter
+from arlon_ray.training.stages.vae import to_frames, to_video
+from data_pipeline.synthetic import caption, render, sample_scene
+from data_pipeline.worlds import Scene
+from jobs.command_line import InputError
+
+#: Scenes of these seeds are none that the pipeline renders for training; guidance is tuned on others than measured on.
+HELD_OUT_SEED, TUNING_SEED = 7, 11
+ROW = re.compile(r"(?:(text-only|guided|true-tokens)@([1-9]\d{0,2})|(truth|vae))((?::\w+=[\w.]+)*)")
+FORM = "text-only@N, guided@N, true-tokens@N (N steps; each may end in :option=value), vae or truth"
+#: Option of a row that is none of sampling: the share of true tokens that are replaced.
+WRONG = "wrong"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to make; `scene` is its truth, where it has one."""
+
+    text: str
+    scene: Scene | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, as asked for: `guided@5:guidance_scale=3`."""
+
+    name: str
+    model: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    wrong: float = 0.0
+
+    @property
+    def file_name(self) -> str:
+        """The name without what a file's must not have."""
+        return re.sub(r"[^\w.=-]+", "-", self.name)
+
+    def with_changes(self, **changes: Any) -> Row:
+        """The same model with other sampling options; what the row itself names stays."""
+        return Row(self.name, self.model, {**changes, **self.changes}, self.wrong)
+
+
+def parse_row(text: str) -> Row:
+    """Raises InputError that names what is wrong with it."""
+    match = ROW.fullmatch(text)
+    if not match:
+        raise InputError(f"--rows {text}: expected {FORM}")
+    model, steps, other, tail = match.groups()
+    pairs = dict(part.split("=") for part in tail.split(":") if part)
+    try:
+        wrong = float(pairs.pop(WRONG, 0.0))
+    except ValueError:
+        raise InputError(f"--rows {text}: {WRONG} is a share of 0 to 1") from None
+    if not 0 <= wrong <= 1 or (wrong and model != "true-tokens"):
+        raise InputError(f"--rows {text}: {WRONG} is a share of 0 to 1, of true-tokens")
+    if steps is not None:
+        pairs = {"steps": int(steps), **pairs}
+    elif pairs:
+        raise InputError(f"--rows {text}: {other} takes no options")
+    check_options(f"--rows {text}", pairs)
+    return Row(text, model or other, pairs, wrong)
+
+
+def check_options(what: str, changes: Mapping[str, Any]) -> None:
+    """Raises InputError if these are no sampling options."""
+    try:
+        default_options(SamplingConfig(), **changes)
+    except ValidationError as error:
+        raise InputError(f"{what}: {one_line(error)}") from None
+
+
+@dataclass
+class RowResult:
+    """Metrics of one row's videos, and what went wrong. `parts` are seconds of planning, rendering and decoding."""
+
+    row: Row
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    features: list[np.ndarray] = field(default_factory=list)
+    parts: list[tuple[float, float, float]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    absent: str | None = None
+    distance: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Median seconds of a video."""
+        return float(np.median([sum(part) for part in self.parts])) if self.parts else None
+
+    def report(self) -> dict[str, Any]:
+        """For results.json."""
+        if self.absent:
+            return {"absent": self.absent}
+        plan, render_s, decode = np.median(np.array(self.parts), axis=0) if self.parts else (0.0, 0.0, 0.0)
+        return {
+            "videos": len(self.metrics),
+            "options": dict(self.row.changes),
+            "seconds": self.seconds,
+            "seconds_of": {"ar": float(plan), "dit": float(render_s), "vae": float(decode)},
+            "frechet_video_distance": self.distance,
+            "failures": self.failures,
+            "metrics": summary(list(self.metrics.values())) if self.metrics else {},
+        }
+
+
+def held_out_prompts(bundle: Bundle, count: int, seed: int = HELD_OUT_SEED) -> list[Prompt]:
+    """Captions of rendered scenes that no training has seen, of the length of a segment."""
+    video, groups, grade = bundle.config.video, bundle.config.segment.groups, bundle.config.data.sample_grade
+    scenes = (
+        sample_scene(seed * 1_000_003 + i, (groups,), video.height, video.width, grade) for i in range(10 * count)
+    )
+    whole = [scene for scene in scenes if len(scene.shots) == 1][:count]
+    return [Prompt(caption(scene), scene) for scene in whole]
+
+
+def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
+    """One prompt a line. Raises InputError that names the lines that are empty or too long."""
+    lines = path.read_text().splitlines()
+    count_tokens, limit = load_token_counter(bundle.config.text), bundle.config.text.max_tokens
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise InputError(f"--prompts {path}: line {number} is empty")
+        if (tokens := count_tokens(line)) > limit:
+            raise InputError(f"--prompts {path}: line {number} has {tokens} tokens, at most {limit}")
+    if not lines:
+        raise InputError(f"--prompts {path}: no prompt in it")
+    return [Prompt(line.strip()) for line in lines]
+
+
+class Evaluator:
+    """Makes and measures the videos of rows of one bundle."""
+
+    def __init__(self, bundle: Bundle, prompts: Sequence[Prompt], seed: int) -> None:
+        self.bundle, self.prompts, self.seed = bundle, list(prompts), seed
+        self.generator = VideoGenerator(bundle)
+
+    @cached_property
+    def reference(self) -> list[np.ndarray]:
+        """Features of the true videos, for the Fréchet distance."""
+        return [video_features(render(prompt.scene)) for prompt in self.prompts if prompt.scene is not None]
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """The truths. Raises ValueError if a prompt has none."""
+        found = [prompt.scene for prompt in self.prompts if prompt.scene is not None]
+        if len(found) < len(self.prompts):
+            raise ValueError("these prompts have no ground truth")
+        return found
+
+    def row(self, row: Row, on_video: Callable[[int, Frames, dict[str, float]], None] | None = None) -> RowResult:
+        """Measure a row; `on_video(i, frames, metrics)` sees every video. One that fails is named, the rest goes on."""
+        result = RowResult(row)
+        if not self.bundle.guided and row.model in ("guided", "true-tokens"):
+            result.absent = "the bundle has no AR"
+            return result
+        known = all(prompt.scene is not None for prompt in self.prompts)
+        if not known and row.model in ("true-tokens", "truth", "vae"):
+            result.absent = "these prompts have no ground truth"
+            return result
+        for index, prompt in enumerate(self.prompts):
+            try:
+                frames, parts = self.make(row, index, prompt)
+                truth = prompt.scene.shots[0] if prompt.scene else None
+                values = measure(frames, truth, self.bundle.config.video.fps)
+                if known:
+                    result.features.append(video_features(frames))
+            except (ValueError, RuntimeError) as error:
+                result.failures[f"{index}: {prompt.text}"] = " ".join(str(error).split())[:300]
+                continue
+            result.metrics[index] = values
+            result.parts.append(parts)
+            if on_video:
+                on_video(index, frames, values)
+            if sys.stderr.isatty():
+                print(f"\r{row.name}  {index + 1}/{len(self.prompts)}", end="", file=sys.stderr, flush=True)
+        if known and min(len(result.features), len(self.reference)) > 1:
+            result.distance = frechet_distance(result.features, self.reference)
+        return result
+
+    def make(self, row: Row, index: int, prompt: Prompt) -> tuple[Frames, tuple[float, float, float]]:
+        """The video of one row and prompt, and the seconds of its parts. ValueError for latents that are no numbers."""
+        if row.model in ("truth", "vae"):
+            assert prompt.scene is not None
+            frames = render(prompt.scene)
+            if row.model == "vae":
+                frames = to_frames(self.bundle.vae.decode(self.latents(prompt.scene)))[0]
+            return frames, (0.0, 0.0, 0.0)
+        options = default_options(self.bundle.config.sampling, **row.changes)
+        options = options.model_copy(update={"baseline": row.model == "text-only"})
+        tokens = self._true_tokens(row, index, prompt) if row.model == "true-tokens" else None
+        begin, seed = time.perf_counter(), self.seed + index
+        if row.model == "guided":
+            assert self.generator.planner is not None
+            tokens = next(self.generator.planner.plan([prompt.text], seed, options)).tokens
+        planned = time.perf_counter()
+        latents = self.generator.renderer.render(prompt.text, tokens, None, seed, 0, options).latents
+        rendered = time.perf_counter()
+        frames = self.generator.decoder.decode(latents)
+        return frames, (planned - begin, rendered - planned, time.perf_counter() - rendered)
+
+    def latents(self, scene: Scene) -> torch.Tensor:
+        """True latents [1, C, t, h, w] of a scene."""
+        return self.bundle.vae.encode(to_video(render(scene)[None]).to(self.bundle.device))
+
+    def _true_tokens(self, row: Row, index: int, prompt: Prompt) -> np.ndarray:
+        assert prompt.scene is not None
+        tokens = self.bundle.codec.encode(self.latents(prompt.scene))[0].int().cpu().numpy()
+        return wrong_tokens(tokens, row.wrong, len(self.bundle.codec.codebook), self.seed + index)
+
+    def best(self, row: Row, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """The sampling options among `choices` with the best mean over VBench's dimensions, one after the other.
+
+        Options that the row names, or that its model does not have, are left alone.
+        """
+        foreign = {
+            "text-only": ("token_", "ar_", "top_", "temperature", "start"),
+            "true-tokens": ("ar_", "top_", "temp"),
+        }
+        found: dict[str, Any] = {}
+        for name, values in choices.items():
+            if name in row.changes or name.startswith(foreign.get(row.model, ("\0",))) or row.model in ("truth", "vae"):
+                continue
+            scored = [(self._score(row.with_changes(**found, **{name: value})), value) for value in values]
+            found[name] = max(scored, key=lambda pair: pair[0])[1]
+        return found
+
+    def _score(self, row: Row) -> float:
+        figures = summary(list(self.row(row).metrics.values()))
+        return float(np.mean([figures[name]["mean"] for name in DIMENSIONS if name in figures]))
+
+
+def guidance_of(options: GenerationOptions, row: Row) -> str:
+    """The scales that matter for this row, for the table."""
+    chosen = {**options.model_dump(), **row.changes}
+    scales = [float(chosen["guidance_scale"])]
+    if row.model != "text-only":
+        scales.append(float(chosen["token_guidance_scale"]))
+    if row.model == "guided":
+        scales.append(float(chosen["ar_guidance_scale"]))
+    return " / ".join(f"{scale:g}" for scale in scales)
+
+
+def table(results: Sequence[RowResult], sampling: SamplingConfig) -> str:
+    """The results as a Markdown table: means, and half the width of the 95 % interval."""
+    found = {name for result in results for values in result.metrics.values() for name in values}
+    names = [*(name for name in DIMENSIONS if name in found), *sorted(found - set(DIMENSIONS))]
+    titles = ["row", "videos", "s/video", "AR", "guidance", "FVD", *names]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for result in results:
+        report = result.report()
+        if result.absent:
+            lines.append(f"| {result.row.name} | absent: {result.absent} |{' |' * (len(titles) - 2)}")
+            continue
+        made = result.row.model not in ("truth", "vae")
+        share = report["seconds_of"]["ar"] / result.seconds if result.seconds else 0.0
+        figures = [
+            str(report["videos"]),
+            f"{report['seconds']:.2f}" if made and report["seconds"] is not None else "–",
+            f"{share:.0%}" if result.row.model == "guided" else "–",
+            guidance_of(sampling, result.row) if made else "–",
+            "–" if result.distance is None else f"{result.distance:.3f}",
+            *(_cell(report["metrics"].get(name)) for name in names),
+        ]
+        lines.append(f"| {result.row.name} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    return "–" if value is None else f"{value['mean']:.3f} ±{(value['high'] - value['low']) / 2:.3f}"
