@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
-OUTPUT ?= runs/tiny
-BUNDLE ?= $(OUTPUT)/bundle
+OUTPUT ?= runs/demo
+BUNDLE ?= weights/tiny
 export RAY_AUTH_MODE ?= token
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -18,7 +18,7 @@ setup: .venv/.done
 	touch $@
 
 demo: setup
-	$(BIN)/python jobs/pipeline.py --config tiny --output $(OUTPUT)
+	$(BIN)/python jobs/pipeline.py --config demo --output $(OUTPUT)
 
 test: setup
 	$(BIN)/python -m pytest -m "not ray and not slow and not gpu"

@@ -45,11 +45,14 @@ class BucketBatches:
         seed: int,
         held_out: int = 0,
         *,
+        share: float = 1.0,
         latents: bool = True,
         cache_bytes: int = 512 * 2**20,
         window_groups: int = 16,
     ) -> None:
         """`batch_size`: samples of one step over all workers. `held_out`: clips kept out of training.
+
+        `share`: of the other clips, how many are trained on; the clips of a smaller share are part of a larger one.
 
         Rows are shuffled within windows of `window_groups` row groups, which are themselves shuffled: a large set is
         read nearly in order, a small one is shuffled through and through. Without `latents` only text and tokens are
@@ -65,7 +68,7 @@ class BucketBatches:
         for name, index in dataset.buckets.items():
             out = np.isin(index.clip_ids, held)
             self._held[name] = np.flatnonzero(out)
-            self._train[name] = ~out
+            self._train[name] = ~out & (_mixed(index.clip_ids * 3) / 2.0**64 < share if share < 1 else True)
         counts = {name: int(mask.sum()) for name, mask in self._train.items()}
         self.train_rows = sum(counts.values())
         small = {name: count for name, count in counts.items() if count < batch_size}

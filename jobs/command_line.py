@@ -12,6 +12,9 @@ from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import Config, ConfigError, load_config, preset_names
 from arlon_ray.training.loop import TrainingError
 
+#: The bundle in the repository: what is used where no other is named.
+BOX = Path(__file__).resolve().parents[1] / "weights" / "tiny"
+
 
 class InputError(ValueError):
     """Input that a job cannot work with. One line that says what was wrong and what to do."""

@@ -23,7 +23,7 @@ from arlon_ray.evaluation.tokens import token_figures
 from arlon_ray.generation import default_options
 from arlon_ray.generation.video import contact_sheet, write_video
 from data_pipeline.manifest import settings_key
-from jobs.command_line import InputError, existing, output_folder, parser, run
+from jobs.command_line import BOX, InputError, existing, output_folder, parser, run
 from jobs.evaluation import (
     FORM,
     TUNING_SEED,
@@ -193,7 +193,7 @@ def parse_choices(texts: Sequence[str]) -> dict[str, list[float]]:
 def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="runs/evaluation", config=False)
-    flags.add_argument("--bundle", required=True, metavar="DIR", help="model bundle")
+    flags.add_argument("--bundle", default=str(BOX), metavar="DIR", help="model bundle (default: weights/tiny)")
     flags.add_argument("--rows", nargs="+", default=list(DEFAULT_ROWS), metavar="ROW", help=FORM)
     flags.add_argument("--count", type=int, default=64, help="held-out captions (default: 64)")
     flags.add_argument("--prompts", metavar="FILE", help="your own prompts instead, one a line: no readings of meaning")

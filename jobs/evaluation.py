@@ -70,7 +70,7 @@ def parse_row(text: str) -> Row:
     if not match:
         raise InputError(f"--rows {text}: expected {FORM}")
     model, steps, other, tail = match.groups()
-    pairs = dict(part.split("=") for part in tail.split(":") if part)
+    pairs: dict[str, Any] = dict(part.split("=") for part in tail.split(":") if part)
     try:
         wrong = float(pairs.pop(WRONG, 0.0))
     except ValueError:

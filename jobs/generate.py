@@ -29,7 +29,7 @@ from arlon_ray.generation.video import encode_fragment, join_fragments
 from arlon_ray.models.text import load_token_counter
 from data_pipeline.decode import Clip, fit
 from data_pipeline.footage import FootageError, read_picture
-from jobs.command_line import InputError, existing, parser, run
+from jobs.command_line import BOX, InputError, existing, parser, run
 
 #: Frames of a clip that goes before the video which are held at a time.
 SHOWN_AT_ONCE = 4 * GROUP_FRAMES
@@ -124,7 +124,7 @@ def check_prompts(prompts: list[str], config: Config) -> None:
 def main() -> None:
     """Command line."""
     flags = parser("Make a video from a bundle, without Ray.", output="video.mp4", config=False)
-    flags.add_argument("--bundle", required=True, metavar="DIR", help="model bundle, by jobs/pipeline.py")
+    flags.add_argument("--bundle", default=str(BOX), metavar="DIR", help="model bundle (default: weights/tiny)")
     flags.add_argument("--prompt", action="append", required=True, help="repeat it for progressive prompts")
     flags.add_argument("--segments", type=int, metavar="N", help="length of the video (default: one a prompt)")
     flags.add_argument("--seed", type=int, default=0)

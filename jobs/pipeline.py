@@ -19,12 +19,13 @@ from arlon_ray.training.stages.dit import initial_dit
 from data_pipeline.sources import find_sources
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
+from jobs.gates import Gates, check_ar, check_codec
 from jobs.preprocess import run_preprocess
 from jobs.ray_session import connect
 from jobs.ray_training import check_workers
 from jobs.render_samples import run_render_samples
 from jobs.serve_demo import DEMO_PROMPTS, serve_demo
-from jobs.stage_runs import Role, StageOutcome, run_ar, run_codec, run_dit, run_vae
+from jobs.stage_runs import Role, StageOutcome, fitting_codec, run_ar, run_codec, run_dit, run_vae
 from jobs.tracking import Tracking
 
 
@@ -56,6 +57,7 @@ class Pipeline:
     def __init__(self, config: Config, source: Path | None, output: Path) -> None:
         self.config, self.source, self.output = config, source, output
         self.tracking, self.ledger = Tracking(config, output), Ledger()
+        self.trained_now = False
 
     def check(self) -> None:
         """Find bad input before Ray starts. Raises InputError or ArtifactError."""
@@ -97,12 +99,14 @@ class Pipeline:
             lambda summary: f"{summary.manifest.rows} clips, {summary.manifest.rejects} rejected",
         ).folder
         fine, coarse = self._codec("fine", dataset, vae), self._codec("coarse", dataset, vae)
+        self._gate(lambda gates: check_codec(gates, vae, fine))
         tokens = stage(
             "extract tokens",
             lambda: run_extract_tokens(config, dataset, fine, coarse, output / "tokens", overwrite=True),
             lambda summary: f"{summary.manifest.rows} clips",
         ).folder
         ar = self._trained("ar", lambda: run_ar(config, dataset, tokens, vae, fine, output / "ar", self.tracking))
+        self._gate(lambda gates: check_ar(gates, vae, fine, ar))
         parts = {
             "vae": vae,
             "codec_fine": fine,
@@ -120,6 +124,8 @@ class Pipeline:
         return vae_folder(None, self.config)
 
     def _codec(self, role: Role, dataset: Path, vae: Path) -> Path:
+        if init := getattr(self.config.vqvae, role).init:
+            return fitting_codec(init, role, vae)
         output = self.output / f"codec_{role}"
         return self._trained(f"vqvae {role}", lambda: run_codec(self.config, role, dataset, vae, output, self.tracking))
 
@@ -141,12 +147,19 @@ class Pipeline:
         )
         return parts
 
+    def _gate(self, check: Callable[[Gates], None]) -> None:
+        """Behind a stage that was trained just now, on footage whose truth is known. Raises GateError."""
+        if self.source is None and self.trained_now:
+            check(Gates(self.config))
+
     def _trained(self, name: str, work: Callable[[], StageOutcome]) -> Path:
         def figure(outcome: StageOutcome) -> str:
             metrics = "  ".join(f"{n} {v:.4g}" for n, v in outcome.artifact.lineage.metrics.items())
             return f"{'(there already)  ' if outcome.skipped else ''}{metrics}"
 
-        return self.ledger.stage(name, work, figure).artifact.path
+        outcome: StageOutcome = self.ledger.stage(name, work, figure)
+        self.trained_now = not outcome.skipped
+        return outcome.artifact.path
 
     def _bundle(self, parts: dict[str, Path]) -> Path:
         """Write the bundle, unless the one that is there has these very parts and this configuration."""

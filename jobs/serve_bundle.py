@@ -36,7 +36,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags of every job, and --bundle, --host, --port."""
     parser = command_line.parser(__doc__ or "", output="runs/serve")
     parser.set_defaults(config=None)
-    parser.add_argument("--bundle", required=True, metavar="DIR", help="model bundle; its configuration is the default")
+    parser.add_argument(
+        "--bundle", default=str(command_line.BOX), metavar="DIR",
+        help="model bundle, whose configuration is the default (default: weights/tiny)",
+    )  # fmt: skip
     parser.add_argument("--host", metavar="ADDRESS", help="same as --set serve.host=ADDRESS")
     parser.add_argument("--port", metavar="NUMBER", help="same as --set serve.port=NUMBER")
     result = parser.parse_args(arguments)

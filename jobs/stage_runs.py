@@ -109,6 +109,14 @@ def run_codec(
     return _run(plan, config, output, tracking)
 
 
+def fitting_codec(path: str | Path, role: Role, vae: Path) -> Path:
+    """The codec that `vqvae.<role>.init` names. Raises InputError if it is of another VAE, ArtifactError if none."""
+    codec, here = load_artifact(path, "codec"), load_artifact(vae, "vae").fingerprint
+    if (trained_on := codec.lineage.parents.get("vae", here)) != here:
+        raise InputError(f"vqvae.{role}.init={path}: of VAE {trained_on[:12]}…, but {vae} is {here[:12]}…")
+    return codec.path
+
+
 def run_ar(
     config: Config,
     dataset: Path,
@@ -122,7 +130,7 @@ def run_ar(
     parents = check_dataset(dataset, vae) | _token_parents(tokens)
     _expect(codec_fine, "codec", parents["codec_fine"], f"{tokens}: made by the fine codec")
     if config.ar.init:
-        parents["ar_init"] = load_artifact(config.ar.init, "ar").fingerprint
+        parents["ar_init"] = _fitting_ar(config, parents).fingerprint
     settings = {"config": config_fingerprint(config.ar, config.segment, config.text), "seed": config.seed}
     paths = ArPaths(codec_fine, vae)
     arguments = {"dataset": dataset, "tokens": tokens, "paths": paths, "parents": parents}
@@ -138,8 +146,12 @@ def run_dit(
     tokens: Path | None = None,
     codecs: tuple[Path, Path] | None = None,
     tracking: Tracking | None = None,
+    ar: Path | None = None,
 ) -> StageOutcome:
-    """Train the DiT, guided by tokens; with `dit.injection.enabled=false` the text-only one, which needs no tokens."""
+    """Train the DiT, guided by tokens; with `dit.injection.enabled=false` the text-only one, which needs no tokens.
+
+    `ar` gives the tokens of `dit.ar_token_probability`.
+    """
     parents, paths = check_dataset(dataset, vae), DitPaths(vae)
     guided = config.dit.injection.enabled
     if guided:
@@ -148,7 +160,7 @@ def run_dit(
         parents |= _token_parents(tokens)
         for role, path in zip(("fine", "coarse"), codecs, strict=True):
             _expect(path, "codec", parents[f"codec_{role}"], f"{tokens}: made by the {role} codec")
-        paths = DitPaths(vae, *codecs)
+        paths = DitPaths(vae, *codecs, ar=_token_giver(config, ar, parents))
     if config.dit.train_only == "injection" and not guided:
         raise InputError("dit.train_only=injection needs dit.injection.enabled=true: there is nothing to train")
     if config.dit.train_only == "injection" and not config.dit.init:
@@ -160,6 +172,38 @@ def run_dit(
     name = "dit" if guided else "dit_base"
     plan = StagePlan(name, "dit", build_dit, arguments, config.dit.training, settings, parents)
     return _run(plan, config, output, tracking)
+
+
+def _token_giver(config: Config, ar: Path | None, parents: dict[str, str]) -> Path | None:
+    """The AR whose tokens the DiT trains on, noted in `parents`. Raises InputError if it does not fit."""
+    if not config.dit.ar_token_probability:
+        return None
+    if ar is None:
+        raise InputError(f"dit.ar_token_probability={config.dit.ar_token_probability:g} needs an AR: name it with --ar")
+    giver = load_artifact(ar, "ar")
+    _expect_role(giver, "codec_fine", parents["codec_fine"], f"--ar {ar}: trained on the fine codec")
+    parents["ar_tokens"] = giver.fingerprint
+    return ar
+
+
+def _expect_role(artifact: Artifact, role: str, fingerprint: str, what: str) -> None:
+    trained_on = artifact.lineage.parents.get(role, "")
+    if trained_on != fingerprint:
+        raise InputError(f"{what} {trained_on[:12]}…, but the tokens are of {fingerprint[:12]}…")
+
+
+def _fitting_ar(config: Config, parents: dict[str, str]) -> Artifact:
+    """What `ar.init` names. Raises InputError if it is another model, or of another codec or text encoder."""
+    start, ours = load_artifact(str(config.ar.init), "ar"), config.ar.model_dump(mode="json")
+    for name in ("dim", "layers", "heads", "mlp_ratio", "block"):
+        if start.config[name] != ours[name]:
+            raise InputError(f"ar.init={start.path}: {name}={start.config[name]}, but ar.{name}={ours[name]} here")
+    for role, what in (("codec_fine", "fine codec"), ("text", "text encoder")):
+        if (trained_on := start.lineage.parents.get(role, parents[role])) != parents[role]:
+            raise InputError(
+                f"ar.init={start.path}: of {what} {trained_on[:24]}…, but the tokens are of {parents[role][:24]}…"
+            )
+    return start
 
 
 def _fitting_start(config: Config, parents: dict[str, str]) -> Artifact:
@@ -220,6 +264,7 @@ def _batches(
         training.batch_size,
         config.seed,
         held_out=training.held_out,
+        share=training.data_share,
         latents=latents,
         cache_bytes=config.data.cache_bytes,
     )

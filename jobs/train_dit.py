@@ -18,6 +18,7 @@ def main() -> None:
     flags.add_argument("--tokens", metavar="DIR", help="tokens, by jobs/extract_tokens.py (default: DATASET/tokens)")
     flags.add_argument("--codec-fine", metavar="DIR", help="the codec that made the fine tokens")
     flags.add_argument("--codec-coarse", metavar="DIR", help="the codec that made the coarse tokens")
+    flags.add_argument("--ar", metavar="DIR", help="the AR whose tokens dit.ar_token_probability asks for")
     flags.add_argument("--vae", metavar="DIR", help="VAE artefact (default: vae.init)")
     arguments = flags.parse_args()
     config = read_config(arguments)
@@ -31,7 +32,8 @@ def main() -> None:
         codecs = (existing(arguments.codec_fine, "--codec-fine"), existing(arguments.codec_coarse, "--codec-coarse"))
     output = output_folder(arguments)
     name = "dit" if config.dit.injection.enabled else "dit_base"
-    report(run_dit(config, dataset, vae, output / name, tokens, codecs, Tracking(config, output)))
+    ar = existing(arguments.ar, "--ar") if arguments.ar else None
+    report(run_dit(config, dataset, vae, output / name, tokens, codecs, Tracking(config, output), ar))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The text is one line and names the key."""
 
 
+#: Key of a YAML file that names the preset which it changes.
+EXTENDS = "extends"
+
+
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
     folder = resources.files("arlon_ray.config") / "presets"
@@ -81,7 +85,23 @@ def _read(source: str) -> dict[str, Any]:
         raise ConfigError(f"--config {source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--config {source}: expected a mapping of sections, found {type(raw).__name__}")
-    return raw
+    base = raw.pop(EXTENDS, None)
+    if base is None:
+        return raw
+    if base not in preset_names() or base == source:
+        raise ConfigError(
+            f"--config {source}: {EXTENDS}: {base}: expected one of the presets {', '.join(preset_names())}"
+        )
+    return _merged(_read(base), raw)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the sections of `changes` laid over it, key by key."""
+    merged = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = _merged(base[name], value) if both else value
+    return merged
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -160,6 +160,7 @@ class CodecConfig(Section):
     ema_decay: float = Field(0.95, gt=0, lt=1)
     commitment_weight: float = Field(0.25, ge=0)
     dead_code_threshold: float = Field(1.0, ge=0, description="codes used less than this per batch are restarted")
+    init: str | None = Field(None, description="artefact that the pipeline uses as it is, instead of training one")
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
@@ -266,6 +267,12 @@ class DitConfig(Section):
     injection: InjectionConfig = InjectionConfig()
     coarse_probability: float = Field(0.5, ge=0, le=1, description="share of samples guided by the coarse codec")
     uncertainty_probability: float = Field(0.3, ge=0, le=1, description="share of samples with perturbed statistics")
+    ar_token_probability: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of samples whose fine tokens an AR draws, each given the true ones before it",
+    )
     text_dropout: float = Field(0.1, ge=0, lt=1)
     token_dropout: float = Field(0.1, ge=0, lt=1)
     masks: FrameMaskConfig = FrameMaskConfig()

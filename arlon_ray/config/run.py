@@ -98,6 +98,18 @@ class TrackingConfig(Section):
     experiment: str = "arlon-ray"
 
 
+class GatesConfig(Section):
+    """Shares of rendered scenes whose content must survive a stage before the next one is trained; 0: no gate.
+
+    They hold for the footage that the pipeline renders itself: of other footage the truth is not known.
+    """
+
+    vae_shape: float = Field(0.9, ge=0, le=1, description="shapes through the VAE")
+    codec_motion: float = Field(0.9, ge=0, le=1, description="directions through VAE and fine codec")
+    ar_motion: float = Field(0.5, ge=0, le=1, description="directions in the AR's own plans, decoded without a DiT")
+    scenes: int = Field(32, ge=1, description="scenes that are looked at")
+
+
 class Config(Section):
     """The whole configuration of every job."""
 
@@ -113,6 +125,7 @@ class Config(Section):
     ar: ArConfig = ArConfig()
     dit: DitConfig = DitConfig()
     data: DataConfig = DataConfig()
+    gates: GatesConfig = GatesConfig()
     sampling: SamplingConfig = SamplingConfig()
     cluster: ClusterConfig = ClusterConfig()
     serve: ServeConfig = ServeConfig()

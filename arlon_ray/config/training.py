@@ -27,4 +27,5 @@ class TrainingConfig(Section):
     zero_stage: Literal[0, 1, 2] = 1
     log_every: int = Field(20, ge=1, description="steps")
     checkpoint_every: int = Field(200, ge=1, description="steps")
+    data_share: float = Field(1.0, gt=0, le=1, description="share of the clips that are trained on")
     held_out: int = Field(64, ge=0, description="samples kept out of training and used for the evaluation")

@@ -35,7 +35,7 @@ def token_figures(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str
 
 def _codec(codec: LatentCodec, latents: Sequence[Tensor], tokens: Sequence[Tensor]) -> dict[str, float]:
     pairs = zip(latents, tokens, strict=True)
-    errors = [(codec.decode(t, tuple(x.shape[3:])) - x).square().mean() for x, t in pairs]
+    errors = [(codec.decode(t, (x.shape[3], x.shape[4])) - x).square().mean() for x, t in pairs]
     variance = torch.cat([part.flatten() for part in latents]).var()
     counts = torch.bincount(torch.cat([t.flatten() for t in tokens]).cpu(), minlength=len(codec.codebook)).double()
     shares = counts / counts.sum()

@@ -88,13 +88,14 @@ def track(thing: Thing, frames: int, scale: float) -> Track:
         way = np.zeros_like(t)
         more_x, more_y = reach * np.sin(angle), reach * (1 - np.cos(angle))
     elif thing.action == "grow":
-        way, radius = np.zeros_like(t), radius * (1 + (GROWN - 1) * t / max(1, frames - 1))
+        way = np.zeros_like(t)
+        radius = (radius * (1 + (GROWN - 1) * t / max(1, frames - 1))).astype(np.float32)
     elif thing.action == "stop":
         way = np.minimum(way, half)
     elif thing.action == "turn" and thing.turned is not None:
         beyond = np.maximum(way - half, 0)
         way = np.minimum(way, half)
-        more_x, more_y = (beyond * step for step in DIRECTIONS[thing.turned])
+        more_x, more_y = (beyond * np.float32(step) for step in DIRECTIONS[thing.turned])
     x = thing.start[0] + unit_x * way + more_x
     y = thing.start[1] + unit_y * way + more_y
     return x.astype(np.float32), y.astype(np.float32), radius.astype(np.float32)

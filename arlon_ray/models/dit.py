@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from arlon_ray.artifact import building, load_artifact
 from arlon_ray.config import DitConfig
-from arlon_ray.models.injection import BRANCH, Modulation, SemanticInjection, listening_layers
+from arlon_ray.models.injection import BRANCH, ControlBranch, Modulation, SemanticInjection, listening_layers
 from arlon_ray.models.layers import (
     CrossAttention,
     Mlp,
@@ -90,6 +90,9 @@ class STDiT3Block(nn.Module):
         return x + gate2 * self.mlp(y)
 
 
+Pair = tuple[STDiT3Block, STDiT3Block]
+
+
 class FinalLayer(nn.Module):
     """Modulated norm and the projection to patches."""
 
@@ -148,11 +151,10 @@ class STDiT3(nn.Module):
     @torch.no_grad()
     def copy_into_branch(self) -> None:
         """A ControlNet-like branch starts as a copy of the layers that it stands beside; without one, nothing."""
-        if self.injection is not None and self.injection.branch is not None:
-            layers = self._layers()
-            for index, pair in zip(listening_layers(self.config), self.injection.branch.pairs, strict=True):
-                for copy, block in zip(pair, layers[index], strict=True):  # type: ignore[call-overload]
-                    copy.load_state_dict(block.state_dict())
+        pairs = self._all_pairs()
+        for index, copies in zip(listening_layers(self.config), pairs[self.config.depth :], strict=False):
+            for copy, block in zip(copies, pairs[index], strict=True):
+                copy.load_state_dict(block.state_dict())
 
     def _initialise(self) -> None:
         """Open-Sora v1.2's initialisation: new temporal blocks, frame-rate embedding and output start at zero."""
@@ -204,13 +206,16 @@ class STDiT3(nn.Module):
             injection=injection,
         )
 
-    def _layers(self) -> list[tuple[STDiT3Block, STDiT3Block]]:
+    def _layers(self) -> list[Pair]:
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
 
-    def _all_pairs(self) -> list[tuple[STDiT3Block, STDiT3Block]]:
+    @property
+    def _branch(self) -> ControlBranch | None:
+        return None if self.injection is None else self.injection.branch
+
+    def _all_pairs(self) -> list[Pair]:
         """The layers, then those of the branch."""
-        branch = None if self.injection is None else self.injection.branch
-        return self._layers() + ([] if branch is None else [tuple(pair) for pair in branch.pairs])  # type: ignore[arg-type]
+        return self._layers() + ([(pair[0], pair[1]) for pair in self._branch.pairs] if self._branch else [])  # type: ignore[index]
 
     def forward(self, x_BCthw: Tensor, time_B: Tensor, condition: Condition, noisy_Bt: Tensor | None = None) -> Tensor:
         """Velocity x0 − noise (and, with `pred_sigma`, unused variances): [B, C or 2C, t, h, w] in float32.
@@ -229,26 +234,24 @@ class STDiT3(nn.Module):
         times_BD, time_BT6D = self._time(time_B, condition.fps_BD, noisy_BT)
         rotary = self.rope.angles(torch.arange(frames, device=x.device))
         text = list(zip(condition.text[::2], condition.text[1::2], strict=True))
+        pairs = self._all_pairs()
 
-        def through(pair: tuple[STDiT3Block, STDiT3Block], x: Tensor, number: int) -> Tensor:
-            for block, words in zip(pair, text[number], strict=True):
+        def through(number: int, x: Tensor) -> Tensor:
+            for block, words in zip(pairs[number], text[number], strict=True):
                 x = block(x, time_BT6D, words, condition.text_mask_BL, rotary)
             return x
 
-        layers, branch = self._layers(), None
-        if BRANCH in condition.injection:
-            branch = x + condition.injection[BRANCH][0].view_as(x)
-        listening = list(listening_layers(self.config)) if branch is not None else []
-        for i, pair in enumerate(layers):
+        copies = listening_layers(self.config) if BRANCH in condition.injection else range(0)
+        branch = x + condition.injection[BRANCH][0].view_as(x) if copies else x
+        for i in range(self.config.depth):
             if str(i) in condition.injection:
                 injected = self.injection.layers[str(i)](x.flatten(1, 2), condition.injection[str(i)])  # type: ignore[union-attr]
                 x = injected.view_as(x)
-            x = through(pair, x, i)
-            if i in listening:
-                n = listening.index(i)
-                control = self.injection.branch  # type: ignore[union-attr]
-                branch = through(tuple(control.pairs[n]), branch, len(layers) + n)
-                x = x + (control.exits[n](branch.flatten(1, 2)) * condition.injection[BRANCH][1]).view_as(x)
+            x = through(i, x)
+            if i in copies and self._branch is not None:
+                number = copies.index(i)
+                branch = through(self.config.depth + number, branch)
+                x = x + self._branch.leave(number, branch, condition.injection[BRANCH][1])
         out = rearrange(
             self.final_layer(x, times_BD, noisy_BT),
             "b t (h w) (u p q c) -> b c (t u) (h p) (w q)",

@@ -127,6 +127,11 @@ class ControlBranch(nn.Module):
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
+    def leave(self, number: int, branch: Tensor, keep: Tensor) -> Tensor:
+        """What layer `number` of the branch adds to its neighbour; nothing for samples that are not kept."""
+        added: Tensor = self.exits[number](branch.flatten(1, 2)) * keep
+        return added.view_as(branch)
+
 
 class SemanticInjection(nn.Module):
     """Adapter, uncertainty sampling, and one module for each layer that listens (or one branch for all)."""

@@ -99,3 +99,15 @@ def test_the_fingerprint_follows_the_settings() -> None:
     other = load_config("tiny", ["dit.training.steps=3"])
     assert config_fingerprint(base) == config_fingerprint(same) != config_fingerprint(other)
     assert Config.model_validate(base.model_dump(mode="json")) == base
+
+
+def test_a_file_can_change_a_preset(tmp_path: Path) -> None:
+    demo, tiny = load_config("demo"), load_config("tiny")
+    assert demo.ar.init and demo.ar.training.steps < tiny.ar.training.steps
+    assert demo.dit.hidden_size == tiny.dit.hidden_size and demo.ar.training.batch_size == tiny.ar.training.batch_size
+    (tmp_path / "own.yaml").write_text("extends: tiny\nar: {training: {steps: 7}}\n")
+    own = load_config(str(tmp_path / "own.yaml"))
+    assert own.ar.training.steps == 7 and own.ar.block == tiny.ar.block
+    (tmp_path / "wrong.yaml").write_text("extends: huge\n")
+    with pytest.raises(ConfigError, match="extends: huge: expected one of the presets"):
+        load_config(str(tmp_path / "wrong.yaml"))

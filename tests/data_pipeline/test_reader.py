@@ -145,3 +145,14 @@ def test_other_schema_missing_or_damaged_parts_are_refused(folder: Path) -> None
     path.unlink()
     with pytest.raises(ArtifactError, match="not a finished dataset"):
         LatentDataset(folder)
+
+
+def test_a_share_of_the_clips_is_part_of_every_larger_share(folder: Path) -> None:
+    def trained(share: float) -> set[int]:
+        source = batches(folder, share=share)  # type: ignore[arg-type]
+        return {int(i) for epoch in range(3) for step in range(source.steps_per_epoch)
+                for i in source.batch(step + epoch * source.steps_per_epoch)["clip_id"]}  # fmt: skip
+
+    half, most, whole = trained(0.5), trained(0.8), trained(1.0)
+    assert half < most < whole and 10 < len(half) < 32
+    assert not whole & {int(i) for batch in batches(folder, share=0.5).held_out_batches(4) for i in batch["clip_id"]}  # type: ignore[arg-type]

@@ -1,91 +1,132 @@
-"""Rendered scenes: deterministic, true to their captions, and still so after H.264."""
+"""Rendered scenes of both grades: deterministic, true to their captions, and still so after H.264."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from arlon_ray.config import VideoConfig
-from data_pipeline.synthetic import (
-    COLOURS,
-    caption,
-    remove_samples_from,
-    render,
-    sample_scene,
-    write_sample,
-    write_samples,
-)
+from arlon_ray.config import VideoConfig, load_config
+from arlon_ray.evaluation.world import ACTIONS, COLOURS, RELATIONS
+from arlon_ray.models.text import load_token_counter
+from data_pipeline.synthetic import remove_samples_from, render, render_shot, write_sample, write_samples
 from data_pipeline.wording import MAX_WORDS
+from data_pipeline.worlds import caption, sample_scene, shot_captions
 
 WORDS = {
     "left": ("left",),
     "right": ("right",),
     "up": ("up", "upward", "upwards", "rises", "rise", "rising", "top"),
-    "down": ("down", "downward", "downwards", "sinks", "sink", "sinking", "falls", "bottom"),
+    "down": ("down", "downward", "downwards", "sinks", "sink", "sinking", "falls", "fall", "falling", "bottom"),
     "still": ("still", "not", "place", "motionless"),
 }
+GRADES = ("simple", "rich")
 
 
-def test_equal_seed_equal_scene_and_picture() -> None:
-    assert sample_scene(5) == sample_scene(5)
-    assert caption(sample_scene(5)) == caption(sample_scene(5))
-    assert np.array_equal(render(sample_scene(5)), render(sample_scene(5)))
-    assert sample_scene(5) != sample_scene(6)
+@pytest.mark.parametrize("grade", GRADES)
+def test_equal_seed_equal_scene_and_picture(grade: str) -> None:
+    one, same, other = (sample_scene(seed, grade=grade) for seed in (5, 5, 6))
+    assert one == same and caption(one) == caption(same) and one != other
+    assert np.array_equal(render(one), render(same))
+    with pytest.raises(ValueError, match="grade 'plain': expected one of simple, rich"):
+        sample_scene(5, grade="plain")
 
 
-def test_captions_name_what_is_seen_and_stay_short() -> None:
+def test_simple_captions_name_what_is_seen_and_fit_the_text_encoder() -> None:
+    count, limit = load_token_counter(load_config("tiny").text), load_config("tiny").text.max_tokens
     texts = set()
     for seed in range(400):
-        scene = sample_scene(seed)
-        text = caption(scene)
-        words = text.lower().rstrip(".").replace(",", "").split()
+        (shot,) = sample_scene(seed).shots
+        text = caption(sample_scene(seed))
+        words = text.lower().rstrip(".").replace(",", "").replace(":", "").split()
         texts.add(text)
-        assert len(words) <= MAX_WORDS
-        assert scene.colour in words
-        assert (scene.shape if scene.count == 1 else scene.shape + "s") in words
-        # "from left to right": the last of the two is the direction
+        assert len(words) <= MAX_WORDS and count(text) <= limit
+        pair = len(shot.things) == 2 and shot.relation is None
+        for thing in shot.things:
+            assert thing.colour in words and (f"{thing.shape}s" if pair else thing.shape) in words
+        assert any(word in words for word in WORDS[shot.things[0].direction]), text
+        # "from left to right", and behind "to the left of": the last of them is the direction
         named = [word for word in words if word in ("left", "right")]
-        assert any(word in words for word in WORDS[scene.direction]), text
-        if scene.direction in ("left", "right"):
-            assert named[-1] == scene.direction, text
+        if shot.things[0].direction in ("left", "right"):
+            assert named[-1] == shot.things[0].direction, text
     assert len(texts) > 350
 
 
-def test_motion_goes_round_the_torus() -> None:
-    scene = dataclasses.replace(sample_scene(1), background="dark", velocity=(1.35, 0.0), frames=68)
-    frames = render(scene).astype(int)
+def test_a_relation_is_worded_from_either_side() -> None:
+    for seed in range(300):
+        (shot,) = sample_scene(seed).shots
+        if shot.relation is None:
+            continue
+        text = caption(sample_scene(seed)).lower()
+        first, second = (text.index(f"{thing.colour} {thing.shape}") for thing in shot.things)
+        between = text[min(first, second) : max(first, second)]
+        inverse = any(word in between for word in ("right of", "below", "under"))
+        assert inverse == (second < first), text
+
+
+def test_the_rich_grade_has_all_that_it_names() -> None:
+    scenes = [sample_scene(seed, (2, 4), grade="rich") for seed in range(300)]
+    shots = [shot for scene in scenes for shot in scene.shots]
+    assert {thing.action for shot in shots for thing in shot.things} == set(ACTIONS)
+    assert {shot.relation for shot in shots} == set(RELATIONS) and {len(shot.things) for shot in shots} == {2, 3}
+    assert {shot.background for shot in shots} == {"stripes", "checks", "clouds"} and len({s.pan for s in shots}) == 5
+    lengths = Counter(len(scene.shots) for scene in scenes)
+    assert lengths[2] > 40 and all(shot.frames % 17 == 0 for shot in shots)
+    for scene in scenes:
+        parts = shot_captions(scene)
+        assert len(parts) == len(scene.shots) and all(
+            part.rstrip(".").lower() in caption(scene).lower() for part in parts
+        )
+        for shot, text in zip(scene.shots, parts, strict=True):
+            assert all(f"the {thing.colour} one is" in text for thing in shot.things)
+            assert ("camera" in text) == (shot.pan != "still")
+
+
+def test_motion_goes_round_the_torus_and_the_camera_moves_all() -> None:
+    shot = next(s for seed in range(50) for s in sample_scene(seed).shots if len(s.things) == 1)
+    thing = dataclasses.replace(shot.things[0], action="move", direction="right", speed="fast")
+    frames = render_shot(dataclasses.replace(shot, things=(thing,), background="dark", frames=68), 64, 64).astype(int)
     # after 20 frames at 1.35 everything has moved by 27 pixels exactly, over the seam too
     for start in (0, 40):
         assert np.abs(np.roll(frames[start], 27, axis=1) - frames[start + 20]).max() <= 1
+    still = dataclasses.replace(thing, action="still", direction="still")
+    panned = dataclasses.replace(shot, things=(still,), background="clouds", pan="left", frames=41)
+    frames = render_shot(panned, 64, 64).astype(int)
+    assert np.abs(np.roll(frames[0], 36, axis=1) - frames[40]).max() <= 1
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_number_of_objects_is_what_the_scene_says(count: int) -> None:
-    scene = next(s for s in map(sample_scene, range(200)) if s.count == count and s.shape == "circle")
-    scene = dataclasses.replace(scene, background="dark")
-    colour = np.array(COLOURS[scene.colour])
-    area = (np.abs(render(scene)[0] - colour).max(-1) < 30).sum()
-    expected = count * np.pi * scene.diameter**2 / 4
+    shots = (sample_scene(seed).shots[0] for seed in range(300))
+    shot = next(s for s in shots if len(s.things) == count and s.relation is None and s.things[0].shape == "circle")
+    thing = shot.things[0]
+    picture = render_shot(dataclasses.replace(shot, background="dark"), 64, 64)[0]
+    area = (np.abs(picture - np.array(COLOURS[thing.colour])).max(-1) < 30).sum()
+    expected = count * np.pi * thing.diameter**2 / 4
     assert 0.8 * expected < area < 1.1 * expected
 
 
-def test_mp4_keeps_length_and_colours(tmp_path: Path) -> None:
-    write_sample(tmp_path, 0, seed=3, video=VideoConfig(), groups=(2,))
+@pytest.mark.parametrize("grade", GRADES)
+def test_mp4_keeps_length_and_colours(tmp_path: Path, grade: str) -> None:
+    write_sample(tmp_path, 0, seed=3, video=VideoConfig(), groups=(2,), grade=grade)
     facts = json.loads((tmp_path / "scene_000000.json").read_text())
-    scene = sample_scene(facts["seed"], (2,))
+    scene = sample_scene(facts["seed"], (2,), grade=grade)
+    assert facts["shots"][0]["things"][0]["colour"] == scene.shots[0].things[0].colour
     with av.open(str(tmp_path / "scene_000000.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     truth = render(scene)
     assert frames.shape == truth.shape
-    inside = np.abs(truth.astype(int) - COLOURS[scene.colour]).max(-1) < 3
-    assert np.abs(frames[inside].mean(0) - COLOURS[scene.colour]).max() < 12
+    colour = COLOURS[scene.shots[-1].things[-1].colour]
+    inside = np.abs(truth.astype(int) - colour).max(-1) < 3
+    assert np.abs(np.median(frames[inside], axis=0) - colour).max() < 12
     assert (tmp_path / "scene_000000.txt").read_text().strip() == caption(scene) == facts["caption"]
+    assert facts["shot_captions"] == shot_captions(scene)
 
 
 def test_writing_again_renders_only_what_is_missing_or_different(tmp_path: Path) -> None:
@@ -95,6 +136,7 @@ def test_writing_again_renders_only_what_is_missing_or_different(tmp_path: Path)
     (tmp_path / "scene_000001.mp4").unlink()
     assert write_samples(tmp_path, 3, 0, video, (2,)) == 1
     assert write_samples(tmp_path, 3, 1, video, (2,)) == 3
+    assert write_samples(tmp_path, 3, 1, video, (2,), "rich") == 3
     assert remove_samples_from(tmp_path, 2) == 1
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["scene_000000.mp4", "scene_000001.mp4"]
     assert not list(tmp_path.glob(".*"))

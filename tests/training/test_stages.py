@@ -106,6 +106,20 @@ def test_injection_needs_codecs_and_the_baseline_none(parts: dict[str, Path]) ->
         DitStage(config, ToySource(config, 4), DitPaths(parts["vae"]), {})
 
 
+def test_an_ar_draws_the_tokens_of_the_samples_chosen_for_it(parts: dict[str, Path]) -> None:
+    config = small_config("dit.ar_token_probability=0.5")
+    with_ar = DitPaths(parts["vae"], parts["codec_fine"], parts["codec_coarse"], parts["ar"])
+    stage = DitStage(config, ToySource(config, 8), with_ar, {})
+    objective = stage.objective().train()
+    assert not any(p.requires_grad for p in objective.ar.parameters())
+    batch, generator = ToySource(config, 8).batch(0, 0, 1), torch.Generator().manual_seed(0)
+    tokens, chosen = (batch["tokens_fine"], batch["tokens_coarse"]), torch.tensor([True, False] * 4)
+    fine, coarse = objective._drawn_by_ar(tokens, *trimmed(batch), chosen, generator)
+    assert torch.equal(fine[~chosen], tokens[0][~chosen]) and torch.equal(coarse, tokens[1])
+    assert (fine[chosen] != tokens[0][chosen]).float().mean() > 0.5  # random weights rarely hit
+    assert not objective.ar.training and int(fine.max()) < config.vqvae.fine.codebook_size
+
+
 def test_codebook_usage() -> None:
     figures = usage(torch.tensor([0, 0, 1, 1]), 4)
     assert figures["codebook_used"] == 0.5

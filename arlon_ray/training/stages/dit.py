@@ -24,6 +24,7 @@ from arlon_ray.diffusion.frame_masks import sample_noisy
 from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, sample_times, schedule, time_ratio
 from arlon_ray.generation.options import default_options
 from arlon_ray.generation.rendering import guided_velocity
+from arlon_ray.models.ar import load_ar
 from arlon_ray.models.codec import load_codec
 from arlon_ray.models.dit import STDiT3
 from arlon_ray.models.injection import Modulation
@@ -36,11 +37,12 @@ PICTURED = 4
 
 @dataclass(frozen=True)
 class DitPaths:
-    """Artefacts that the stage needs; the codecs are None for the text-only baseline."""
+    """Artefacts that the stage needs; the codecs are None for the text-only baseline, `ar` without its tokens."""
 
     vae: Path
     codec_fine: Path | None = None
     codec_coarse: Path | None = None
+    ar: Path | None = None
 
 
 class DitObjective(nn.Module):
@@ -51,6 +53,7 @@ class DitObjective(nn.Module):
         self.config = config
         self.dit = STDiT3(config.dit)
         self.fine, self.coarse = (load_codec(path) if path else None for path in (paths.codec_fine, paths.codec_coarse))
+        self.ar = load_ar(paths.ar) if paths.ar else None
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
         """Squared error of the velocity at drawn times, over frames that carry noise; the mean gate as a figure."""
@@ -62,6 +65,8 @@ class DitObjective(nn.Module):
             return torch.rand(count, generator=generator, device=device) < probability
 
         text, text_mask = trimmed(batch)
+        if tokens and self.ar is not None and self.training:
+            tokens = self._drawn_by_ar(tokens, text, text_mask, chosen(settings.ar_token_probability), generator)
         null = self.dit.y_embedder.y_embedding[: text.shape[1]]
         text = torch.where(chosen(settings.text_dropout)[:, None, None], null, text)
         size = (video.height, video.width)
@@ -92,6 +97,21 @@ class DitObjective(nn.Module):
         fine, coarse = (cut(batch[name], window, groups, axis=1) for name in ("tokens_fine", "tokens_coarse"))
         return x0, (fine, coarse)
 
+    def _drawn_by_ar(
+        self,
+        tokens: tuple[Tensor, Tensor],
+        text: Tensor,
+        mask: Tensor,
+        chosen_B: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """The fine tokens of the chosen samples as the AR draws them, each given the true ones before it."""
+        assert self.ar is not None
+        with torch.no_grad():
+            chances = self.ar.eval()(text, mask, tokens[0]).float().softmax(-1)
+            drawn = torch.multinomial(chances.flatten(0, 3), 1, generator=generator).view_as(tokens[0])
+        return torch.where(chosen_B[:, None, None, None], drawn, tokens[0]), tokens[1]
+
     def guide(self, tokens: tuple[Tensor, Tensor], use_coarse_B: Tensor) -> Tensor:
         """The latent that the fine tokens decode to, or for some samples the coarse ones."""
         fine, coarse = tokens
@@ -120,9 +140,9 @@ class DitStage:
     def objective(self) -> nn.Module:
         """A new DiT, or the one that `dit.init` names (a text-only one gets untrained injection)."""
         objective = DitObjective(self.config, self.paths)
-        for codec in (objective.fine, objective.coarse):
-            if codec is not None:
-                codec.requires_grad_(False)
+        for part in (objective.fine, objective.coarse, objective.ar):
+            if part is not None:
+                part.requires_grad_(False)
         if self.config.dit.init:
             _initialise(objective.dit, self.config.dit.init)
         if self.config.dit.train_only == "injection":

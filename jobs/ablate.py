@@ -1,0 +1,160 @@
+"""Train variants of the method from one bundle, measure them all, and write the table.
+
+`python jobs/ablate.py --bundle DIR --dataset DIR --tokens DIR --steps 500 --output runs/ablation`
+
+Every DiT starts from the bundle's text-only one and gets the same steps, data and seed; every AR starts anew. A variant
+that is there already is not trained again. `--docs FILE` writes table, plot and pictures beside a page of the docs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arlon_ray.artifact import load_artifact
+from arlon_ray.bundle import PARTS, Bundle, save_bundle
+from arlon_ray.config import Config, override
+from jobs.command_line import InputError, existing, output_folder, parser, run
+from jobs.evaluate import costs, evaluate, parse_choices, tuned, write_results
+from jobs.evaluation import Evaluator, RowResult, held_out_prompts, parse_row, table
+from jobs.generate import open_bundle
+from jobs.ray_session import connect
+from jobs.results_page import write_page
+from jobs.stage_runs import StageOutcome, run_ar, run_dit
+from jobs.tracking import Tracking
+from jobs.variants import NAMES, VARIANTS, Variant
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What all variants share."""
+
+    bundle: Bundle
+    dataset: Path
+    tokens: Path
+    output: Path
+    steps: int
+    ar_steps: int
+    tracking: Tracking
+
+    def config(self, variant: Variant) -> Config:
+        """The bundle's configuration with the variant's overrides, its steps, and the common start."""
+        common = [
+            "dit.base_steps=0", "dit.train_only=all", f"dit.training.steps={self.steps}",
+            f"dit.init={self.bundle.path / PARTS['dit_base'][0]}",
+            "ar.init=null", f"ar.training.steps={self.ar_steps}",
+        ]  # fmt: skip
+        return override(self.bundle.config, [*common, *variant.overrides])
+
+    def part(self, name: str) -> Path:
+        """A part of the bundle."""
+        return self.bundle.path / PARTS[name][0]
+
+    def train(self, variant: Variant) -> StageOutcome:
+        """The variant's own part, trained where it is not there."""
+        config, folder = self.config(variant), self.output / "models" / variant.name
+        vae = self.part("vae")
+        if variant.stage == "ar":
+            fine = self.part("codec_fine")
+            return run_ar(config, self.dataset, self.tokens, vae, fine, folder, self.tracking)
+        codecs = (self.part("codec_fine"), self.part("codec_coarse"))
+        return run_dit(config, self.dataset, vae, folder, self.tokens, codecs, self.tracking, self.part("ar"))
+
+    def bundled(self, variant: Variant, trained: Path) -> Bundle:
+        """The bundle with the variant's part in place of its own."""
+        role = "dit_base" if variant.name == "text-only" else variant.stage
+        parts = {name: artifact.path for name, artifact in self.bundle.artifacts.items()} | {role: trained}
+        path = self.output / "bundles" / variant.name
+        if path.exists():
+            shutil.rmtree(path)
+        # the text encoder of a bundle lies in the bundle
+        return Bundle(save_bundle(path, self.config(variant), parts, self.bundle.text_identity))
+
+
+def measure_variant(
+    ablation: Ablation, variant: Variant, count: int, choices: dict[str, list[float]], tune_count: int, seed: int
+) -> list[RowResult]:
+    """Train (or find) one variant and measure its rows."""
+    outcome = ablation.train(variant)
+    bundle = ablation.bundled(variant, outcome.artifact.path)
+    output = ablation.output / variant.name
+    output.mkdir(parents=True, exist_ok=True)
+    rows = tuned(bundle, [parse_row(text) for text in variant.rows], choices, tune_count, seed)
+    evaluator = Evaluator(bundle, held_out_prompts(bundle, count), seed)
+    results = evaluate(evaluator, rows, output, label=variant.name, tracking=ablation.tracking)
+    facts = {"variant": variant.name, "what": variant.what, "loss": outcome.artifact.lineage.metrics.get("loss")}
+    write_results(output, evaluator, results, parts=costs(evaluator), **facts)
+    print(f"\n{variant.name}: {variant.what}\n\n{table(results, bundle.config.sampling)}\n", flush=True)
+    return results
+
+
+def chosen_variants(names: Sequence[str]) -> list[Variant]:
+    """Raises InputError for a name that is none."""
+    if unknown := [name for name in names if name not in NAMES]:
+        raise InputError(f"--variants {unknown[0]}: expected some of {', '.join(NAMES)}")
+    return [variant for variant in VARIANTS if variant.name in names]
+
+
+def check(bundle: Bundle, dataset: Path, tokens: Path) -> None:
+    """Raises InputError for a bundle that has not all that is compared."""
+    for name in ("ar", "dit", "dit_base"):
+        if name not in bundle.artifacts:
+            raise InputError(
+                f"--bundle {bundle.path}: has no {name}: the comparison needs a guided bundle with its base"
+            )
+    for folder, flag in ((dataset, "--dataset"), (tokens, "--tokens")):
+        if not (folder / "manifest.json").is_file():
+            raise InputError(f"{flag} {folder}: no manifest.json in it")
+    load_artifact(bundle.path / PARTS["dit_base"][0], "dit")
+
+
+def read_results(output: Path) -> list[dict[str, Any]]:
+    """results.json of every variant measured so far, in the order of VARIANTS."""
+    files = [output / name / "results.json" for name in NAMES]
+    return [json.loads(path.read_text()) for path in files if path.is_file()]
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser(__doc__ or "", output="runs/ablation", config=False)
+    flags.add_argument("--bundle", required=True, metavar="DIR", help="guided bundle with its text-only base")
+    flags.add_argument("--dataset", required=True, metavar="DIR", help="latents, by jobs/preprocess.py")
+    flags.add_argument("--tokens", required=True, metavar="DIR", help="tokens, by jobs/extract_tokens.py")
+    flags.add_argument("--variants", nargs="+", default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
+    flags.add_argument("--steps", type=int, default=500, help="training steps of every DiT (default: 500)")
+    flags.add_argument("--ar-steps", type=int, default=500, help="training steps of every AR (default: 500)")
+    flags.add_argument("--count", type=int, default=64, help="held-out captions (default: 64)")
+    flags.add_argument("--tune", action="append", default=[], metavar="OPTION=V,V", help="as for evaluate.py")
+    flags.add_argument("--tune-count", type=int, default=24, help="captions to choose on (default: 24)")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--docs", metavar="FILE", help="page to write, its pictures in a folder beside it")
+    arguments = flags.parse_args()
+    for name in ("steps", "ar_steps", "count", "tune_count"):
+        if (value := getattr(arguments, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    variants, choices = chosen_variants(arguments.variants), parse_choices(arguments.tune)
+    bundle = open_bundle(existing(arguments.bundle, "--bundle"))
+    dataset, tokens = existing(arguments.dataset, "--dataset"), existing(arguments.tokens, "--tokens")
+    check(bundle, dataset, tokens)
+    output = output_folder(arguments)
+    ablation = Ablation(
+        bundle, dataset, tokens, output, arguments.steps, arguments.ar_steps, Tracking(bundle.config, output)
+    )
+    failed = False
+    with connect(bundle.config):
+        for variant in variants:
+            results = measure_variant(ablation, variant, arguments.count, choices, arguments.tune_count, arguments.seed)
+            failed |= any(result.failures for result in results)
+    page = Path(arguments.docs).expanduser().absolute() if arguments.docs else output / "results.md"
+    write_page(page, output, read_results(output), arguments.steps)
+    print(page)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,65 @@
+"""Write a bundle that is small enough for the repository: AR and DiT in half precision, without the text-only DiT.
+
+`python jobs/pack_weights.py --bundle runs/tiny/bundle --output weights/tiny`
+
+VAE and codecs stay as they are: their fingerprints are what everything else was trained on. Lineage stays, too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from arlon_ray.artifact import save_artifact
+from arlon_ray.bundle import Bundle, save_bundle
+from jobs.command_line import InputError, existing, parser, run
+from jobs.generate import open_bundle
+
+HALVED = ("ar", "dit")
+LEFT_OUT = ("dit_base",)
+
+
+def pack(bundle: Bundle, output: Path) -> Path:
+    """Write the small bundle to `output`. What is there besides the bundle's own files (a README) stays."""
+    keep = {path.name: path.read_bytes() for path in output.glob("*.md")} if output.is_dir() else {}
+    with tempfile.TemporaryDirectory(prefix="arlon-pack-") as folder:
+        parts = {}
+        for name, artifact in bundle.artifacts.items():
+            if name in LEFT_OUT:
+                continue
+            parts[name] = artifact.path
+            if name in HALVED:
+                lineage = artifact.lineage
+                parts[name] = save_artifact(
+                    Path(folder) / name,
+                    kind=lineage.kind,
+                    config=artifact.config,
+                    tensors=artifact.tensors(),
+                    parents={**lineage.parents, "full_precision": artifact.fingerprint},
+                    metrics=lineage.metrics,
+                    key=lineage.key,
+                    dtype=torch.float16,
+                ).path
+        save_bundle(output, bundle.config, parts, bundle.text_identity)
+    for name, text in keep.items():
+        (output / name).write_bytes(text)
+    return output
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser(__doc__ or "", output="weights/tiny", config=False)
+    flags.add_argument("--bundle", required=True, metavar="DIR", help="model bundle")
+    arguments = flags.parse_args()
+    bundle = open_bundle(existing(arguments.bundle, "--bundle"))
+    if not bundle.guided:
+        raise InputError(f"--bundle {bundle.path}: is text-only; expected a guided bundle")
+    output = pack(bundle, Path(arguments.output).expanduser().absolute())
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""Weights for the repository, and MLflow runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arlon_ray.artifact import load_artifact
+from arlon_ray.bundle import Bundle
+from arlon_ray.config import TrainingConfig, load_config
+from arlon_ray.generation import VideoGenerator
+from jobs.tracking import Tracking
+from tests.bundles import make_random_bundle
+from tests.scripts import run_script
+
+
+def test_a_packed_bundle_is_small_whole_and_makes_the_same_video(tmp_path: Path) -> None:
+    bundle = make_random_bundle(tmp_path / "bundle")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "README.md").write_text("kept")
+    result = run_script("pack_weights", "--bundle", str(bundle), "--output", str(tmp_path / "packed"))
+    assert result.returncode == 0, result.stderr
+    whole, packed = Bundle(bundle), Bundle(tmp_path / "packed")
+    for name in ("ar", "dit"):
+        before, after = (part.artifacts[name] for part in (whole, packed))
+        assert (
+            after.path.joinpath("model.safetensors").stat().st_size
+            < 0.7 * before.path.joinpath("model.safetensors").stat().st_size
+        )
+        stored = after.tensors()
+        assert all(torch.allclose(stored[key], value, rtol=1e-3, atol=1e-6) for key, value in before.tensors().items())
+    assert packed.artifacts["ar"].lineage.parents["full_precision"] == whole.artifacts["ar"].fingerprint
+    assert packed.artifacts["vae"].fingerprint == whole.artifacts["vae"].fingerprint
+    assert (tmp_path / "packed" / "README.md").read_text() == "kept"
+    assert next(VideoGenerator(packed).generate(["a red circle"], 0)).shape == (34, 64, 64, 3)
+    again = run_script("pack_weights", "--bundle", str(tmp_path / "packed"), "--output", str(tmp_path / "twice"))
+    assert again.returncode == 0, again.stderr
+    assert load_artifact(tmp_path / "twice" / "ar", "ar").fingerprint
+
+
+def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracking, uri = Tracking(load_config("tiny"), tmp_path), f"sqlite:///{tmp_path}/mlflow.db"
+    for name, rate in (("ar", 0.1), ("ar", 0.2), ("dit", 0.3)):
+        training = TrainingConfig(steps=4, learning_rate=rate)
+        with tracking.stage(name, key=f"{name}{rate}", training=training, parents={"vae": f"v{rate}"}) as run:
+            for step in range(1, 5):
+                run.metrics(step, {"loss": rate / step})
+            run.picture("sampled", np.full((8, 8, 3), 200, np.uint8), 4)
+    page = tmp_path / "compare.html"
+    result = run_script("compare_runs", "--uri", uri, "--stage", "ar", "--output", str(page))
+    assert result.returncode == 0, result.stderr
+    text = page.read_text()
+    assert text.startswith("<!doctype html>") and "2 runs side by side" in text and "dit" not in result.stdout
+    # a curve of the loss, and a picture of each run
+    assert text.count("data:image/png") >= 3 and "<figcaption>loss</figcaption>" in text
+    assert "<tr class=differs><th>parent.vae</th><td>v0.2</td><td>v0.1</td></tr>" in text
+    assert "learning_rate" in text[text.index("Settings that differ") :]
+    for flags, expected in (
+        (["--experiment", "none"], "no such experiment"), (["--runs", "xyz"], "--runs xyz: no such run"),
+        (["--stage", "vae"], "no runs of stage vae"), (["--count", "0"], "--count 0"),
+    ):  # fmt: skip
+        refused = run_script("compare_runs", "--uri", uri, *flags)
+        assert refused.returncode == 2 and expected in refused.stderr and refused.stderr.count("\n") == 1
