@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -156,7 +157,13 @@ class CodecConfig(Section):
     width: int = Field(128, ge=8)
     blocks: int = Field(2, ge=0)
     encoder_kernel: Literal[1, 3] = Field(3, description="1: a token depends on its own patch alone, and is steadier")
-    metric: Literal["euclidean", "cosine"] = "euclidean"
+    metric: Literal["euclidean", "cosine"] = Field("euclidean", description="cosine: codes of unit length")
+    quantizer: Literal["ema", "rotation", "fsq"] = Field(
+        "ema",
+        description="ema: codes are moving averages; rotation: those, with the rotation trick's gradient; fsq: a fixed "
+        "grid of `levels`",
+    )
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((8, 8, 8), description="fsq: values of each code channel")
     ema_decay: float = Field(0.95, gt=0, lt=1)
     commitment_weight: float = Field(0.25, ge=0)
     dead_code_threshold: float = Field(1.0, ge=0, description="codes used less than this per batch are restarted")
@@ -169,6 +176,15 @@ class CodecConfig(Section):
             raise ValueError(f"patch[0]={self.patch[0]} must be 1 or {GROUP_LATENTS}: no token reaches across groups")
         if min(self.patch) < 1:
             raise ValueError(f"patch={list(self.patch)} must be 1 or more in each direction")
+        return self
+
+    @model_validator(mode="after")
+    def _grid_is_the_codebook(self) -> CodecConfig:
+        if self.quantizer == "fsq" and (prod(self.levels) != self.codebook_size or len(self.levels) != self.code_dim):
+            raise ValueError(
+                f"levels={list(self.levels)} make {prod(self.levels)} codes of {len(self.levels)}, but codebook_size="
+                f"{self.codebook_size} and code_dim={self.code_dim}"
+            )
         return self
 
 

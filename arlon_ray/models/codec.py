@@ -9,6 +9,7 @@ Legend: B batch, G groups, C latent channels, t×h×w latent grid (t = 5·G), t'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -52,7 +53,9 @@ class LatentCodec(nn.Module):
         self.from_code = nn.Conv3d(config.code_dim, width, 1)
         self.decoder = nn.ModuleList(GroupBlock(width, 3) for _ in range(config.blocks))
         self.fold_out = nn.Conv3d(width, folded, 1)
-        self.register_buffer("codebook", torch.zeros(config.codebook_size, config.code_dim))
+        fixed = config.quantizer == "fsq"
+        table = scalar_grid(config.levels) if fixed else torch.zeros(config.codebook_size, config.code_dim)
+        self.register_buffer("codebook", table)
 
     def grid(self, t: int, h: int, w: int) -> tuple[int, int, int]:
         """Token grid of a latent grid; the patches at its right and lower edge may reach beyond it.
@@ -77,7 +80,13 @@ class LatentCodec(nn.Module):
         for block in self.encoder:
             x = block(x)
         codes = rearrange(self.to_code(x), "n d t h w -> n t h w d")
+        if self.config.quantizer == "fsq":
+            return bounded(codes.float(), self.config.levels)
         return F.normalize(codes.float(), dim=-1) if self.config.metric == "cosine" else codes.float()
+
+    def nearest(self, codes_ND: Tensor) -> Tensor:
+        """The nearest codes' numbers [N]."""
+        return (self.codebook.square().sum(-1) - 2.0 * codes_ND @ self.codebook.T).argmin(-1)
 
     def rebuild(self, codes_NthwD: Tensor, batch: int, size: tuple[int, int] | None = None) -> Tensor:
         """Latents [B, C, t, h, w] of quantised codes [B·G, t'/G, h', w', D]; `size` (h, w): see `decode`."""
@@ -96,8 +105,7 @@ class LatentCodec(nn.Module):
     def encode(self, latents_BCthw: Tensor) -> Tensor:
         """Tokens int64 [B, t', h', w']: the nearest code of each feature. ValueError if the grid does not fit."""
         codes = self.features(latents_BCthw)
-        distance = self.codebook.square().sum(-1) - 2.0 * codes @ self.codebook.T
-        return rearrange(distance.argmin(-1), "(b g) t h w -> b (g t) h w", b=len(latents_BCthw))
+        return rearrange(self.nearest(codes), "(b g) t h w -> b (g t) h w", b=len(latents_BCthw))
 
     @torch.no_grad()
     def decode(self, tokens_Bthw: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -113,6 +121,18 @@ class LatentCodec(nn.Module):
         codes = self.codebook[tokens_Bthw.long()]
         per_group = GROUP_LATENTS // self.config.patch[0]
         return self.rebuild(rearrange(codes, "b (g t) h w d -> (b g) t h w d", t=per_group), len(tokens_Bthw), size)
+
+
+def scalar_grid(levels: Sequence[int]) -> Tensor:
+    """All codes [K, D] of finite scalar quantisation (FSQ, Mentzer et al. 2023): evenly spaced levels in [−1, 1]."""
+    axes = [torch.linspace(-1, 1, count) for count in levels]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def bounded(codes: Tensor, levels: Sequence[int]) -> Tensor:
+    """Into [−1, 1], and half a level beyond, so that the outer levels are as wide as the others."""
+    reach = torch.tensor([count / (count - 1) for count in levels], device=codes.device)
+    return torch.tanh(codes) * reach
 
 
 def load_codec(path: str | Path, device: str | torch.device = "cpu") -> LatentCodec:

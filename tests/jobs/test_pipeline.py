@@ -16,6 +16,7 @@ from arlon_ray.artifact import load_artifact
 from arlon_ray.bundle import load_bundle
 from arlon_ray.config import load_config
 from arlon_ray.generation.video import read_video
+from benchmarks.codebooks import main as compare_codebooks
 from data_pipeline.synthetic import write_samples
 from tests.bundles import SMALL
 
@@ -78,6 +79,8 @@ def test_raw_video_to_served_video_and_again(videos: Path, tmp_path: Path) -> No
     assert lineage.parents["dit_init"] == bundle.artifacts["dit_base"].fingerprint
     _check_runs(output)
 
+    _check_ablation(output, tmp_path / "ablation")
+    _check_codebooks(output, tmp_path / "codebooks.json")
     third = subprocess.Popen(
         command(output, videos), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -90,6 +93,34 @@ def test_raw_video_to_served_video_and_again(videos: Path, tmp_path: Path) -> No
             break
     third.communicate(timeout=120)
     assert "samples/s" not in seen and time.monotonic() - begin < 60, f"something was done again: {seen}"
+
+
+def _check_ablation(output: Path, results: Path) -> None:
+    """Two variants of the pipeline's own bundle, and the page."""
+    parts = ["--bundle", output / "bundle", "--dataset", output / "dataset", "--tokens", output / "tokens"]
+    flags = ["--steps", "2", "--ar-steps", "2", "--count", "2", "--output", results, "--docs", results / "page.md"]
+    command = [sys.executable, ROOT / "jobs" / "ablate.py", *parts, *flags, "--variants", "controlnet", "ar-frame"]
+    ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    page = (results / "page.md").read_text()
+    assert "| controlnet | guided@5 |" in page and "| ar-frame | guided@5 |" in page
+    base = load_bundle(output / "bundle").artifacts["dit_base"].fingerprint
+    trained = load_artifact(results / "models" / "controlnet", "dit")
+    assert trained.lineage.parents["dit_init"] == base and trained.config["injection"]["kind"] == "controlnet"
+    assert load_artifact(results / "models" / "ar-frame", "ar").config["block"] == [4, 4]
+    found = json.loads((results / "controlnet" / "results.json").read_text())
+    assert found["rows"]["true-tokens@5"]["videos"] == 2 and found["parts"]["dit guided, a step"]["flops"] > 0
+
+
+def _check_codebooks(output: Path, written: Path) -> None:
+    """The comparison of codebooks on the pipeline's dataset, at sizes that show only that it runs whole."""
+    vae = load_bundle(output / "bundle").path / "vae"
+    sizes = [f"vqvae.fine.{setting}" for setting in ("training.batch_size=4", "training.held_out=2", "width=16")]
+    flags = ["--dataset", output / "dataset", "--vae", vae, "--steps", "3", "--scenes", "2", "--output", written]
+    flags += ["--kinds", "cosine", "fsq 8·8·8", *(word for setting in sizes for word in ("--set", setting))]
+    found = compare_codebooks([str(flag) for flag in flags])["codebooks"]
+    assert list(found) == ["cosine", "fsq 8·8·8"] and json.loads(written.read_text())["codebooks"] == found
+    assert all(0 <= row["kept_direction"] <= 1 and row["relative_error"] > 0 for row in found.values())
 
 
 def _check_runs(output: Path) -> None:

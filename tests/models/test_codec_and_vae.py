@@ -88,6 +88,20 @@ def test_tokens_are_the_nearest_codes() -> None:
     assert torch.equal(model.encode(latents)[0], nearest)
 
 
+def test_finite_scalar_codes_are_a_grid_and_the_nearest_of_them_is_rounding() -> None:
+    config = CodecConfig(quantizer="fsq", levels=(5, 4), code_dim=2, codebook_size=20, width=16, blocks=1)
+    model = LatentCodec(config, 4).eval()
+    assert model.codebook.shape == (20, 2) and model.codebook.unique(dim=0).shape == (20, 2)
+    latents = 3 * torch.randn(2, 4, 5, 4, 4)
+    features = model.features(latents)
+    chosen = model.codebook[model.encode(latents)].reshape(features.shape)
+    steps = torch.tensor([2 / 4, 2 / 3])
+    rounded = ((features + 1) / steps).round().clamp(torch.zeros(2), torch.tensor([4.0, 3.0])) * steps - 1
+    assert torch.allclose(chosen, rounded, atol=1e-5)
+    with pytest.raises(ValueError, match="make 20 codes of 2, but codebook_size=512 and code_dim=16"):
+        CodecConfig(quantizer="fsq", levels=(5, 4))
+
+
 def test_foreign_tokens_and_grids_are_refused() -> None:
     model = codec((1, 2, 2))
     with pytest.raises(ValueError, match="expected 0 to 63"):

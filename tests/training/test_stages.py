@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from arlon_ray.artifact import ArtifactError, load_artifact
-from arlon_ray.config import load_config
-from arlon_ray.training.stages.codec import usage
+from arlon_ray.config import CodecConfig, load_config
+from arlon_ray.models.codec import load_codec
+from arlon_ray.training.loop import train_locally
+from arlon_ray.training.stages.codec import CodecStage, usage
 from arlon_ray.training.stages.dit import DitObjective, DitPaths, DitStage
 from arlon_ray.training.stages.latents import cut, group_window, trimmed
 from tests.bundles import SMALL, make_random_parts, small_config
+from tests.training.recording import Recorder
 from tests.training.sources import ToySource
 
 
@@ -118,6 +121,29 @@ def test_an_ar_draws_the_tokens_of_the_samples_chosen_for_it(parts: dict[str, Pa
     assert torch.equal(fine[~chosen], tokens[0][~chosen]) and torch.equal(coarse, tokens[1])
     assert (fine[chosen] != tokens[0][chosen]).float().mean() > 0.5  # random weights rarely hit
     assert not objective.ar.training and int(fine.max()) < config.vqvae.fine.codebook_size
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"metric": "cosine"}, {"quantizer": "rotation"}, {"quantizer": "fsq", "levels": (4, 4, 2), "code_dim": 3}],
+    ids=["cosine", "rotation", "fsq"],
+)
+def test_every_quantiser_learns_and_its_artefact_codes_the_same(
+    changes: dict[str, object], parts: dict[str, Path], tmp_path: Path
+) -> None:
+    config = small_config()
+    training = config.vqvae.fine.training.model_copy(update={"steps": 30, "batch_size": 8, "warmup_steps": 2})
+    fine = CodecConfig.model_validate({**config.vqvae.fine.model_dump(), **changes, "training": training.model_dump()})
+    stage = CodecStage(fine, "fine", 8, ToySource(config, 8), parts["vae"], {"vae": "x"}, 0)
+    recorder = Recorder()
+    result = train_locally(stage, tmp_path / "codec", reporter=recorder)
+    assert recorder.values[30]["relative_error"] < recorder.values[1]["relative_error"]
+    codec, latents = load_codec(tmp_path / "codec"), ToySource(config, 8).batch(99, 0, 1)["latents"]
+    tokens = codec.encode(latents)
+    error = (codec.decode(tokens) - latents).square().mean() / latents.var()
+    assert float(error) < 1.05 and result.artifact.lineage.metrics["relative_error"] < 1.05
+    if fine.metric == "cosine":
+        assert torch.allclose(codec.codebook.norm(dim=-1), torch.ones(32), atol=1e-3)
 
 
 def test_codebook_usage() -> None:

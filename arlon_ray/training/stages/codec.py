@@ -30,29 +30,15 @@ class CodecObjective(nn.Module):
     """Mean squared error of the rebuilt latents (which have unit variance) plus the commitment loss."""
 
     def __init__(self, config: CodecConfig, latent_channels: int) -> None:
-        from vector_quantize_pytorch import VectorQuantize
-
         super().__init__()
         self.codec = LatentCodec(config, latent_channels)
-        self.quantizer = VectorQuantize(
-            dim=config.code_dim,
-            codebook_size=config.codebook_size,
-            decay=config.ema_decay,
-            commitment_weight=config.commitment_weight,
-            threshold_ema_dead_code=config.dead_code_threshold,
-            kmeans_init=True,
-            kmeans_iters=10,
-            use_cosine_sim=config.metric == "cosine",
-            rotation_trick=False,
-        )
+        self.quantizer = None if config.quantizer == "fsq" else _quantizer(config)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
         """Squared error of the rebuilt latents, and the commitment loss."""
         latents = batch["latents"]
         features = self.codec.features(latents)
-        with torch.autocast(features.device.type, enabled=False):
-            quantized, indices, commitment = self.quantizer(features.flatten(1, 3))
-        self.codec.codebook.copy_(self.quantizer.codebook.detach())
+        quantized, indices, commitment = self._quantized(features.flatten(1, 3))
         rebuilt = self.codec.rebuild(quantized.view_as(features), len(latents), tuple(latents.shape[3:]))
         error = F.mse_loss(rebuilt, latents)
         used = indices.unique().numel() / len(self.codec.codebook)
@@ -62,6 +48,33 @@ class CodecObjective(nn.Module):
             "codebook_used_in_batch": torch.tensor(used),
         }
         return Losses(error + commitment.mean(), metrics)
+
+    def _quantized(self, features_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [N, L, D] with a gradient to the features, their numbers [N, L], and the commitment loss."""
+        if self.quantizer is None:
+            indices = self.codec.nearest(features_NLD)
+            codes = self.codec.codebook[indices]
+            return features_NLD + (codes - features_NLD).detach(), indices, features_NLD.new_zeros(())
+        with torch.autocast(features_NLD.device.type, enabled=False):
+            quantized, indices, commitment = self.quantizer(features_NLD)
+        self.codec.codebook.copy_(self.quantizer.codebook.detach())
+        return quantized, indices, commitment
+
+
+def _quantizer(config: CodecConfig) -> Any:
+    from vector_quantize_pytorch import VectorQuantize
+
+    return VectorQuantize(
+        dim=config.code_dim,
+        codebook_size=config.codebook_size,
+        decay=config.ema_decay,
+        commitment_weight=config.commitment_weight,
+        threshold_ema_dead_code=config.dead_code_threshold,
+        kmeans_init=True,
+        kmeans_iters=10,
+        use_cosine_sim=config.metric == "cosine",
+        rotation_trick=config.quantizer == "rotation",
+    )
 
 
 class CodecStage:
