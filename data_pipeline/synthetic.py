@@ -13,7 +13,6 @@ from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -90,6 +89,8 @@ def _distance(
 
 def write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
     """Write [T,H,W,3] as H.264 (yuv420p, one GOP a group), atomically. Chroma is fine enough to keep colours."""
+    import av  # rendering alone needs no video library
+
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with av.open(str(partial), "w", format="mp4") as container:
