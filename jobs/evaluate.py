@@ -19,7 +19,7 @@ from arlon_ray.config import GROUP_FRAMES
 from arlon_ray.evaluation.cost import weights, work
 from arlon_ray.evaluation.metrics import summary
 from arlon_ray.evaluation.scenes import Frames
-from arlon_ray.evaluation.tokens import token_figures
+from arlon_ray.evaluation.tokens import guide_errors, token_figures
 from arlon_ray.generation import default_options
 from arlon_ray.generation.video import contact_sheet, write_video
 from data_pipeline.manifest import settings_key
@@ -226,7 +226,9 @@ def main() -> None:
     more: dict[str, Any] = {}
     if bundle.guided and all(prompt.scene is not None for prompt in prompts):
         latents = [evaluator.latents(scene) for scene in evaluator.scenes]
-        more["tokens"] = token_figures(bundle, latents, [prompt.text for prompt in prompts])
+        texts = [prompt.text for prompt in prompts]
+        more["tokens"] = token_figures(bundle, latents, texts)
+        more["guide_errors"] = guide_errors(bundle, latents, texts, arguments.seed)
     if arguments.costs:
         more["parts"] = costs(evaluator)
     write_results(output, evaluator, results, **more)
@@ -234,6 +236,9 @@ def main() -> None:
     print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table(results, bundle.config.sampling)}\n")
     if "tokens" in more:
         print("\n".join(f"{name} {value:.4g}" for name, value in more["tokens"].items()), end="\n\n")
+        for name in ("ar", "coarse", "wrong"):
+            error = more["guide_errors"][name]
+            print(f"guide of {name} tokens: error {error['error']:.3f}, in statistics {error['statistics']:.0%}")
     if "parts" in more:
         print(costs_table(more["parts"]), end="\n\n")
     print(output / "results.json")

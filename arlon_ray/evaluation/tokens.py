@@ -6,6 +6,7 @@ Legend: N videos, C latent channels, t×h×w latent grid, t'×h'×w' token grid,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,3 +90,54 @@ def error_profile(
         "loss": [float(surprise_thw[t].mean()) for t in frames],
         "beside": [float(beside[differ].float().mean()) if differ.any() else float("nan")],
     }
+
+
+@torch.no_grad()
+def guide_errors(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """How the guide ẑ that the DiT sees differs from that of the true tokens, by what it was made from.
+
+    `ar`: tokens that the AR draws, each given the true ones before it; `coarse`: the coarse codec's, on which the DiT
+    trains; `wrong`: the true ones with as many wrong ones as the AR has, evenly spread. Of each, `error` relative to
+    the variance of ẑ, and `statistics`: the share of it that a change of every channel's mean and deviation explains,
+    which is all that uncertainty sampling imitates. And the AR's `profile` (`error_profile`), averaged over videos.
+    """
+    fine, coarse = bundle.codec, load_codec(bundle.path / "vqvae" / "coarse", bundle.device)
+    generator = torch.Generator(device=bundle.device).manual_seed(seed)
+    found: dict[str, list[tuple[float, float]]] = {"ar": [], "coarse": [], "wrong": []}
+    profiles = []
+    for number, (latent, text) in enumerate(zip(latents, texts, strict=True)):
+        size = (latent.shape[3], latent.shape[4])
+        true = fine.encode(latent)
+        chances = bundle.ar(*bundle.text.encode([text]), true).float().softmax(-1)
+        drawn = torch.multinomial(chances.flatten(0, 3), 1, generator=generator).view_as(true)
+        surprise = -chances.gather(-1, true[..., None])[..., 0].clamp(min=1e-9).log()
+        profiles.append(error_profile(fine, true[0], drawn[0], surprise[0]))
+        share = float((drawn != true).float().mean())
+        other = wrong_tokens(true.cpu().numpy(), share, len(fine.codebook), seed + number)
+        guides = {
+            "ar": fine.decode(drawn, size),
+            "coarse": coarse.decode(coarse.encode(latent), size),
+            "wrong": fine.decode(torch.from_numpy(other).to(true.device), size),
+        }
+        reference = fine.decode(true, size)
+        for name, guide in guides.items():
+            found[name].append(_guide_error(guide, reference))
+    result: dict[str, Any] = {
+        name: dict(zip(("error", "statistics"), np.nanmean(np.array(pairs), axis=0).tolist(), strict=True))
+        for name, pairs in found.items()
+    }
+    result["profile"] = {
+        name: np.nanmean(np.array([profile[name] for profile in profiles]), axis=0).tolist() for name in profiles[0]
+    }
+    return result
+
+
+def _guide_error(guide: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Error relative to the variance, and the share of it that an affine map of every channel takes away."""
+    ours, true = guide[0].flatten(1).double(), reference[0].flatten(1).double()
+    error = (ours - true).square().mean()
+    spread = true - true.mean(1, keepdim=True)
+    slope = (ours * spread).sum(1, keepdim=True) / spread.square().sum(1, keepdim=True).clamp(min=1e-9)
+    fitted = ours.mean(1, keepdim=True) + slope * spread
+    explained = float((fitted - true).square().mean() / error) if error > 0 else float("nan")
+    return float(error / true.var()), explained

@@ -10,7 +10,7 @@ import torch
 
 from arlon_ray.bundle import Bundle
 from arlon_ray.evaluation.cost import weights, work
-from arlon_ray.evaluation.tokens import error_profile, token_figures, wrong_tokens
+from arlon_ray.evaluation.tokens import _guide_error, error_profile, guide_errors, token_figures, wrong_tokens
 from tests.bundles import make_random_bundle
 
 
@@ -51,6 +51,17 @@ def test_errors_are_found_where_they_are(bundle: Bundle) -> None:
     apart = (bundle.codec.codebook[5] - bundle.codec.codebook[0]).norm() / torch.pdist(bundle.codec.codebook).mean()
     assert profile["distance"][1] == pytest.approx(float(apart), rel=1e-4) and math.isnan(profile["distance"][0])
     assert profile["loss"] == pytest.approx([math.log(2)] * 4)
+
+
+def test_what_kind_of_error_a_guide_has(bundle: Bundle) -> None:
+    latents = [torch.randn(1, 8, 10, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    found = guide_errors(bundle, latents, ["a", "b"])
+    assert all(found[name]["error"] > 0 and 0 <= found[name]["statistics"] <= 1 for name in ("ar", "coarse", "wrong"))
+    assert len(found["profile"]["wrong"]) == 10 and 0.5 < np.mean(found["profile"]["wrong"]) <= 1  # random weights
+    reference = torch.randn(1, 8, 10, 8, 8)
+    scaled = reference * torch.linspace(0.5, 2, 8).view(8, 1, 1, 1) + 3
+    assert _guide_error(scaled, reference)[1] == pytest.approx(1.0, abs=1e-6)
+    assert _guide_error(reference + torch.randn_like(reference), reference)[1] < 0.05
 
 
 def test_cost_counts_multiplications_and_living_storage() -> None:
