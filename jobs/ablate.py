@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arlon_ray.artifact import load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, override
 from jobs.command_line import InputError, existing, output_folder, parser, run
@@ -71,7 +70,6 @@ class Ablation:
         path = self.output / "bundles" / variant.name
         if path.exists():
             shutil.rmtree(path)
-        # the text encoder of a bundle lies in the bundle
         return Bundle(save_bundle(path, self.config(variant), parts, self.bundle.text_identity))
 
 
@@ -109,7 +107,6 @@ def check(bundle: Bundle, dataset: Path, tokens: Path) -> None:
     for folder, flag in ((dataset, "--dataset"), (tokens, "--tokens")):
         if not (folder / "manifest.json").is_file():
             raise InputError(f"{flag} {folder}: no manifest.json in it")
-    load_artifact(bundle.path / PARTS["dit_base"][0], "dit")
 
 
 def read_results(output: Path) -> list[dict[str, Any]]:
