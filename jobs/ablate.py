@@ -109,10 +109,10 @@ def check(bundle: Bundle, dataset: Path, tokens: Path) -> None:
             raise InputError(f"{flag} {folder}: no manifest.json in it")
 
 
-def read_results(output: Path) -> list[dict[str, Any]]:
-    """results.json of every variant measured so far, in the order of VARIANTS."""
+def read_results(output: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and results.json of every variant measured so far, in the order of VARIANTS."""
     files = [output / name / "results.json" for name in NAMES]
-    return [json.loads(path.read_text()) for path in files if path.is_file()]
+    return [(path.parent, json.loads(path.read_text())) for path in files if path.is_file()]
 
 
 def main() -> None:
@@ -147,7 +147,8 @@ def main() -> None:
             results = measure_variant(ablation, variant, arguments.count, choices, arguments.tune_count, arguments.seed)
             failed |= any(result.failures for result in results)
     page = Path(arguments.docs).expanduser().absolute() if arguments.docs else output / "results.md"
-    write_page(page, output, read_results(output), arguments.steps)
+    told = f"`jobs/ablate.py`: every DiT has one text-only start, {arguments.steps} steps, the same data and seed."
+    write_page(page, read_results(output), told)
     print(page)
     if failed:
         raise SystemExit(1)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,12 +33,14 @@ from jobs.evaluation import (
     Row,
     RowResult,
     check_options,
+    costs_table,
     held_out_prompts,
     parse_row,
     read_prompts,
     table,
 )
 from jobs.generate import open_bundle
+from jobs.results_page import write_page
 from jobs.tracking import Tracking
 
 DEFAULT_ROWS = ("truth", "text-only@30", "text-only@5", "guided@5", "true-tokens@5")
@@ -164,18 +167,6 @@ def costs(evaluator: Evaluator) -> dict[str, dict[str, float]]:
     return parts
 
 
-def costs_table(parts: Mapping[str, Mapping[str, float]]) -> str:
-    """The costs as a Markdown table."""
-    lines = ["| part | parameters | weights | GFLOP | peak memory |", "|---|---|---|---|---|"]
-    for name, cost in parts.items():
-        figures = (
-            f"{cost['parameters'] / 1e6:.2f} M", f"{cost['weight_bytes'] / 2**20:.1f} MiB",
-            f"{cost['flops'] / 1e9:.2f}", f"{cost['peak_bytes'] / 2**20:.1f} MiB",
-        )  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
 def parse_choices(texts: Sequence[str]) -> dict[str, list[float]]:
     """`--tune NAME=VALUE,VALUE…`. Raises InputError."""
     choices = {}
@@ -207,6 +198,7 @@ def main() -> None:
     )
     flags.add_argument("--tune-count", type=int, default=32, help="captions to choose on (default: 32)")
     flags.add_argument("--costs", action="store_true", help="also parameters, operations and memory of each part")
+    flags.add_argument("--docs", metavar="FILE", help="page to write, its pictures in a folder beside it")
     flags.add_argument("--export-vbench", metavar="DIR", help="also write the videos in the layout of the VBench tool")
     arguments = flags.parse_args()
     rows, choices = [parse_row(text) for text in arguments.rows], parse_choices(arguments.tune)
@@ -232,6 +224,11 @@ def main() -> None:
     if arguments.costs:
         more["parts"] = costs(evaluator)
     write_results(output, evaluator, results, **more)
+    if arguments.docs:
+        page = Path(arguments.docs).expanduser().absolute()
+        written = json.loads((output / "results.json").read_text())
+        found = {**written, "variant": "bundle", "what": "the bundle that was measured"}
+        write_page(page, [(output, found)], f"`jobs/evaluate.py` on the bundle `{Path(arguments.bundle).name}`.")
     frames = bundle.config.segment.groups * GROUP_FRAMES
     print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table(results, bundle.config.sampling)}\n")
     if "tokens" in more:

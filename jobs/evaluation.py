@@ -290,3 +290,15 @@ def table(results: Sequence[RowResult], sampling: SamplingConfig) -> str:
 
 def _cell(value: Mapping[str, float] | None) -> str:
     return "–" if value is None else f"{value['mean']:.3f} ±{(value['high'] - value['low']) / 2:.3f}"
+
+
+def costs_table(parts: Mapping[str, Mapping[str, float]]) -> str:
+    """The costs as a Markdown table."""
+    lines = ["| part | parameters | weights | GFLOP | peak memory |", "|---|---|---|---|---|"]
+    for name, cost in parts.items():
+        figures = (
+            f"{cost['parameters'] / 1e6:.2f} M", f"{cost['weight_bytes'] / 2**20:.1f} MiB",
+            f"{cost['flops'] / 1e9:.2f}", f"{cost['peak_bytes'] / 2**20:.1f} MiB",
+        )  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return "\n".join(lines)

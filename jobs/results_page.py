@@ -1,14 +1,14 @@
-"""The page of results that `jobs/ablate.py` writes: tables, the plot of wrong tokens, strips of pictures, failures."""
+"""The page that `evaluate.py` and `ablate.py` write: tables, the plot of wrong tokens, pictures, failures."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arlon_ray.evaluation.metrics import DIMENSIONS
-from jobs.evaluate import costs_table
+from jobs.evaluation import Row, costs_table
 
 Found = Mapping[str, Any]
 #: Metrics whose decline is plotted against the share of wrong tokens.
@@ -16,30 +16,38 @@ PLOTTED = ("action", "multiple_objects", "spatial_relationship")
 #: Rows of which pictures are shown.
 PICTURED = ("text-only@30", "guided@5", "true-tokens@5")
 WRONG = "true-tokens@5:wrong="
+#: Variants that are the whole method.
+WHOLE = ("full", "bundle")
+FEW = ("guided@3", "guided@5", "guided@6")
 
 
-def write_page(page: Path, output: Path, found: Sequence[Found], steps: int) -> None:
-    """Write `page` and its pictures (`<name of the page>/`) from what every variant's results.json holds."""
+def write_page(page: Path, found: Sequence[tuple[Path, Found]], told: str) -> None:
+    """Write `page` and its pictures (in a folder of its name) from folders of results and their results.json.
+
+    `told` says what was trained and how.
+    """
+    folders, results = [folder for folder, _ in found], [result for _, result in found]
     pictures = page.parent / page.stem
     pictures.mkdir(parents=True, exist_ok=True)
     lines = [
         "# Results",
         "",
-        "Written by `jobs/ablate.py`. Every DiT starts from one text-only DiT and gets the same "
-        f"{steps} steps, data and seed; `@N`: denoising steps; ±: half of the 95 % bootstrap interval over "
-        f"{max(result['prompts'] for result in found)} held-out captions; guidance: text / tokens / AR.",
+        f"{told} `@N`: denoising steps; ±: half of the 95 % bootstrap interval over "
+        f"{max(result['prompts'] for result in results)} held-out captions; guidance: text / tokens / AR.",
         "",
-        *_table(found),
+        *_table(results),
         "",
     ]
-    if (compared := _comparison(found)) is not None:
+    if (compared := _comparison(results)) is not None:
         lines += ["## Guided in few steps against text-only in 30", "", *compared, ""]
-    if _plot(pictures / "wrong_tokens.png", found):
+    if _plot(pictures / "wrong_tokens.png", results):
         lines += ["## Wrong tokens", "", f"![quality against wrong tokens]({page.stem}/wrong_tokens.png)", ""]
-    for result in found:
-        if result["variant"] == "full" and "parts" in result:
+    for result in results:
+        if result["variant"] in WHOLE and "parts" in result:
             lines += ["## What each part costs", "", costs_table(result["parts"]), ""]
-    lines += _pictures(page, output, pictures, found)
+        if "tokens" in result:
+            lines += ["## Tokens", "", *_tokens(result), ""]
+    lines += _pictures(page, pictures, zip(folders, results, strict=True))
     page.write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -71,7 +79,7 @@ def _table(found: Sequence[Found]) -> list[str]:
 
 
 def _loss(result: Found) -> str:
-    return "–" if result.get("loss") is None else f"{result['loss']:.4f}"
+    return "" if result.get("loss") is None else f"; held-out loss {result['loss']:.4f}"
 
 
 def _cell(value: Found | None) -> str:
@@ -80,11 +88,12 @@ def _cell(value: Found | None) -> str:
 
 def _comparison(found: Sequence[Found]) -> list[str] | None:
     """On how many of VBench's dimensions the method in at most 6 steps is better than text-only in 30."""
-    rows = {(variant, name): row for variant, name, row in _rows(found)}
-    base, ours = rows.get(("text-only", "text-only@30")), rows.get(("full", "guided@5"))
-    if base is None or ours is None:
+    base = next((row for _, name, row in _rows(found) if _plain(name) == "text-only@30"), None)
+    few = [(name, row) for variant, name, row in _rows(found) if variant in WHOLE and _plain(name) in FEW]
+    if base is None or not few:
         return None
-    lines = ["| dimension | text-only@30 | guided@5 | difference |", "|---|---|---|---|"]
+    chosen, ours = few[-1]
+    lines = [f"| dimension | text-only@30 | {_plain(chosen)} | difference |", "|---|---|---|---|"]
     better, worst = 0, 0.0
     for name in DIMENSIONS:
         if name in base["metrics"] and name in ours["metrics"]:
@@ -93,10 +102,43 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
             worst = min(worst, own - theirs)
             lines.append(f"| {name} | {theirs:.3f} | {own:.3f} | {own - theirs:+.3f} |")
     faster = base["seconds"] / ours["seconds"]
-    told = (
-        f"Better on {better} of {len(lines) - 2}, at worst {worst:+.3f}; {faster:.2f} times as fast, the AR included."
-    )
-    return [*lines, "", told]
+    summed = f"Better on {better} of {len(lines) - 2}, at worst {worst:+.3f}; {faster:.2f} times as fast, AR included."
+    return [*lines, "", summed]
+
+
+def _plain(name: str) -> str:
+    """A row's name without guidance scales that were chosen for it; other options make it another row."""
+    return ":".join(part for part in name.split(":") if "guidance_scale=" not in part)
+
+
+def _tokens(result: Found) -> list[str]:
+    figures, errors = result["tokens"], result["guide_errors"]
+    lines = ["| figure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in figures.items())]
+    lines += [
+        "",
+        "The guide of the DiT against that of the true tokens: error relative to its variance, and the share that",
+        "a change of every channel's mean and deviation explains (all that uncertainty sampling imitates).",
+        "",
+        "| tokens | error | in statistics |",
+        "|---|---|---|",
+    ]
+    told = {
+        "ar": "drawn by the AR, each given the true ones before it",
+        "coarse": "of the coarse codec",
+        "wrong": "as many wrong ones as the AR's, evenly spread",
+    }
+    for name, what in told.items():
+        lines.append(f"| {what} | {errors[name]['error']:.3f} | {errors[name]['statistics']:.0%} |")
+    profile = errors["profile"]
+    frames = ", ".join(f"{share:.2f}" for share in profile["wrong"])
+    distance = float(sum(profile["distance"]) / len(profile["distance"]))
+    return [
+        *lines,
+        "",
+        f"Share of tokens that the AR draws otherwise, by latent frame: {frames}. They lie {distance:.2f}",
+        "times as far from the true code as two random codes; "
+        f"{profile['beside'][0]:.0%} of them have another one directly before or after.",
+    ]
 
 
 def _plot(path: Path, found: Sequence[Found]) -> bool:
@@ -104,7 +146,7 @@ def _plot(path: Path, found: Sequence[Found]) -> bool:
         result["variant"]: sorted(
             (float(name.removeprefix(WRONG)) if name.startswith(WRONG) else 0.0, row["metrics"])
             for name, row in result["rows"].items()
-            if "metrics" in row and (name == "true-tokens@5" or name.startswith(WRONG))
+            if "metrics" in row and (_plain(name) == "true-tokens@5" or name.startswith(WRONG))
         )
         for result in found
     }
@@ -129,19 +171,20 @@ def _plot(path: Path, found: Sequence[Found]) -> bool:
     return True
 
 
-def _pictures(page: Path, output: Path, pictures: Path, found: Sequence[Found]) -> list[str]:
+def _pictures(page: Path, pictures: Path, found: Iterable[tuple[Path, Found]]) -> list[str]:
     lines = ["## Pictures", "", "Six held-out captions, each a row of eight frames.", ""]
-    for result in found:
+    failures: list[str] = []
+    for folder, result in found:
         for name in result["rows"]:
-            stem = name.replace("@", "-")
-            source, target = output / result["variant"] / f"{stem}.png", pictures / f"{result['variant']}-{stem}.png"
-            if name in PICTURED and result["variant"] in ("text-only", "full") and source.is_file():
+            stem = Row(name, "").file_name
+            source, target = folder / f"{stem}.png", pictures / f"{result['variant']}-{stem}.png"
+            if _plain(name) in PICTURED and result["variant"] in ("text-only", *WHOLE) and source.is_file():
                 shutil.copyfile(source, target)
                 lines += [f"{result['variant']}, {name}", "", f"![{name}]({page.stem}/{target.name})", ""]
-    failures = output / "full" / "guided-5-failures.png"
-    if failures.is_file():
-        shutil.copyfile(failures, pictures / "failures.png")
-        told = (failures.with_suffix(".txt")).read_text().splitlines()
-        lines += ["## Failures of guided@5", "", f"![failures]({page.stem}/failures.png)", ""]
-        lines += [f"{number}. {text}" for number, text in enumerate(told, start=1)] + [""]
-    return lines
+            wrong = folder / f"{stem}-failures.png"
+            if _plain(name) == "guided@5" and result["variant"] in WHOLE and wrong.is_file():
+                shutil.copyfile(wrong, pictures / "failures.png")
+                told = wrong.with_suffix(".txt").read_text().splitlines()
+                failures = ["## Failures of guided@5", "", f"![failures]({page.stem}/failures.png)", ""]
+                failures += [f"{number}. {text}" for number, text in enumerate(told, start=1)] + [""]
+    return lines + failures

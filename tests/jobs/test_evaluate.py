@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     rows = ["truth", "vae", "text-only@2", "guided@2", "guided@2:start=0.5", "true-tokens@1:wrong=0.3"]
     flags = ["--bundle", str(bundle), "--rows", *rows, "--count", "3", "--output", str(tmp_path / "out")]
     flags += ["--tune", "guidance_scale=1,2", "--tune", "ar_guidance_scale=1", "--tune-count", "1", "--costs"]
+    flags += ["--docs", str(tmp_path / "docs" / "results.md")]
+    (tmp_path / "docs").mkdir()
     result = run_script("evaluate", *flags, "--export-vbench", str(tmp_path / "vbench"))
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -47,6 +50,9 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     assert (tmp_path / "out" / "guided-2.png").stat().st_size > 1000
     assert (tmp_path / "out" / "guided-2-failures.png").exists()
     assert len((tmp_path / "out" / "guided-2-failures.txt").read_text().splitlines()) == 3
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "## What each part costs" in page and "| fine_latent_error |" in page and "## Pictures" in page
+    assert all((tmp_path / "docs" / name).is_file() for name in re.findall(r"\]\((results/[^)]+)\)", page))
     videos = sorted((tmp_path / "vbench" / "guided-2").iterdir())
     assert len(videos) == 3 and read_video(videos[0]).shape == (34, 64, 64, 3)
     client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
