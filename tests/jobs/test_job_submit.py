@@ -29,6 +29,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def submit_when_ready(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Submit a job; on a busy machine the head answers before its agent is there to take one."""
+    deadline = time.monotonic() + 60
+    while True:
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        if "No available agent" not in ended.stdout + ended.stderr or time.monotonic() > deadline:
+            return ended
+        time.sleep(2)
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node in a process group of its own, so that ending it touches no other Ray."""
@@ -62,10 +72,10 @@ def test_a_submitted_job_does_what_it_does_alone(cluster: tuple[str, dict[str, s
     address, environment = cluster
     write_samples(tmp_path / "videos", 6, 0, load_config("tiny").video, (2,))
     output = tmp_path / "dataset"
-    submitted = subprocess.run(
+    submitted = submit_when_ready(
         [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--",
          "python", "jobs/preprocess.py", "--input", str(tmp_path / "videos"), "--output", str(output)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        environment,
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout + submitted.stderr
