@@ -82,7 +82,8 @@ def parse_row(text: str) -> Row:
     elif pairs:
         raise InputError(f"--rows {text}: {other} takes no options")
     check_options(f"--rows {text}", pairs)
-    return Row(text, model or other, pairs, wrong)
+    typed = default_options(SamplingConfig(), **pairs)
+    return Row(text, model or other, {name: getattr(typed, name) for name in pairs}, wrong)
 
 
 def check_options(what: str, changes: Mapping[str, Any]) -> None:
