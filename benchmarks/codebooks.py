@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from arlon_ray.models.codec import load_codec
 from arlon_ray.models.vae import load_vae
 from arlon_ray.training.loop import train_locally
 from benchmarks.machine import machine
-from data_pipeline.synthetic import render, sample_scene
+from data_pipeline.synthetic import render
+from data_pipeline.worlds import whole_scenes
 from jobs.stage_runs import build_codec, check_dataset
 
 SEED, SCENES = 17, 48
@@ -44,8 +46,7 @@ def measure(config: Config, dataset: Path, vae_path: Path, scenes: int) -> dict[
         result = train_locally(stage, Path(folder) / "codec")
         seconds = time.perf_counter() - begin
         codec = load_codec(Path(folder) / "codec")
-    drawn = [sample_scene(SEED * 1_000_003 + i, (2,), config.video.height, config.video.width) for i in range(scenes)]
-    shots = [(scene.shots[0], render(scene)) for scene in drawn]
+    shots = [(scene.shots[0], render(scene)) for scene in islice(whole_scenes(config, SEED), scenes)]
     kept = survival(shots, through_vae(vae, codec))
     with torch.no_grad():
         tokens = [codec.encode(batch["latents"]) for batch in stage.source.held_out_batches(32)]  # type: ignore[attr-defined]

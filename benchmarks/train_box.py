@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from arlon_ray.training.engine import Stage, TorchEngine, derived_seed
 from arlon_ray.training.loop import train_locally
 from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage
-from arlon_ray.training.stages.dit import DitPaths, DitStage
+from arlon_ray.training.stages.dit import DitPaths, DitStage, text_only
 from arlon_ray.training.stages.vae import VaeStage, to_video
 from benchmarks.machine import machine
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import Scene, caption, sample_scene
-from jobs.evaluation import Evaluator, held_out_prompts, parse_row, table
+from data_pipeline.worlds import caption, whole_scenes
+from jobs.evaluation import Evaluator, held_out_prompts, parse_row, table_of
 
 #: Shares of the time for training; the rest is for rendering, encoding and measuring.
 SHARES = {"vae": 0.12, "vqvae_fine": 0.05, "vqvae_coarse": 0.03, "ar": 0.2, "dit_base": 0.2, "dit": 0.25}
@@ -40,19 +41,12 @@ PROBED, SEED = 8, 3
 ROWS = ("truth", "vae", "text-only@30", "text-only@5", "guided@5", "true-tokens@5")
 
 
-def scenes(config: Config, count: int) -> list[Scene]:
-    """Scenes of a segment's length."""
-    video, groups = config.video, (config.segment.groups,)
-    return [sample_scene(SEED * 1_000_003 + i, groups, video.height, video.width, config.data.sample_grade)
-            for i in range(count)]  # fmt: skip
-
-
 class PixelScenes:
     """17-frame groups of rendered scenes, for the VAE."""
 
     def __init__(self, config: Config, count: int) -> None:
         self.groups = np.concatenate(
-            [render(s).reshape(-1, GROUP_FRAMES, *_size(config), 3) for s in scenes(config, count)]
+            [render(s).reshape(-1, GROUP_FRAMES, *_size(config), 3) for s in islice(whole_scenes(config, SEED), count)]
         )
         self.kept = max(1, len(self.groups) // 20)
 
@@ -70,7 +64,8 @@ class LatentScenes:
 
     def __init__(self, config: Config, count: int, vae_path: Path, device: str) -> None:
         vae, text = load_vae(vae_path, device), load_text_encoder(config.text, device)
-        self.drawn, self.text_identity, self.config = scenes(config, count), text.identity, config
+        self.drawn = list(islice(whole_scenes(config, SEED), count))
+        self.text_identity, self.config = text.identity, config
         self.batch_size, self.latents, self.texts, self.masks = 0, [], [], []
         for first in range(0, count, 64):
             part = self.drawn[first : first + 64]
@@ -162,9 +157,8 @@ def train_box(config: Config, output: Path, device: str, minutes: float, count: 
         return ArStage(c, source.sized(c.ar.training.batch_size), ArPaths(paths["codec_fine"], paths["vae"]), parents)
 
     def base(c: Config) -> Stage:
-        plain = c.dit.model_copy(update={"injection": c.dit.injection.model_copy(update={"enabled": False})})
         latents = source.sized(c.dit.training.batch_size)
-        return DitStage(c.model_copy(update={"dit": plain}), latents, DitPaths(paths["vae"]), parents)
+        return DitStage(text_only(c, c.dit.training.steps), latents, DitPaths(paths["vae"]), parents)
 
     def guided(c: Config) -> Stage:
         started = c.model_copy(update={"dit": c.dit.model_copy(update={"init": str(paths["dit_base"])})})
@@ -211,7 +205,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     trained = time.perf_counter() - begin
     evaluator = Evaluator(bundle, held_out_prompts(bundle, options.count), 0)
     results = [evaluator.row(parse_row(row)) for row in options.rows]
-    print(f"\n{table(results, config.sampling)}\n")
+    print(f"\n{table_of(results)}\n")
     found = {
         "machine": machine(),
         "minutes": trained / 60,

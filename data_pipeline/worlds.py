@@ -8,12 +8,13 @@ the simple ones), relations, textured backgrounds, camera pans; one video in fou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
-from arlon_ray.config import GROUP_FRAMES
+from arlon_ray.config import GROUP_FRAMES, Config
 from arlon_ray.evaluation.world import ACTIONS, COLOURS, DIRECTIONS, RELATIONS, SHAPES, SPEEDS, Shot, Thing
 from data_pipeline.wording import compose, compose_rich, join_shots
 
@@ -58,6 +59,15 @@ def sample_scene(
     random = np.random.default_rng([seed, 0, list(GRADES).index(grade)])
     frames = int(random.choice(list(groups))) * GROUP_FRAMES
     return Scene(seed, grade, height, width, GRADES[grade](random, frames, height, width))
+
+
+def whole_scenes(config: Config, seed: int) -> Iterator[Scene]:
+    """Scenes of a single shot, of a segment's length and of `data.sample_grade`, without end."""
+    video, groups = config.video, (config.segment.groups,)
+    for number in count():
+        scene = sample_scene(seed * 1_000_003 + number, groups, video.height, video.width, config.data.sample_grade)
+        if len(scene.shots) == 1:
+            yield scene
 
 
 def caption(scene: Scene) -> str:

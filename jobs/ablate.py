@@ -19,7 +19,7 @@ from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, override
 from jobs.command_line import InputError, existing, output_folder, parser, run
 from jobs.evaluate import costs, evaluate, parse_choices, tuned, write_results
-from jobs.evaluation import Evaluator, RowResult, held_out_prompts, parse_row, table
+from jobs.evaluation import Evaluator, RowResult, held_out_prompts, parse_row, table_of
 from jobs.generate import open_bundle
 from jobs.ray_session import connect
 from jobs.results_page import write_page
@@ -86,7 +86,7 @@ def measure_variant(
     results = evaluate(evaluator, rows, output, label=variant.name, tracking=ablation.tracking)
     facts = {"variant": variant.name, "what": variant.what, "loss": outcome.artifact.lineage.metrics.get("loss")}
     write_results(output, evaluator, results, parts=costs(evaluator), **facts)
-    print(f"\n{variant.name}: {variant.what}\n\n{table(results, bundle.config.sampling)}\n", flush=True)
+    print(f"\n{variant.name}: {variant.what}\n\n{table_of(results)}\n", flush=True)
     return results
 
 

@@ -32,15 +32,15 @@ from jobs.evaluation import (
     Prompt,
     Row,
     RowResult,
-    check_options,
-    costs_table,
     held_out_prompts,
     parse_row,
     read_prompts,
-    table,
+    sampling_options,
+    table_of,
 )
 from jobs.generate import open_bundle
 from jobs.results_page import write_page
+from jobs.tables import costs_table
 from jobs.tracking import Tracking
 
 DEFAULT_ROWS = ("truth", "text-only@30", "text-only@5", "guided@5", "true-tokens@5")
@@ -125,7 +125,7 @@ def write_results(output: Path, evaluator: Evaluator, results: Sequence[RowResul
     """results.json and results.md as far as they are."""
     rows = {result.row.name: result.report() for result in results}
     write_json(output / "results.json", {"prompts": len(evaluator.prompts), "rows": rows, **more})
-    (output / "results.md").write_text(table(results, evaluator.bundle.config.sampling) + "\n")
+    (output / "results.md").write_text(table_of(results) + "\n")
 
 
 def tuned(
@@ -177,7 +177,7 @@ def parse_choices(texts: Sequence[str]) -> dict[str, list[float]]:
         except ValueError:
             raise InputError(f"--tune {text}: expected OPTION=NUMBER,NUMBER,…") from None
         for value in choices[name]:
-            check_options(f"--tune {text}", {name: value})
+            sampling_options(f"--tune {text}", {name: value})
     return choices
 
 
@@ -230,7 +230,7 @@ def main() -> None:
         found = {**written, "variant": "bundle", "what": "the bundle that was measured"}
         write_page(page, [(output, found)], f"`jobs/evaluate.py` on the bundle `{Path(arguments.bundle).name}`.")
     frames = bundle.config.segment.groups * GROUP_FRAMES
-    print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table(results, bundle.config.sampling)}\n")
+    print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table_of(results)}\n")
     if "tokens" in more:
         print("\n".join(f"{name} {value:.4g}" for name, value in more["tokens"].items()), end="\n\n")
         for name in ("ar", "coarse", "wrong"):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from arlon_ray.evaluation.frechet import frechet_distance, video_features
 from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
 from arlon_ray.evaluation.scenes import Frames
 from arlon_ray.evaluation.tokens import wrong_tokens
-from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options
+from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.models.text import load_token_counter
 from arlon_ray.training.stages.vae import to_frames, to_video
-from data_pipeline.synthetic import caption, render, sample_scene
-from data_pipeline.worlds import Scene
+from data_pipeline.synthetic import render
+from data_pipeline.worlds import Scene, caption, whole_scenes
 from jobs.command_line import InputError
+from jobs.tables import results_table
 
 #: Scenes of these seeds are none that the pipeline renders for training; guidance is tuned on others than measured on.
 HELD_OUT_SEED, TUNING_SEED = 7, 11
@@ -81,17 +83,16 @@ def parse_row(text: str) -> Row:
         pairs = {"steps": int(steps), **pairs}
     elif pairs:
         raise InputError(f"--rows {text}: {other} takes no options")
-    check_options(f"--rows {text}", pairs)
-    typed = default_options(SamplingConfig(), **pairs)
-    return Row(text, model or other, {name: getattr(typed, name) for name in pairs}, wrong)
+    return Row(text, model or other, sampling_options(f"--rows {text}", pairs), wrong)
 
 
-def check_options(what: str, changes: Mapping[str, Any]) -> None:
-    """Raises InputError if these are no sampling options."""
+def sampling_options(what: str, texts: Mapping[str, Any]) -> dict[str, Any]:
+    """These options with their types. Raises InputError that names `what` if they are none of sampling."""
     try:
-        default_options(SamplingConfig(), **changes)
+        typed = default_options(SamplingConfig(), **texts)
     except ValidationError as error:
         raise InputError(f"{what}: {one_line(error)}") from None
+    return {name: getattr(typed, name) for name in texts}
 
 
 @dataclass
@@ -99,6 +100,7 @@ class RowResult:
     """Metrics of one row's videos, and what went wrong. `parts` are seconds of planning, rendering and decoding."""
 
     row: Row
+    guidance: str
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     features: list[np.ndarray] = field(default_factory=list)
     parts: list[tuple[float, float, float]] = field(default_factory=list)
@@ -115,12 +117,13 @@ class RowResult:
         """For results.json."""
         if self.absent:
             return {"absent": self.absent}
-        plan, render_s, decode = np.median(np.array(self.parts), axis=0) if self.parts else (0.0, 0.0, 0.0)
+        parts = np.median(np.array(self.parts), axis=0).tolist() if self.parts else ()
         return {
             "videos": len(self.metrics),
             "options": dict(self.row.changes),
+            "guidance": self.guidance,
             "seconds": self.seconds,
-            "seconds_of": {"ar": float(plan), "dit": float(render_s), "vae": float(decode)},
+            "seconds_of": dict(zip(("ar", "dit", "vae"), parts, strict=False)),
             "frechet_video_distance": self.distance,
             "failures": self.failures,
             "metrics": summary(list(self.metrics.values())) if self.metrics else {},
@@ -129,12 +132,7 @@ class RowResult:
 
 def held_out_prompts(bundle: Bundle, count: int, seed: int = HELD_OUT_SEED) -> list[Prompt]:
     """Captions of rendered scenes that no training has seen, of the length of a segment."""
-    video, groups, grade = bundle.config.video, bundle.config.segment.groups, bundle.config.data.sample_grade
-    scenes = (
-        sample_scene(seed * 1_000_003 + i, (groups,), video.height, video.width, grade) for i in range(10 * count)
-    )
-    whole = [scene for scene in scenes if len(scene.shots) == 1][:count]
-    return [Prompt(caption(scene), scene) for scene in whole]
+    return [Prompt(caption(scene), scene) for scene in islice(whole_scenes(bundle.config, seed), count)]
 
 
 def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
@@ -173,7 +171,7 @@ class Evaluator:
 
     def row(self, row: Row, on_video: Callable[[int, Frames, dict[str, float]], None] | None = None) -> RowResult:
         """Measure a row; `on_video(i, frames, metrics)` sees every video. One that fails is named, the rest goes on."""
-        result = RowResult(row)
+        result = RowResult(row, self.guidance(row))
         if not self.bundle.guided and row.model in ("guided", "true-tokens"):
             result.absent = "the bundle has no AR"
             return result
@@ -192,7 +190,8 @@ class Evaluator:
                 result.failures[f"{index}: {prompt.text}"] = " ".join(str(error).split())[:300]
                 continue
             result.metrics[index] = values
-            result.parts.append(parts)
+            if parts:
+                result.parts.append(parts)
             if on_video:
                 on_video(index, frames, values)
             if sys.stderr.isatty():
@@ -201,14 +200,26 @@ class Evaluator:
             result.distance = frechet_distance(result.features, self.reference)
         return result
 
-    def make(self, row: Row, index: int, prompt: Prompt) -> tuple[Frames, tuple[float, float, float]]:
+    def guidance(self, row: Row) -> str:
+        """The scales that matter for this row: text / tokens / AR."""
+        if row.model in ("truth", "vae"):
+            return "–"
+        options = default_options(self.bundle.config.sampling, **row.changes)
+        scales = [options.guidance_scale]
+        if row.model != "text-only":
+            scales.append(options.token_guidance_scale)
+        if row.model == "guided":
+            scales.append(options.ar_guidance_scale)
+        return " / ".join(f"{scale:g}" for scale in scales)
+
+    def make(self, row: Row, index: int, prompt: Prompt) -> tuple[Frames, tuple[float, float, float] | None]:
         """The video of one row and prompt, and the seconds of its parts. ValueError for latents that are no numbers."""
         if row.model in ("truth", "vae"):
             assert prompt.scene is not None
             frames = render(prompt.scene)
             if row.model == "vae":
                 frames = to_frames(self.bundle.vae.decode(self.latents(prompt.scene)))[0]
-            return frames, (0.0, 0.0, 0.0)
+            return frames, None
         options = default_options(self.bundle.config.sampling, **row.changes)
         options = options.model_copy(update={"baseline": row.model == "text-only"})
         tokens = self._true_tokens(row, index, prompt) if row.model == "true-tokens" else None
@@ -253,53 +264,6 @@ class Evaluator:
         return float(np.mean([figures[name]["mean"] for name in DIMENSIONS if name in figures]))
 
 
-def guidance_of(options: GenerationOptions, row: Row) -> str:
-    """The scales that matter for this row, for the table."""
-    chosen = {**options.model_dump(), **row.changes}
-    scales = [float(chosen["guidance_scale"])]
-    if row.model != "text-only":
-        scales.append(float(chosen["token_guidance_scale"]))
-    if row.model == "guided":
-        scales.append(float(chosen["ar_guidance_scale"]))
-    return " / ".join(f"{scale:g}" for scale in scales)
-
-
-def table(results: Sequence[RowResult], sampling: SamplingConfig) -> str:
-    """The results as a Markdown table: means, and half the width of the 95 % interval."""
-    found = {name for result in results for values in result.metrics.values() for name in values}
-    names = [*(name for name in DIMENSIONS if name in found), *sorted(found - set(DIMENSIONS))]
-    titles = ["row", "videos", "s/video", "AR", "guidance", "FVD", *names]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for result in results:
-        report = result.report()
-        if result.absent:
-            lines.append(f"| {result.row.name} | absent: {result.absent} |{' |' * (len(titles) - 2)}")
-            continue
-        made = result.row.model not in ("truth", "vae")
-        share = report["seconds_of"]["ar"] / result.seconds if result.seconds else 0.0
-        figures = [
-            str(report["videos"]),
-            f"{report['seconds']:.2f}" if made and report["seconds"] is not None else "–",
-            f"{share:.0%}" if result.row.model == "guided" else "–",
-            guidance_of(sampling, result.row) if made else "–",
-            "–" if result.distance is None else f"{result.distance:.3f}",
-            *(_cell(report["metrics"].get(name)) for name in names),
-        ]
-        lines.append(f"| {result.row.name} | {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
-def _cell(value: Mapping[str, float] | None) -> str:
-    return "–" if value is None else f"{value['mean']:.3f} ±{(value['high'] - value['low']) / 2:.3f}"
-
-
-def costs_table(parts: Mapping[str, Mapping[str, float]]) -> str:
-    """The costs as a Markdown table."""
-    lines = ["| part | parameters | weights | GFLOP | peak memory |", "|---|---|---|---|---|"]
-    for name, cost in parts.items():
-        figures = (
-            f"{cost['parameters'] / 1e6:.2f} M", f"{cost['weight_bytes'] / 2**20:.1f} MiB",
-            f"{cost['flops'] / 1e9:.2f}", f"{cost['peak_bytes'] / 2**20:.1f} MiB",
-        )  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+def table_of(results: Sequence[RowResult]) -> str:
+    """The results as a Markdown table."""
+    return results_table([((result.row.name,), result.report()) for result in results])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 from arlon_ray.config import Config
@@ -11,7 +12,7 @@ from arlon_ray.models.codec import load_codec
 from arlon_ray.models.text import load_text_encoder
 from arlon_ray.models.vae import load_vae
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import Scene, caption, sample_scene
+from data_pipeline.worlds import caption, whole_scenes
 
 GATE_SEED = 13
 
@@ -21,12 +22,7 @@ class Gates:
 
     def __init__(self, config: Config) -> None:
         self.config, self.shares = config, config.gates
-        video, groups, grade = config.video, config.segment.groups, config.data.sample_grade
-        drawn = (
-            sample_scene(GATE_SEED * 1_000_003 + i, (groups,), video.height, video.width, grade) for i in range(9999)
-        )
-        whole = (scene for scene in drawn if len(scene.shots) == 1)
-        self.scenes: list[Scene] = [next(whole) for _ in range(config.gates.scenes)]
+        self.scenes = list(islice(whole_scenes(config, GATE_SEED), config.gates.scenes))
 
 
 def check_codec(gates: Gates, vae_path: Path, codec_path: Path) -> None:

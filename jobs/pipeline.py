@@ -15,7 +15,7 @@ from typing import Any
 from arlon_ray.artifact import ArtifactError, load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
-from arlon_ray.training.stages.dit import initial_dit
+from arlon_ray.training.stages.dit import initial_dit, text_only
 from data_pipeline.sources import find_sources
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
@@ -133,7 +133,7 @@ class Pipeline:
         """The guided DiT, and the baseline: the text-only one that it starts from (`dit.base_steps` or `dit.init`)."""
         config, output, parts = self.config, self.output, {}
         if config.dit.base_steps:
-            base = _text_only(config)
+            base = text_only(config, config.dit.base_steps)
             parts["dit_base"] = self._trained(
                 "dit (text-only)",
                 lambda: run_dit(base, dataset, vae, output / "dit_base", tracking=self.tracking),
@@ -199,22 +199,6 @@ class Pipeline:
             "  export RAY_AUTH_MODE=token; .venv/bin/ray start --head     # then, on that cluster:",
             "  .venv/bin/ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/pipeline.py",
         ])  # fmt: skip
-
-
-def _text_only(config: Config) -> Config:
-    """The configuration of the text-only DiT: no injection, `dit.base_steps` steps."""
-    dit = config.dit.model_copy(
-        update={
-            "injection": config.dit.injection.model_copy(update={"enabled": False}),
-            "train_only": "all",
-            # without tokens these have no effect: left at fixed values, a change of theirs trains no new base
-            "coarse_probability": 0.0,
-            "uncertainty_probability": 0.0,
-            "token_dropout": 0.0,
-            "training": config.dit.training.model_copy(update={"steps": config.dit.base_steps}),
-        }
-    )
-    return config.model_copy(update={"dit": dit})
 
 
 def main() -> None:

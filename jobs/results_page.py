@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arlon_ray.evaluation.metrics import DIMENSIONS
-from jobs.evaluation import Row, costs_table
+from jobs.evaluation import Row
+from jobs.tables import costs_table, results_table
 
 Found = Mapping[str, Any]
 #: Metrics whose decline is plotted against the share of wrong tokens.
@@ -59,31 +60,15 @@ def _rows(found: Sequence[Found]) -> list[tuple[str, str, Found]]:
 
 
 def _table(found: Sequence[Found]) -> list[str]:
-    names = [name for name in DIMENSIONS if any(name in row["metrics"] for _, _, row in _rows(found))]
-    titles = ["variant", "row", "s/video", "AR", "guidance", "FVD", *names]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for variant, name, row in _rows(found):
-        share = row["seconds_of"]["ar"] / row["seconds"] if row["seconds"] else 0.0
-        distance = row["frechet_video_distance"]
-        cells = [
-            variant, name, f"{row['seconds']:.2f}", f"{share:.0%}" if name.startswith("guided") else "–",
-            " / ".join(f"{value:g}" for key, value in row["options"].items() if key.endswith("guidance_scale")) or "–",
-            "–" if distance is None else f"{distance:.3f}",
-            *(_cell(row["metrics"].get(metric)) for metric in names),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = [((result["variant"], name), row) for result in found for name, row in result["rows"].items()]
     told = [
         f"- **{result['variant']}**: {result['what']}; training loss at the end {_loss(result)}" for result in found
     ]
-    return [*lines, "", *told]
+    return [results_table(rows, ("variant", "row")), "", *told]
 
 
 def _loss(result: Found) -> str:
     return "" if result.get("loss") is None else f"; held-out loss {result['loss']:.4f}"
-
-
-def _cell(value: Found | None) -> str:
-    return "–" if value is None else f"{value['mean']:.3f} ±{(value['high'] - value['low']) / 2:.3f}"
 
 
 def _comparison(found: Sequence[Found]) -> list[str] | None:

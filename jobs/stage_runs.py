@@ -181,15 +181,18 @@ def _token_giver(config: Config, ar: Path | None, parents: dict[str, str]) -> Pa
     if ar is None:
         raise InputError(f"dit.ar_token_probability={config.dit.ar_token_probability:g} needs an AR: name it with --ar")
     giver = load_artifact(ar, "ar")
-    _expect_role(giver, "codec_fine", parents["codec_fine"], f"--ar {ar}: trained on the fine codec")
+    _expect_parents(f"--ar {ar}", giver, {"codec_fine": "fine codec"}, parents, must_say=True)
     parents["ar_tokens"] = giver.fingerprint
     return ar
 
 
-def _expect_role(artifact: Artifact, role: str, fingerprint: str, what: str) -> None:
-    trained_on = artifact.lineage.parents.get(role, "")
-    if trained_on != fingerprint:
-        raise InputError(f"{what} {trained_on[:12]}…, but the tokens are of {fingerprint[:12]}…")
+def _expect_parents(
+    name: str, artifact: Artifact, roles: dict[str, str], parents: dict[str, str], *, must_say: bool = False
+) -> None:
+    """Raises InputError if the artefact is of other parents than these, or (`must_say`) does not name its own."""
+    for role, what in roles.items():
+        if (trained_on := artifact.lineage.parents.get(role, "" if must_say else parents[role])) != parents[role]:
+            raise InputError(f"{name}: of {what} {trained_on[:24]}…, but the data is of {parents[role][:24]}…")
 
 
 def _fitting_ar(config: Config, parents: dict[str, str]) -> Artifact:
@@ -198,11 +201,7 @@ def _fitting_ar(config: Config, parents: dict[str, str]) -> Artifact:
     for name in ("dim", "layers", "heads", "mlp_ratio", "block"):
         if start.config[name] != ours[name]:
             raise InputError(f"ar.init={start.path}: {name}={start.config[name]}, but ar.{name}={ours[name]} here")
-    for role, what in (("codec_fine", "fine codec"), ("text", "text encoder")):
-        if (trained_on := start.lineage.parents.get(role, parents[role])) != parents[role]:
-            raise InputError(
-                f"ar.init={start.path}: of {what} {trained_on[:24]}…, but the tokens are of {parents[role][:24]}…"
-            )
+    _expect_parents(f"ar.init={start.path}", start, {"codec_fine": "fine codec", "text": "text encoder"}, parents)
     return start
 
 
@@ -216,12 +215,7 @@ def _fitting_start(config: Config, parents: dict[str, str]) -> Artifact:
     theirs, injection = start.config["injection"], ours["injection"]
     if theirs["enabled"] and injection["enabled"] and theirs != injection:
         raise InputError(f"dit.init={start.path}: its injection is {theirs}, but here {injection}")
-    for role, what in (("vae", "VAE"), ("text", "text encoder")):
-        trained_on = start.lineage.parents.get(role, parents[role])
-        if trained_on != parents[role]:
-            raise InputError(
-                f"dit.init={start.path}: of {what} {trained_on[:24]}…, but the dataset is of {parents[role][:24]}…"
-            )
+    _expect_parents(f"dit.init={start.path}", start, {"vae": "VAE", "text": "text encoder"}, parents)
     return start
 
 

@@ -35,10 +35,12 @@ from arlon_ray.evaluation.scenes import (
     Frames,
     Mask,
     Seen,
+    centre_of,
     grown,
     object_masks,
     read_relation,
     read_scene,
+    rim,
 )
 from arlon_ray.evaluation.world import ACTIONS, RELATIONS, Deed, Shot, deed_of
 
@@ -177,13 +179,8 @@ def sharpness(frames: Frames, masks: Mask) -> float:
             continue
         inside = float(np.quantile(level[mask], 0.8))
         steps = np.maximum(*(np.abs(np.roll(level, -1, axis) - np.roll(level, 1, axis)) for axis in (0, 1)))
-        rim = mask & ~_shrunk(mask)
-        scores.append(min(1.0, float(steps[rim].mean()) / max(inside, 1e-6)))
+        scores.append(min(1.0, float(steps[rim(mask)].mean()) / max(inside, 1e-6)))
     return float(np.mean(scores))
-
-
-def _shrunk(mask: Mask) -> Mask:
-    return mask & np.logical_and.reduce([np.roll(mask, step, axis) for axis in (-1, -2) for step in (1, -1)])
 
 
 def _pooled(frames: Frames, where: Mask) -> Features:
@@ -203,16 +200,9 @@ def _around_object(frames: Frames, masks: Mask) -> Features:
     for t, mask in enumerate(masks):
         if not mask.any():
             continue
-        shifts = [_to_middle(mask, axis) for axis in (0, 1)]
+        shifts = [round((size + 1) / 2 - centre_of(mask, axis)) for axis, size in enumerate(mask.shape)]
         turned[t], seen[t] = (np.roll(array, shifts, (0, 1)) for array in (frames[t], mask))
     return _pooled(turned, seen)
-
-
-def _to_middle(mask: Mask, axis: int) -> int:
-    size = mask.shape[axis]
-    angles = 2 * np.pi * np.arange(size) / size
-    centre = np.angle((mask.sum(1 - axis) * np.exp(1j * angles)).sum()) * size / (2 * np.pi)
-    return round(size / 2 - centre)
 
 
 def bootstrap(values: NDArray[np.float64], seed: int = 0, draws: int = 2000) -> tuple[float, float]:

@@ -209,16 +209,22 @@ def grown(masks: Mask, by: int = 2) -> Mask:
     return masks
 
 
+def rim(mask: Mask) -> Mask:
+    """Its outermost pixels."""
+    return mask & grown(~mask, 1)
+
+
 def centres(masks: Mask) -> NDArray[np.float64]:
     """Centre of mass (x, y) on the torus [T, 2]; NaN where nothing is."""
     places = np.full((len(masks), 2), np.nan)
     for t, mask in enumerate(masks):
         if mask.mean() >= SMALLEST / 2:
-            places[t] = [_centre(mask, axis) for axis in (1, 0)]
+            places[t] = [centre_of(mask, axis) for axis in (1, 0)]
     return places
 
 
-def _centre(mask: Mask, axis: int) -> float:
+def centre_of(mask: Mask, axis: int) -> float:
+    """Centre of mass of [H, W] along an axis of the torus, in pixels; the first pixel's own is 0.5."""
     size = mask.shape[axis]
     angles = 2 * np.pi * (np.arange(size) + 0.5) / size
     return float(np.angle((mask.sum(1 - axis) * np.exp(1j * angles)).sum()) * size / (2 * np.pi))
@@ -257,7 +263,7 @@ def _overlaps(part: Mask) -> list[float]:
 def _from_centre(part: Mask, axis: int) -> NDArray[np.float64]:
     """Signed distance of each row (axis 0) or column from the object's centre of mass, on the torus."""
     size = part.shape[axis]
-    return (np.arange(size) + 0.5 - _centre(part, axis) + size / 2) % size - size / 2
+    return (np.arange(size) + 0.5 - centre_of(part, axis) + size / 2) % size - size / 2
 
 
 def outline(shape: str, area: float, dx: NDArray[np.float64], dy: NDArray[np.float64]) -> Mask:

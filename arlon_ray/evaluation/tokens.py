@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from arlon_ray.bundle import Bundle
 from arlon_ray.models.codec import LatentCodec, load_codec
+from arlon_ray.training.stages.codec import usage
 
 
 @torch.no_grad()
@@ -38,13 +39,8 @@ def _codec(codec: LatentCodec, latents: Sequence[Tensor], tokens: Sequence[Tenso
     pairs = zip(latents, tokens, strict=True)
     errors = [(codec.decode(t, (x.shape[3], x.shape[4])) - x).square().mean() for x, t in pairs]
     variance = torch.cat([part.flatten() for part in latents]).var()
-    counts = torch.bincount(torch.cat([t.flatten() for t in tokens]).cpu(), minlength=len(codec.codebook)).double()
-    shares = counts / counts.sum()
-    return {
-        "latent_error": float(torch.stack(errors).mean() / variance),
-        "codes_used": float((counts > 0).double().mean()),
-        "codebook_perplexity": float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())),
-    }
+    used = usage(torch.cat([part.flatten() for part in tokens]), len(codec.codebook))
+    return {"latent_error": float(torch.stack(errors).mean() / variance), **used}
 
 
 def _ar(bundle: Bundle, tokens: Sequence[Tensor], texts: Sequence[str]) -> dict[str, float]:

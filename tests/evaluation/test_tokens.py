@@ -25,7 +25,7 @@ def test_an_ar_that_knows_nothing_has_the_perplexity_of_the_codebook(bundle: Bun
         bundle.ar.head.weight.zero_()
     figures = token_figures(bundle, latents, ["a", "b", "c"])
     assert figures["ar_perplexity"] == pytest.approx(32, rel=1e-4)
-    assert 0 < figures["fine_codes_used"] <= 1 <= figures["fine_codebook_perplexity"] <= 32
+    assert 0 < figures["fine_codebook_used"] <= 1 <= figures["fine_codebook_perplexity"] <= 32
     assert figures["fine_latent_error"] > 0.3 < figures["coarse_latent_error"]
     rebuilt = bundle.codec.decode(bundle.codec.encode(latents[0]))
     again = token_figures(bundle, [rebuilt], ["a"])

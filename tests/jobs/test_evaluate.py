@@ -43,7 +43,7 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     assert found["guided@2"]["options"]["guidance_scale"] in (1.0, 2.0)
     assert "ar_guidance_scale" not in found["text-only@2"]["options"]
     assert found["guided@2"]["seconds_of"]["ar"] > 0.01 > found["text-only@2"]["seconds_of"]["ar"]
-    assert written["tokens"]["ar_perplexity"] > 1 and 0 < written["tokens"]["fine_codes_used"] <= 1
+    assert written["tokens"]["ar_perplexity"] > 1 and 0 < written["tokens"]["fine_codebook_used"] <= 1
     assert set(written["parts"]) == {"vae decoder", "dit text-only, a step", "dit guided, a step", "ar, a segment"}
     assert written["parts"]["dit guided, a step"]["flops"] > 1e6
     assert written["parts"]["ar, a segment"]["peak_bytes"] > 1e3

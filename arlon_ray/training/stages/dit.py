@@ -201,6 +201,22 @@ class DitStage:
         )
 
 
+def text_only(config: Config, steps: int) -> Config:
+    """The configuration of the text-only DiT, trained for `steps`: no injection."""
+    dit = config.dit.model_copy(
+        update={
+            "injection": config.dit.injection.model_copy(update={"enabled": False}),
+            "train_only": "all",
+            # without tokens these have no effect: left at fixed values, a change of theirs trains no new base
+            "coarse_probability": 0.0,
+            "uncertainty_probability": 0.0,
+            "token_dropout": 0.0,
+            "training": config.dit.training.model_copy(update={"steps": steps}),
+        }
+    )
+    return config.model_copy(update={"dit": dit})
+
+
 def initial_dit(path: str | Path) -> Artifact:
     """The artefact that `dit.init` names: a DiT, or the text-only (else the guided) DiT of a bundle.
 
