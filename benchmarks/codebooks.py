@@ -22,10 +22,10 @@ from arlon_ray.models.vae import load_vae
 from arlon_ray.training.loop import train_locally
 from benchmarks.machine import machine
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import whole_scenes
+from data_pipeline.worlds import held_out_scenes
 from jobs.stage_runs import build_codec, check_dataset
 
-SEED, SCENES = 17, 48
+SCENES = 48
 CODEC = "vqvae.fine"
 KINDS = {
     "ema": [],
@@ -46,7 +46,7 @@ def measure(config: Config, dataset: Path, vae_path: Path, scenes: int) -> dict[
         result = train_locally(stage, Path(folder) / "codec")
         seconds = time.perf_counter() - begin
         codec = load_codec(Path(folder) / "codec")
-    shots = [(scene.shots[0], render(scene)) for scene in islice(whole_scenes(config, SEED), scenes)]
+    shots = [(scene.shots[0], render(scene)) for scene in islice(held_out_scenes(config, "benchmark"), scenes)]
     kept = survival(shots, through_vae(vae, codec))
     with torch.no_grad():
         tokens = [codec.encode(batch["latents"]) for batch in stage.source.held_out_batches(32)]  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ from arlon_ray.training.stages.dit import DitPaths, DitStage, text_only
 from arlon_ray.training.stages.vae import VaeStage, to_video
 from benchmarks.machine import machine
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import caption, whole_scenes
+from data_pipeline.worlds import caption, training_seed, whole_scenes
 from jobs.evaluation import Evaluator, held_out_prompts, parse_row, table_of
 
 #: Shares of the time for training; the rest is for rendering, encoding and measuring.
@@ -46,7 +46,10 @@ class PixelScenes:
 
     def __init__(self, config: Config, count: int) -> None:
         self.groups = np.concatenate(
-            [render(s).reshape(-1, GROUP_FRAMES, *_size(config), 3) for s in islice(whole_scenes(config, SEED), count)]
+            [
+                render(s).reshape(-1, GROUP_FRAMES, *_size(config), 3)
+                for s in islice(whole_scenes(config, training_seed(SEED, 0)), count)
+            ]
         )
         self.kept = max(1, len(self.groups) // 20)
 
@@ -64,7 +67,7 @@ class LatentScenes:
 
     def __init__(self, config: Config, count: int, vae_path: Path, device: str) -> None:
         vae, text = load_vae(vae_path, device), load_text_encoder(config.text, device)
-        self.drawn = list(islice(whole_scenes(config, SEED), count))
+        self.drawn = list(islice(whole_scenes(config, training_seed(SEED, 0)), count))
         self.text_identity, self.config = text.identity, config
         self.batch_size, self.latents, self.texts, self.masks = 0, [], [], []
         for first in range(0, count, 64):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from arlon_ray.config import GROUP_FRAMES, VideoConfig
 from arlon_ray.evaluation.world import COLOURS, DIRECTIONS, SPEEDS, Shot, track
-from data_pipeline.worlds import Scene, caption, sample_scene, shot_captions
+from data_pipeline.worlds import Scene, caption, sample_scene, shot_captions, training_seed
 
 NAME = "scene_{index:06d}"
 
@@ -125,7 +125,7 @@ def write_sample(
     `fps` among it. The mp4 comes last: if it is there, all of it is. Raises ValueError for an unknown grade.
     """
     path = Path(folder) / f"{NAME.format(index=index)}.mp4"
-    scene = sample_scene(seed * 1_000_003 + index, groups, video.height, video.width, grade)
+    scene = sample_scene(training_seed(seed, index), groups, video.height, video.width, grade)
     truth = truth_json(scene, fps=video.fps, groups=list(groups))
     facts = path.with_suffix(".json")
     if path.exists() and facts.exists() and facts.read_text() == truth:

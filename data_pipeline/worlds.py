@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -29,6 +30,11 @@ EQUAL_PAIRS, DIFFERENT_PAIRS = 0.12, 0.3
 APART, ASIDE = (24.0, 28.0), 4.0
 #: Shares of the rich grade.
 THREE, PANS, CUTS = 0.35, 0.25, 0.25
+#: What scenes are held out for, each from a range of seeds of its own.
+HeldOut = Literal["measure", "tune", "gate", "benchmark"]
+HELD_OUT: tuple[HeldOut, ...] = get_args(HeldOut)
+#: Seeds of scenes that are rendered for training stay below.
+BEYOND = 2**52
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,23 @@ def sample_scene(
     return Scene(seed, grade, height, width, GRADES[grade](random, frames, height, width))
 
 
-def whole_scenes(config: Config, seed: int) -> Iterator[Scene]:
-    """Scenes of a single shot, of a segment's length and of `data.sample_grade`, without end."""
+def training_seed(seed: int, index: int) -> int:
+    """Of sample `index` of a set. Raises ValueError if the set would reach what is held out."""
+    if (found := seed * 1_000_003 + index) >= BEYOND:
+        raise ValueError(f"seed {seed}: at most {BEYOND // 1_000_003 - 1}; beyond are the scenes that are held out")
+    return found
+
+
+def held_out_scenes(config: Config, use: HeldOut) -> Iterator[Scene]:
+    """`whole_scenes` of seeds that `training_seed` never gives, whatever the set: no training sees them."""
+    return whole_scenes(config, (1 + HELD_OUT.index(use)) * BEYOND)
+
+
+def whole_scenes(config: Config, first: int) -> Iterator[Scene]:
+    """Scenes of a single shot, of a segment's length and of `data.sample_grade`, without end, from seed `first` on."""
     video, groups = config.video, (config.segment.groups,)
-    for number in count():
-        scene = sample_scene(seed * 1_000_003 + number, groups, video.height, video.width, config.data.sample_grade)
+    for number in count(first):
+        scene = sample_scene(number, groups, video.height, video.width, config.data.sample_grade)
         if len(scene.shots) == 1:
             yield scene
 

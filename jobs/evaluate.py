@@ -27,7 +27,6 @@ from data_pipeline.manifest import settings_key
 from jobs.command_line import BOX, InputError, existing, output_folder, parser, run
 from jobs.evaluation import (
     FORM,
-    TUNING_SEED,
     Evaluator,
     Prompt,
     Row,
@@ -134,7 +133,7 @@ def tuned(
     """Each row at its own best options, found on captions of its own. Rows that differ in their steps alone, apart."""
     if not choices:
         return list(rows)
-    evaluator = Evaluator(bundle, held_out_prompts(bundle, count, TUNING_SEED), seed)
+    evaluator = Evaluator(bundle, held_out_prompts(bundle, count, "tune"), seed)
     found = []
     for row in rows:
         absent = not bundle.guided and row.model != "text-only"

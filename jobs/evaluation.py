@@ -27,12 +27,10 @@ from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.models.text import load_token_counter
 from arlon_ray.training.stages.vae import to_frames, to_video
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import Scene, caption, whole_scenes
+from data_pipeline.worlds import HeldOut, Scene, caption, held_out_scenes
 from jobs.command_line import InputError
 from jobs.tables import results_table
 
-#: Scenes of these seeds are none that the pipeline renders for training; guidance is tuned on others than measured on.
-HELD_OUT_SEED, TUNING_SEED = 7, 11
 ROW = re.compile(r"(?:(text-only|guided|true-tokens)@([1-9]\d{0,2})|(truth|vae))((?::\w+=[\w.]+)*)")
 FORM = "text-only@N, guided@N, true-tokens@N (N steps; each may end in :option=value), vae or truth"
 #: Option of a row that is none of sampling: the share of true tokens that are replaced.
@@ -130,9 +128,9 @@ class RowResult:
         }
 
 
-def held_out_prompts(bundle: Bundle, count: int, seed: int = HELD_OUT_SEED) -> list[Prompt]:
+def held_out_prompts(bundle: Bundle, count: int, use: HeldOut = "measure") -> list[Prompt]:
     """Captions of rendered scenes that no training has seen, of the length of a segment."""
-    return [Prompt(caption(scene), scene) for scene in islice(whole_scenes(bundle.config, seed), count)]
+    return [Prompt(caption(scene), scene) for scene in islice(held_out_scenes(bundle.config, use), count)]
 
 
 def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:

@@ -12,9 +12,7 @@ from arlon_ray.models.codec import load_codec
 from arlon_ray.models.text import load_text_encoder
 from arlon_ray.models.vae import load_vae
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import caption, whole_scenes
-
-GATE_SEED = 13
+from data_pipeline.worlds import caption, held_out_scenes
 
 
 class Gates:
@@ -22,7 +20,7 @@ class Gates:
 
     def __init__(self, config: Config) -> None:
         self.config, self.shares = config, config.gates
-        self.scenes = list(islice(whole_scenes(config, GATE_SEED), config.gates.scenes))
+        self.scenes = list(islice(held_out_scenes(config, "gate"), config.gates.scenes))
 
 
 def check_codec(gates: Gates, vae_path: Path, codec_path: Path) -> None:

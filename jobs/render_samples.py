@@ -58,8 +58,8 @@ def main() -> None:
     config = read_config(arguments)
     if arguments.count is not None and arguments.count < 1:
         raise InputError(f"--count {arguments.count}: expected at least 1")
-    if arguments.seed is not None and arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: expected 0 or more")
+    if arguments.seed is not None and not 0 <= arguments.seed < 10**9:
+        raise InputError(f"--seed {arguments.seed}: expected 0 to {10**9 - 1}")
     folder = output_folder(arguments)
     rendered = run_render_samples(config, folder, count=arguments.count, seed=arguments.seed)
     total = config.data.sample_videos if arguments.count is None else arguments.count

@@ -114,7 +114,7 @@ class Config(Section):
     """The whole configuration of every job."""
 
     name: str = "custom"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=10**9)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the AR and the DiT when videos are made")
     video: VideoConfig = VideoConfig()

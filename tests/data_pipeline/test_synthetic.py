@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from arlon_ray.config import VideoConfig, load_config
+from arlon_ray.config import Config, VideoConfig, load_config
 from arlon_ray.evaluation.world import ACTIONS, COLOURS, RELATIONS
 from arlon_ray.models.text import load_token_counter
 from data_pipeline.synthetic import remove_samples_from, render, render_shot, write_sample, write_samples
 from data_pipeline.wording import MAX_WORDS
-from data_pipeline.worlds import caption, sample_scene, shot_captions
+from data_pipeline.worlds import HELD_OUT, caption, held_out_scenes, sample_scene, shot_captions, training_seed
 
 WORDS = {
     "left": ("left",),
@@ -109,6 +110,15 @@ def test_number_of_objects_is_what_the_scene_says(count: int) -> None:
     area = (np.abs(picture - np.array(COLOURS[thing.colour])).max(-1) < 30).sum()
     expected = count * np.pi * thing.diameter**2 / 4
     assert 0.8 * expected < area < 1.1 * expected
+
+
+def test_no_seed_of_a_training_set_reaches_the_scenes_that_are_held_out() -> None:
+    config, most = Config(), 10**9 - 1
+    held_out = {scene.seed for use in HELD_OUT for scene in islice(held_out_scenes(config, use), 50)}
+    assert len(held_out) == 50 * len(HELD_OUT)
+    assert training_seed(most, 1_000_000) < min(held_out)
+    with pytest.raises(ValueError, match="held out"):
+        training_seed(5 * most, 0)
 
 
 @pytest.mark.parametrize("grade", GRADES)
