@@ -130,18 +130,22 @@ def write_results(output: Path, evaluator: Evaluator, results: Sequence[RowResul
 def tuned(
     bundle: Bundle, rows: Sequence[Row], choices: Mapping[str, Sequence[Any]], count: int, seed: int
 ) -> list[Row]:
-    """Each row at its own best options, found on captions of its own. Rows that differ in their steps alone, apart."""
+    """Each model and number of steps at its own best options, found on captions of their own.
+
+    Rows that differ from an earlier one in other options alone take over its choice: what differs is then the option.
+    """
     if not choices:
         return list(rows)
     evaluator = Evaluator(bundle, held_out_prompts(bundle, count, "tune"), seed)
-    found = []
+    best: dict[tuple[str, Any], dict[str, Any]] = {}
     for row in rows:
-        absent = not bundle.guided and row.model != "text-only"
-        best = {} if absent else evaluator.best(row, choices)
-        if best:
-            print(f"{row.name}: best {', '.join(f'{name}={value:g}' for name, value in best.items())}", flush=True)
-        found.append(row.with_changes(**best))
-    return found
+        key = (row.model, row.changes.get("steps"))
+        if key not in best:
+            absent = not bundle.guided and row.model != "text-only"
+            best[key] = {} if absent else evaluator.best(row, choices)
+            told = ", ".join(f"{name}={value:g}" for name, value in best[key].items())
+            print(f"{row.name}: best {told}" if told else f"{row.name}: nothing to choose", flush=True)
+    return [row.with_changes(**best[row.model, row.changes.get("steps")]) for row in rows]
 
 
 def costs(evaluator: Evaluator) -> dict[str, dict[str, float]]:

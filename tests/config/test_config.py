@@ -11,7 +11,8 @@ from arlon_ray.config import Config, ConfigError, config_fingerprint, load_confi
 
 
 def test_every_preset_loads_and_is_frozen() -> None:
-    assert "tiny" in preset_names()
+    assert {"tiny", "demo", "small", "opensora-v1.2"} == set(preset_names())
+    assert all(load_config(name).name == name for name in preset_names())
     for name in preset_names():
         config = load_config(name)
         with pytest.raises(ValidationError):
