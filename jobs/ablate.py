@@ -8,12 +8,10 @@ that is there already is not trained again. `--docs FILE` writes table, plot and
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, override
@@ -22,7 +20,7 @@ from jobs.evaluate import costs, evaluate, parse_choices, tuned, write_results
 from jobs.evaluation import Evaluator, RowResult, held_out_prompts, parse_row, table_of
 from jobs.generate import open_bundle
 from jobs.ray_session import connect
-from jobs.results_page import write_page
+from jobs.results_page import read_results, write_page
 from jobs.stage_runs import StageOutcome, run_ar, run_dit
 from jobs.tracking import Tracking
 from jobs.variants import NAMES, VARIANTS, Variant
@@ -109,12 +107,6 @@ def check(bundle: Bundle, dataset: Path, tokens: Path) -> None:
             raise InputError(f"{flag} {folder}: no manifest.json in it")
 
 
-def read_results(output: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and results.json of every variant measured so far, in the order of VARIANTS."""
-    files = [output / name / "results.json" for name in NAMES]
-    return [(path.parent, json.loads(path.read_text())) for path in files if path.is_file()]
-
-
 def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="runs/ablation", config=False)
@@ -128,11 +120,15 @@ def main() -> None:
     flags.add_argument("--tune", action="append", default=[], metavar="OPTION=V,V", help="as for evaluate.py")
     flags.add_argument("--tune-count", type=int, default=24, help="captions to choose on (default: 24)")
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument(
+        "--also", nargs="+", default=[], metavar="DIR", help="results of evaluate.py to show before the variants"
+    )
     flags.add_argument("--docs", metavar="FILE", help="page to write, its pictures in a folder beside it")
     arguments = flags.parse_args()
     for name in ("steps", "ar_steps", "count", "tune_count"):
         if (value := getattr(arguments, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    also = [read_results(existing(path, "--also")) for path in arguments.also]
     variants, choices = chosen_variants(arguments.variants), parse_choices(arguments.tune)
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
     dataset, tokens = existing(arguments.dataset, "--dataset"), existing(arguments.tokens, "--tokens")
@@ -148,7 +144,8 @@ def main() -> None:
             failed |= any(result.failures for result in results)
     page = Path(arguments.docs).expanduser().absolute() if arguments.docs else output / "results.md"
     told = f"`jobs/ablate.py`: every DiT has one text-only start, {arguments.steps} steps, the same data and seed."
-    write_page(page, read_results(output), told)
+    folders = [output / name for name in NAMES if (output / name / "results.json").is_file()]
+    write_page(page, [*also, *map(read_results, folders)], told)
     print(page)
     if failed:
         raise SystemExit(1)

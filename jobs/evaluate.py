@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ from jobs.evaluation import (
     table_of,
 )
 from jobs.generate import open_bundle
-from jobs.results_page import write_page
+from jobs.results_page import read_results, write_page
 from jobs.tables import costs_table
 from jobs.tracking import Tracking
 
@@ -201,6 +200,7 @@ def main() -> None:
     )
     flags.add_argument("--tune-count", type=int, default=32, help="captions to choose on (default: 32)")
     flags.add_argument("--costs", action="store_true", help="also parameters, operations and memory of each part")
+    flags.add_argument("--what", metavar="TEXT", help="what this bundle is, for pages that show it beside others")
     flags.add_argument("--docs", metavar="FILE", help="page to write, its pictures in a folder beside it")
     flags.add_argument("--export-vbench", metavar="DIR", help="also write the videos in the layout of the VBench tool")
     arguments = flags.parse_args()
@@ -218,7 +218,7 @@ def main() -> None:
     rows = tuned(bundle, rows, choices, arguments.tune_count, arguments.seed)
     evaluator = Evaluator(bundle, prompts, arguments.seed)
     results = evaluate(evaluator, rows, output, vbench=vbench)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"variant": "bundle", "what": arguments.what or f"the bundle {bundle.path.name}"}
     if bundle.guided and all(prompt.scene is not None for prompt in prompts):
         latents = [evaluator.latents(scene) for scene in evaluator.scenes]
         texts = [prompt.text for prompt in prompts]
@@ -229,9 +229,7 @@ def main() -> None:
     write_results(output, evaluator, results, **more)
     if arguments.docs:
         page = Path(arguments.docs).expanduser().absolute()
-        written = json.loads((output / "results.json").read_text())
-        found = {**written, "variant": "bundle", "what": "the bundle that was measured"}
-        write_page(page, [(output, found)], f"`jobs/evaluate.py` on the bundle `{Path(arguments.bundle).name}`.")
+        write_page(page, [read_results(output)], "Written by `jobs/evaluate.py`.")
     frames = bundle.config.segment.groups * GROUP_FRAMES
     print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table_of(results)}\n")
     if "tokens" in more:

@@ -229,7 +229,8 @@ class Evaluator:
         latents = self.generator.renderer.render(prompt.text, tokens, None, seed, 0, options).latents
         rendered = time.perf_counter()
         frames = self.generator.decoder.decode(latents)
-        return frames, (planned - begin, rendered - planned, time.perf_counter() - rendered)
+        planning = planned - begin if row.model == "guided" else 0.0
+        return frames, (planning, rendered - planned, time.perf_counter() - rendered)
 
     def latents(self, scene: Scene) -> torch.Tensor:
         """True latents [1, C, t, h, w] of a scene."""

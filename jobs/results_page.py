@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arlon_ray.artifact import one_line
 from arlon_ray.evaluation.metrics import DIMENSIONS
+from jobs.command_line import InputError
 from jobs.evaluation import Row
 from jobs.tables import costs_table, results_table
 
@@ -20,6 +23,15 @@ WRONG = "true-tokens@5:wrong="
 #: Variants that are the whole method.
 WHOLE = ("full", "bundle")
 FEW = ("guided@3", "guided@5", "guided@6")
+
+
+def read_results(folder: Path) -> tuple[Path, Found]:
+    """A folder and its results.json. Raises InputError if there is none of this version."""
+    try:
+        found = json.loads((folder / "results.json").read_text())
+        return folder, found | {name: found[name] for name in ("variant", "what", "rows", "prompts")}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no results of jobs/evaluate.py: {one_line(error)}") from None
 
 
 def write_page(page: Path, found: Sequence[tuple[Path, Found]], told: str) -> None:
@@ -61,9 +73,7 @@ def _rows(found: Sequence[Found]) -> list[tuple[str, str, Found]]:
 
 def _table(found: Sequence[Found]) -> list[str]:
     rows = [((result["variant"], name), row) for result in found for name, row in result["rows"].items()]
-    told = [
-        f"- **{result['variant']}**: {result['what']}; training loss at the end {_loss(result)}" for result in found
-    ]
+    told = [f"- **{result['variant']}**: {result['what']}{_loss(result)}" for result in found]
     return [results_table(rows, ("variant", "row")), "", *told]
 
 
@@ -73,9 +83,13 @@ def _loss(result: Found) -> str:
 
 def _comparison(found: Sequence[Found]) -> list[str] | None:
     """On how many of VBench's dimensions the method in at most 6 steps is better than text-only in 30."""
-    base = next((row for _, name, row in _rows(found) if _plain(name) == "text-only@30"), None)
-    few = [(name, row) for variant, name, row in _rows(found) if variant in WHOLE and _plain(name) in FEW]
-    if base is None or not few:
+    for whole in reversed(WHOLE):
+        few = [(name, row) for variant, name, row in _rows(found) if variant == whole and _plain(name) in FEW]
+        theirs = whole if whole == "bundle" else "text-only"
+        base = next((row for v, name, row in _rows(found) if v == theirs and _plain(name) == "text-only@30"), None)
+        if few and base is not None:
+            break
+    else:
         return None
     chosen, ours = few[-1]
     lines = [f"| dimension | text-only@30 | {_plain(chosen)} | difference |", "|---|---|---|---|"]
