@@ -12,6 +12,8 @@ import pytest
 from arlon_ray.generation import DiTRenderer
 from arlon_ray.generation.rendering import SegmentLatents
 from arlon_ray.generation.video import read_video
+from jobs.command_line import InputError
+from jobs.results_page import read_results, write_page
 from tests.bundles import make_random_bundle
 from tests.opensora.public import make_public_bundle
 from tests.scripts import run_script
@@ -59,6 +61,22 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     runs = client.search_runs([client.get_experiment_by_name("arlon-ray").experiment_id])
     assert {run.info.run_name for run in runs} == {f"evaluate {row}" for row in rows}
     assert all("motion_smoothness" in run.data.metrics for run in runs)
+    check_a_page_of_two(tmp_path / "out", tmp_path / "docs" / "both.md")
+
+
+def check_a_page_of_two(results: Path, page: Path) -> None:
+    """As ablate.py --also makes it."""
+    folder, found = read_results(results)
+    rows = dict(found["rows"]) | {"text-only@30": found["rows"]["text-only@2"], "guided@5": found["rows"]["guided@2"]}
+    absent = {"absent": "the bundle has no AR"}
+    other = {**found, "variant": "text-only", "what": "the baseline", "rows": {"guided@2": absent}}
+    write_page(page, [(folder, {**found, "rows": rows}), (folder, other)], "Two.")
+    lines = page.read_text().splitlines()
+    assert len({line.count("|") for line in lines if line.startswith(("| bundle |", "| text-only |"))}) == 1
+    assert any(line.startswith("| text-only | guided@2 | absent: the bundle has no AR |") for line in lines)
+    assert any(re.match(r"Better on \d+ of 11, at worst [+-]", line) for line in lines)
+    with pytest.raises(InputError, match="no results of jobs/evaluate.py"):
+        read_results(page.parent)
 
 
 def test_rows_that_a_text_only_bundle_cannot_make_are_marked_absent(tmp_path: Path) -> None:
