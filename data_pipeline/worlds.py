@@ -9,7 +9,7 @@ the simple ones), relations, textured backgrounds, camera pans; one video in fou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, get_args
 
@@ -74,18 +74,30 @@ def training_seed(seed: int, index: int) -> int:
     return found
 
 
-def held_out_scenes(config: Config, use: HeldOut) -> Iterator[Scene]:
+def held_out_scenes(config: Config, use: HeldOut, segments: int = 1) -> Iterator[Scene]:
     """`whole_scenes` of seeds that `training_seed` never gives, whatever the set: no training sees them."""
-    return whole_scenes(config, (1 + HELD_OUT.index(use)) * BEYOND)
+    return whole_scenes(config, (1 + HELD_OUT.index(use)) * BEYOND, segments)
 
 
-def whole_scenes(config: Config, first: int) -> Iterator[Scene]:
-    """Scenes of a single shot, of a segment's length and of `data.sample_grade`, without end, from seed `first` on."""
-    video, groups = config.video, (config.segment.groups,)
+def whole_scenes(config: Config, first: int, segments: int = 1) -> Iterator[Scene]:
+    """Scenes of a single shot, as long as `segments` and of `data.sample_grade`, without end, from seed `first` on."""
+    video, groups = config.video, (config.segment.groups_of(segments),)
     for number in count(first):
         scene = sample_scene(number, groups, video.height, video.width, config.data.sample_grade)
         if len(scene.shots) == 1:
             yield scene
+
+
+def turned(scene: Scene) -> Scene:
+    """The same scene with every direction reversed: what its caption says, turned round in the same wording."""
+    back = {name: next(n for n, way in DIRECTIONS.items() if way == (-x, -y)) for name, (x, y) in DIRECTIONS.items()}
+
+    def reverse(thing: Thing) -> Thing:
+        other = None if thing.turned is None else back[thing.turned]
+        return replace(thing, direction=back[thing.direction], turned=other)
+
+    shots = tuple(replace(shot, things=tuple(map(reverse, shot.things))) for shot in scene.shots)
+    return replace(scene, shots=shots)
 
 
 def caption(scene: Scene) -> str:

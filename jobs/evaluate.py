@@ -190,6 +190,7 @@ def main() -> None:
     flags.add_argument("--rows", nargs="+", default=list(DEFAULT_ROWS), metavar="ROW", help=FORM)
     flags.add_argument("--count", type=int, default=64, help="held-out captions (default: 64)")
     flags.add_argument("--prompts", metavar="FILE", help="your own prompts instead, one a line: no readings of meaning")
+    flags.add_argument("--segments", type=int, default=1, help="segments of each video, of one prompt (default: 1)")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument(
         "--tune",
@@ -205,24 +206,24 @@ def main() -> None:
     flags.add_argument("--export-vbench", metavar="DIR", help="also write the videos in the layout of the VBench tool")
     arguments = flags.parse_args()
     rows, choices = [parse_row(text) for text in arguments.rows], parse_choices(arguments.tune)
-    for name in ("count", "tune_count"):
+    for name in ("count", "tune_count", "segments"):
         if (value := getattr(arguments, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
     if arguments.prompts is not None:
         prompts = read_prompts(existing(arguments.prompts, "--prompts"), bundle)
     else:
-        prompts = held_out_prompts(bundle, arguments.count)
+        prompts = held_out_prompts(bundle, arguments.count, segments=arguments.segments)
     vbench = Path(arguments.export_vbench).expanduser().absolute() if arguments.export_vbench else None
     output = output_folder(arguments)
     rows = tuned(bundle, rows, choices, arguments.tune_count, arguments.seed)
-    evaluator = Evaluator(bundle, prompts, arguments.seed)
+    evaluator = Evaluator(bundle, prompts, arguments.seed, arguments.segments)
     results = evaluate(evaluator, rows, output, vbench=vbench)
     more: dict[str, Any] = {"variant": "bundle", "what": arguments.what or f"the bundle {bundle.path.name}"}
-    if bundle.guided and all(prompt.scene is not None for prompt in prompts):
+    if bundle.guided and arguments.segments == 1 and all(prompt.scene is not None for prompt in prompts):
         latents = [evaluator.latents(scene) for scene in evaluator.scenes]
         texts = [prompt.text for prompt in prompts]
-        more["tokens"] = token_figures(bundle, latents, texts)
+        more["tokens"] = token_figures(bundle, latents, texts) | evaluator.direction_nats(latents)
         more["guide_errors"] = guide_errors(bundle, latents, texts, arguments.seed)
     if arguments.costs:
         more["parts"] = costs(evaluator)
@@ -230,7 +231,7 @@ def main() -> None:
     if arguments.docs:
         page = Path(arguments.docs).expanduser().absolute()
         write_page(page, [read_results(output)], "Written by `jobs/evaluate.py`.")
-    frames = bundle.config.segment.groups * GROUP_FRAMES
+    frames = bundle.config.segment.groups_of(arguments.segments) * GROUP_FRAMES
     print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table_of(results)}\n")
     if "tokens" in more:
         print("\n".join(f"{name} {value:.4g}" for name, value in more["tokens"].items()), end="\n\n")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ from pydantic import ValidationError
 
 from arlon_ray.artifact import one_line
 from arlon_ray.bundle import Bundle
-from arlon_ray.config import SamplingConfig
+from arlon_ray.config import GROUP_FRAMES, SamplingConfig
 from arlon_ray.evaluation.frechet import frechet_distance, video_features
 from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
 from arlon_ray.evaluation.scenes import Frames
-from arlon_ray.evaluation.tokens import wrong_tokens
-from arlon_ray.generation import VideoGenerator, default_options
+from arlon_ray.evaluation.tokens import caption_nats, wrong_tokens
+from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options
 from arlon_ray.models.text import load_token_counter
 from arlon_ray.training.stages.vae import to_frames, to_video
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import HeldOut, Scene, caption, held_out_scenes
+from data_pipeline.worlds import HeldOut, Scene, caption, held_out_scenes, turned
 from jobs.command_line import InputError
 from jobs.tables import results_table
 
@@ -128,9 +128,10 @@ class RowResult:
         }
 
 
-def held_out_prompts(bundle: Bundle, count: int, use: HeldOut = "measure") -> list[Prompt]:
-    """Captions of rendered scenes that no training has seen, of the length of a segment."""
-    return [Prompt(caption(scene), scene) for scene in islice(held_out_scenes(bundle.config, use), count)]
+def held_out_prompts(bundle: Bundle, count: int, use: HeldOut = "measure", segments: int = 1) -> list[Prompt]:
+    """Captions of rendered scenes that no training has seen, as long as `segments`."""
+    scenes = islice(held_out_scenes(bundle.config, use, segments), count)
+    return [Prompt(caption(scene), scene) for scene in scenes]
 
 
 def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
@@ -150,8 +151,8 @@ def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
 class Evaluator:
     """Makes and measures the videos of rows of one bundle."""
 
-    def __init__(self, bundle: Bundle, prompts: Sequence[Prompt], seed: int) -> None:
-        self.bundle, self.prompts, self.seed = bundle, list(prompts), seed
+    def __init__(self, bundle: Bundle, prompts: Sequence[Prompt], seed: int, segments: int = 1) -> None:
+        self.bundle, self.prompts, self.seed, self.segments = bundle, list(prompts), seed, segments
         self.generator = VideoGenerator(bundle)
 
     @cached_property
@@ -181,7 +182,7 @@ class Evaluator:
             try:
                 frames, parts = self.make(row, index, prompt)
                 truth = prompt.scene.shots[0] if prompt.scene else None
-                values = measure(frames, truth, self.bundle.config.video.fps)
+                values = measure(frames, truth, self.bundle.config.video.fps, self._joins)
                 if known:
                     result.features.append(video_features(frames))
             except (ValueError, RuntimeError) as error:
@@ -220,21 +221,62 @@ class Evaluator:
             return frames, None
         options = default_options(self.bundle.config.sampling, **row.changes)
         options = options.model_copy(update={"baseline": row.model == "text-only"})
-        tokens = self._true_tokens(row, index, prompt) if row.model == "true-tokens" else None
-        begin, seed = time.perf_counter(), self.seed + index
+        tokens = self._tokens(row, index, prompt, options)
+        keep, seed = self.bundle.config.segment.overlap_latents, self.seed + index
+        frames, parts, overlap = [], np.zeros(3), None
+        for number in range(self.segments):
+            times = [time.perf_counter()]
+            plan = next(tokens)
+            times.append(time.perf_counter())
+            latents = self.generator.renderer.render(prompt.text, plan, overlap, seed, number, options).latents
+            times.append(time.perf_counter())
+            frames.append(self.generator.decoder.decode(latents))
+            times.append(time.perf_counter())
+            parts += np.diff(times)
+            overlap = (latents if overlap is None else np.concatenate([overlap, latents], axis=1))[:, -keep:]
+        planning, rendering, decoding = parts.tolist()
+        return np.concatenate(frames), (planning if row.model == "guided" else 0.0, rendering, decoding)
+
+    def _tokens(
+        self, row: Row, index: int, prompt: Prompt, options: GenerationOptions
+    ) -> Iterator[np.ndarray | None]:
+        """The guide of each segment: planned by the AR as it is asked for, the true one, or none."""
         if row.model == "guided":
             assert self.generator.planner is not None
-            tokens = next(self.generator.planner.plan([prompt.text], seed, options)).tokens
-        planned = time.perf_counter()
-        latents = self.generator.renderer.render(prompt.text, tokens, None, seed, 0, options).latents
-        rendered = time.perf_counter()
-        frames = self.generator.decoder.decode(latents)
-        planning = planned - begin if row.model == "guided" else 0.0
-        return frames, (planning, rendered - planned, time.perf_counter() - rendered)
+            plans = self.generator.planner.plan([prompt.text] * self.segments, self.seed + index, options)
+            return (plan.tokens for plan in plans)
+        if row.model == "text-only":
+            return repeat(None)
+        segment, true = self.bundle.config.segment, self._true_tokens(row, index, prompt)
+        per_group = len(true) // (self._frames // GROUP_FRAMES)
+        firsts = [number * (segment.groups - segment.overlap_groups) * per_group for number in range(self.segments)]
+        return iter([true[first : first + segment.groups * per_group] for first in firsts])
+
+    @property
+    def _joins(self) -> list[int]:
+        """First frames of the segments after the first."""
+        segment = self.bundle.config.segment
+        new = (segment.groups - segment.overlap_groups) * GROUP_FRAMES
+        return list(range(segment.groups * GROUP_FRAMES, self._frames, new))
+
+    @property
+    def _frames(self) -> int:
+        return self.bundle.config.segment.groups_of(self.segments) * GROUP_FRAMES
 
     def latents(self, scene: Scene) -> torch.Tensor:
         """True latents [1, C, t, h, w] of a scene."""
         return self.bundle.vae.encode(to_video(render(scene)[None]).to(self.bundle.device))
+
+    def direction_nats(self, latents: Sequence[torch.Tensor]) -> dict[str, float]:
+        """What a caption turned round costs the AR, left against right and up against down (`caption_nats`)."""
+        figures = {}
+        for name, ways in (("ar_nats_left_right", ("left", "right")), ("ar_nats_up_down", ("up", "down"))):
+            chosen = [i for i, scene in enumerate(self.scenes) if scene.shots[0].things[0].direction in ways]
+            texts, others = ([caption(change(self.scenes[i])) for i in chosen] for change in (lambda s: s, turned))
+            if chosen:
+                nats = caption_nats(self.bundle, [latents[i] for i in chosen], texts, others)
+                figures[name] = float(np.mean(nats))
+        return figures
 
     def _true_tokens(self, row: Row, index: int, prompt: Prompt) -> np.ndarray:
         assert prompt.scene is not None

@@ -40,6 +40,10 @@ class SegmentConfig(Section):
         """Latent frames of one segment."""
         return self.groups * GROUP_LATENTS
 
+    def groups_of(self, segments: int) -> int:
+        """17-frame groups of a video of so many segments."""
+        return self.groups + (segments - 1) * (self.groups - self.overlap_groups)
+
     @property
     def overlap_latents(self) -> int:
         """Latent frames that one segment takes over from the one before."""
@@ -141,6 +145,9 @@ class TextConfig(Section):
         "none", description="`opensora`: captions are cleaned as for Open-Sora's training, wherever they are encoded"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the encoder's weights and arithmetic")
+    layers: int | None = Field(
+        None, ge=1, description="only its first layers; words of one kind (left, right) lie further apart there"
+    )
     aesthetic_score: float | None = Field(
         None, ge=0, le=10, description="put behind every caption that names none, in the data and when served"
     )

@@ -8,7 +8,8 @@ subject_consistency     VBench: cosine of DINO features with the first and the p
 background_consistency  VBench: the same with CLIP. Here: 8×8 colours of what is not object.
 temporal_flickering     VBench: 1 − mean absolute difference of neighbouring frames / 255. Here: where nothing moves.
 motion_smoothness       VBench: 1 − error / 255 of frames interpolated by AMT. Here: along optical flow (DIS).
-dynamic_degree          VBench: whether the largest 5 % of RAFT's flow exceed a threshold. Here: of DIS flow.
+dynamic_degree          VBench: whether the largest 5 % of RAFT's flow exceed a threshold. Here: of DIS flow, its
+                        mean over five frames (what trembles has no direction), where there is something to follow.
 imaging_quality         VBench: MUSIQ. Here: how sharply objects end, against a rendered edge.
 object_class, colour    VBench: a detector finds what is named. Here: every shape (colour) of the truth is seen.
 multiple_objects        VBench: all that is named is in one frame. Here: as many objects as there are, of these very
@@ -17,6 +18,8 @@ spatial_relationship    VBench: positions of detected boxes. Here: of the object
 action                  VBench: UMT's class. Here: what every object does, with its direction and speed.
                         Beside it `direction` alone, and `presence`, the share of frames with an object.
                         The last five are readings of pixels against the scene's truth (`scenes.py`).
+persistence             Ours, of videos of several segments: share of joins with the same objects (colour, shape,
+                        number) read in the group of frames before and in the one after.
 
 Legend: T frames, H × W pixels, F features.
 """
@@ -30,10 +33,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arlon_ray.config import GROUP_FRAMES
 from arlon_ray.evaluation.scenes import (
     SIMPLE_ACTIONS,
     Frames,
     Mask,
+    Reading,
     Seen,
     centre_of,
     grown,
@@ -50,6 +55,8 @@ POOL = 8
 #: VBench: a top-5 % flow of 6 pixels at 256, between frames of 8 a second.
 DYNAMIC_PIXELS, DYNAMIC_SIDE, DYNAMIC_FPS = 6.0, 256, 8.0
 FLOW_SIDE = 256
+#: Steps that flow is averaged over, and grey levels a pixel from which it can be followed.
+STEADY, FLAT = 5, 4.0
 
 
 #: VBench's eleven, in the order of the tables.
@@ -59,18 +66,34 @@ DIMENSIONS = (
 )  # fmt: skip
 
 
-def measure(frames: Frames, truth: Shot | None, fps: float) -> dict[str, float]:
-    """All metrics of uint8 [T, H, W, 3]; those of meaning only with a truth. Raises ValueError as `read_scene` does."""
+def measure(frames: Frames, truth: Shot | None, fps: float, joins: Sequence[int] = ()) -> dict[str, float]:
+    """All metrics of uint8 [T, H, W, 3]; those of meaning only with a truth, and persistence only with `joins`.
+
+    `joins` are the first frames of later segments. Raises ValueError as `read_scene` does.
+    """
     masks, flow = object_masks(frames), optical_flow(frames)
     values = {
         "subject_consistency": consistency(_around_object(frames, masks)),
         "background_consistency": consistency(_pooled(frames, ~grown(masks))),
         "temporal_flickering": flickering(frames, masks),
         "motion_smoothness": smoothness(frames, flow),
-        "dynamic_degree": float(dynamic(flow, frames.shape[1:3], fps)),
+        "dynamic_degree": float(dynamic(steady(flow, frames), frames.shape[1:3], fps)),
         "imaging_quality": sharpness(frames, masks),
     }
+    if joins:
+        values["persistence"] = persistence(frames, joins)
     return values if truth is None else {**meaning(frames, truth), **values}
+
+
+def persistence(frames: Frames, joins: Sequence[int]) -> float:
+    """Share of `joins` with the same objects in the group of frames before and in the one after."""
+    pairs = [(frames[max(0, at - GROUP_FRAMES) : at], frames[at : at + GROUP_FRAMES]) for at in joins]
+    return float(np.mean([_objects(read_scene(before)) == _objects(read_scene(after)) for before, after in pairs]))
+
+
+def _objects(read: Reading) -> list[tuple[str, str]]:
+    """(colour, shape) of every object, in order."""
+    return sorted((seen.colour, seen.shape) for seen in read.things for _ in range(seen.count))
 
 
 def meaning(frames: Frames, truth: Shot) -> dict[str, float]:
@@ -79,14 +102,13 @@ def meaning(frames: Frames, truth: Shot) -> dict[str, float]:
     simple = all(thing.action in SIMPLE_ACTIONS for thing in truth.things) and truth.pan == "still"
     read = read_scene(frames, SIMPLE_ACTIONS if simple else ACTIONS)
     by_colour = {seen.colour: seen for seen in read.things}
-    wanted = [(thing.colour, thing.shape) for thing in truth.things]
-    found = [(seen.colour, seen.shape) for seen in read.things for _ in range(seen.count)]
+    wanted, found = [(thing.colour, thing.shape) for thing in truth.things], _objects(read)
     done = [by_colour[thing.colour].deed if thing.colour in by_colour else None for thing in truth.things]
     deeds = [deed_of(thing) for thing in truth.things]
     values = {
         "object_class": float({shape for _, shape in wanted} <= {shape for _, shape in found}),
         "colour": float({colour for colour, _ in wanted} <= {colour for colour, _ in found}),
-        "multiple_objects": float(sorted(wanted) == sorted(found)),
+        "multiple_objects": float(sorted(wanted) == found),
         "action": float(all(seen is not None and _alike(seen, deed) for seen, deed in zip(done, deeds, strict=True))),
         "direction": float(
             all(seen is not None and seen.direction == deed.direction for seen, deed in zip(done, deeds, strict=True))
@@ -145,6 +167,15 @@ def smoothness(frames: Frames, flow: NDArray[np.float32]) -> float:
         between = (before.astype(np.float32) + after) / 2
         errors.append(np.abs(between - frames[t]).mean())
     return float(1 - np.mean(errors) / 255)
+
+
+def steady(flow: NDArray[np.float32], frames: Frames) -> NDArray[np.float32]:
+    """Flow [T', H, W, 2] averaged over `STEADY` steps; zero where the picture is flat, since there it is a guess."""
+    window = min(STEADY, len(flow))
+    mean = np.lib.stride_tricks.sliding_window_view(flow, window, axis=0).mean(-1)
+    grey = frames[: len(mean)].astype(np.float32).mean(3)
+    slopes = [np.abs(np.roll(grey, -1, axis) - np.roll(grey, 1, axis)) / 2 for axis in (1, 2)]
+    return np.where((np.maximum(*slopes) > FLAT)[..., None], mean, 0).astype(np.float32)
 
 
 def dynamic(flow: NDArray[np.float32], size: tuple[int, ...], fps: float) -> bool:

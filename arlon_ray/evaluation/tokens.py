@@ -55,6 +55,23 @@ def _ar(bundle: Bundle, tokens: Sequence[Tensor], texts: Sequence[str]) -> dict[
     }
 
 
+@torch.no_grad()
+def caption_nats(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str], others: Sequence[str]) -> list[float]:
+    """How many nats less likely the AR holds the fine tokens of each video for another caption than for its own.
+
+    With captions turned round (left for right): 0 where the AR does not tell them apart.
+    """
+    found = []
+    for latent, *captions in zip(latents, texts, others, strict=True):
+        true = bundle.codec.encode(latent)
+        own, other = (
+            F.cross_entropy(bundle.ar(*bundle.text.encode([text]), true).float().flatten(0, 3), true.flatten(), reduction="sum")
+            for text in captions
+        )
+        found.append(float(other - own))
+    return found
+
+
 def wrong_tokens(tokens: np.ndarray, share: float, codes: int, seed: int) -> np.ndarray:
     """`tokens` with this share of them replaced by other codes, drawn evenly."""
     random = np.random.default_rng([seed, 77])

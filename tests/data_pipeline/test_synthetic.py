@@ -17,7 +17,15 @@ from arlon_ray.evaluation.world import ACTIONS, COLOURS, RELATIONS
 from arlon_ray.models.text import load_token_counter
 from data_pipeline.synthetic import remove_samples_from, render, render_shot, write_sample, write_samples
 from data_pipeline.wording import MAX_WORDS
-from data_pipeline.worlds import HELD_OUT, caption, held_out_scenes, sample_scene, shot_captions, training_seed
+from data_pipeline.worlds import (
+    HELD_OUT,
+    caption,
+    held_out_scenes,
+    sample_scene,
+    shot_captions,
+    training_seed,
+    turned,
+)
 
 WORDS = {
     "left": ("left",),
@@ -150,3 +158,23 @@ def test_writing_again_renders_only_what_is_missing_or_different(tmp_path: Path)
     assert remove_samples_from(tmp_path, 2) == 1
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["scene_000000.mp4", "scene_000001.mp4"]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("grade", GRADES)
+def test_a_scene_turned_round_keeps_its_wording(grade: str) -> None:
+    for seed in range(30):
+        scene = sample_scene(seed, grade=grade)
+        back = turned(scene)
+        assert turned(back) == scene
+        moves = any(t.direction in ("left", "right", "up", "down") for shot in scene.shots for t in shot.things)
+        assert (back != scene) == moves
+        if grade == "simple":
+            assert (caption(back) != caption(scene)) == moves
+            assert len(caption(back).split()) == len(caption(scene).split())
+
+
+def test_scenes_of_several_segments_begin_alike() -> None:
+    config = load_config("tiny")
+    short, long = (next(held_out_scenes(config, "measure", segments)) for segments in (1, 3))
+    assert short.frames == 34 and long.frames == 68
+    assert short.shots[0].things == long.shots[0].things

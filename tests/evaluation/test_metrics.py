@@ -116,6 +116,27 @@ def test_degree_of_motion() -> None:
     assert measure(rendered(still), None, FPS)["dynamic_degree"] == 0.0
 
 
+def test_trembling_is_no_motion() -> None:
+    frames = rendered(shot_that(direction="still", background="dark")).copy()
+    frames[1::2] = np.roll(frames[1::2], 1, axis=2)  # to and fro by a pixel: twice the threshold
+    assert measure(frames, None, FPS)["dynamic_degree"] == 0.0
+    walking = np.stack([np.roll(frame, t, axis=1) for t, frame in enumerate(frames)])
+    assert measure(walking, None, FPS)["dynamic_degree"] == 1.0
+
+
+def test_objects_persist_where_nothing_changes_at_a_join(moving: tuple[Shot, np.ndarray]) -> None:
+    shot, frames = moving
+    frames = np.concatenate([frames, frames])
+    assert measure(frames, shot, FPS, joins=[34, 51])["persistence"] == 1.0
+    other = frames.copy()
+    other[34:] = other[34:][..., ::-1]  # red becomes blue
+    assert measure(other, shot, FPS, joins=[34, 51])["persistence"] == 0.5
+    gone = frames.copy()
+    gone[51:] = 44
+    assert measure(gone, shot, FPS, joins=[34, 51])["persistence"] == 0.5
+    assert "persistence" not in measure(frames, shot, FPS)
+
+
 def test_the_interval_covers_the_mean_and_narrows() -> None:
     few, many = np.array([0.0, 1.0] * 8), np.array([0.0, 1.0] * 200)
     (a, b), (c, d) = bootstrap(few), bootstrap(many)

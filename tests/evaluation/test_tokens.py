@@ -10,7 +10,14 @@ import torch
 
 from arlon_ray.bundle import Bundle
 from arlon_ray.evaluation.cost import weights, work
-from arlon_ray.evaluation.tokens import _guide_error, error_profile, guide_errors, token_figures, wrong_tokens
+from arlon_ray.evaluation.tokens import (
+    _guide_error,
+    caption_nats,
+    error_profile,
+    guide_errors,
+    token_figures,
+    wrong_tokens,
+)
 from tests.bundles import make_random_bundle
 
 
@@ -31,6 +38,15 @@ def test_an_ar_that_knows_nothing_has_the_perplexity_of_the_codebook(bundle: Bun
     again = token_figures(bundle, [rebuilt], ["a"])
     expected = (bundle.codec.decode(bundle.codec.encode(rebuilt)) - rebuilt).square().mean() / rebuilt.var()
     assert again["fine_latent_error"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_what_another_caption_costs(bundle: Bundle) -> None:
+    latents = [torch.randn(1, 8, 10, 8, 8)]
+    with torch.no_grad():
+        bundle.ar.head.weight.normal_(std=0.1)
+    assert caption_nats(bundle, latents, ["a circle"], ["a circle"]) == [0.0]
+    (there,), (back,) = (caption_nats(bundle, latents, [a], [b]) for a, b in (("left", "right"), ("right", "left")))
+    assert there == pytest.approx(-back) and there != 0
 
 
 def test_wrong_tokens_are_other_codes_in_the_share_asked_for() -> None:

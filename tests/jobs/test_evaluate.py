@@ -45,6 +45,7 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     assert found["guided@2"]["options"]["guidance_scale"] in (1.0, 2.0)
     assert "ar_guidance_scale" not in found["text-only@2"]["options"]
     assert found["guided@2"]["seconds_of"]["ar"] > 0.01 > found["text-only@2"]["seconds_of"]["ar"]
+    assert {"ar_nats_left_right", "ar_nats_up_down"} & set(written["tokens"])
     assert written["tokens"]["ar_perplexity"] > 1 and 0 < written["tokens"]["fine_codebook_used"] <= 1
     assert set(written["parts"]) == {"vae decoder", "dit text-only, a step", "dit guided, a step", "ar, a segment"}
     assert written["parts"]["dit guided, a step"]["flops"] > 1e6
@@ -62,6 +63,17 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     assert {run.info.run_name for run in runs} == {f"evaluate {row}" for row in rows}
     assert all("motion_smoothness" in run.data.metrics for run in runs)
     check_a_page_of_two(tmp_path / "out", tmp_path / "docs" / "both.md")
+
+
+def test_videos_of_several_segments_are_read_across_their_joins(bundle: Path, tmp_path: Path) -> None:
+    rows = ["truth", "vae", "text-only@1", "guided@1", "true-tokens@1"]
+    flags = ["--bundle", str(bundle), "--rows", *rows, "--count", "2", "--segments", "3"]
+    result = run_script("evaluate", *flags, "--output", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "videos of 68 frames" in result.stdout
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert found["truth"]["metrics"]["persistence"]["mean"] == 1.0
+    assert all(row["videos"] == 2 and "persistence" in row["metrics"] for row in found.values())
 
 
 def check_a_page_of_two(results: Path, page: Path) -> None:

@@ -45,3 +45,18 @@ def test_other_widths_and_missing_weights_are_refused(tmp_path: Path) -> None:
         load_text_encoder(text.model_copy(update={"dim": 100}))
     with pytest.raises(ArtifactError, match="is missing"):
         load_text_encoder(text.model_copy(update={"path": str(tmp_path)}))
+
+
+def test_the_first_layers_tell_left_from_right(encoder: TextEncoder) -> None:
+    """Why `tiny` reads MiniLM's third layer: in its last one the two words are much alike."""
+    text, pair = load_config("tiny").text, ["a red circle moves to the left", "a red circle moves to the right"]
+
+    def apart(one: TextEncoder) -> float:
+        left, right = one.encode(pair).values
+        return float((left - right).norm() / left.norm())
+
+    whole = load_text_encoder(text.model_copy(update={"layers": None}))
+    assert text.layers == 3 and apart(encoder) > 1.05 * apart(whole)
+    assert encoder.identity == f"{whole.identity}:layers=3"
+    with pytest.raises(ArtifactError, match="layers=7: this minilm has 6"):
+        load_text_encoder(text.model_copy(update={"layers": 7}))
