@@ -123,6 +123,7 @@ def main() -> None:
     flags.add_argument(
         "--also", nargs="+", default=[], metavar="DIR", help="results of evaluate.py to show before the variants"
     )
+    flags.add_argument("--train-only", action="store_true", help="train the variants; the same command measures later")
     flags.add_argument("--docs", metavar="FILE", help="page to write, its pictures in a folder beside it")
     arguments = flags.parse_args()
     for name in ("steps", "ar_steps", "count", "tune_count"):
@@ -140,8 +141,13 @@ def main() -> None:
     failed = False
     with connect(bundle.config):
         for variant in variants:
+            if arguments.train_only:
+                print(ablation.train(variant).artifact.path, flush=True)
+                continue
             results = measure_variant(ablation, variant, arguments.count, choices, arguments.tune_count, arguments.seed)
             failed |= any(result.failures for result in results)
+    if arguments.train_only:
+        return
     page = Path(arguments.docs).expanduser().absolute() if arguments.docs else output / "results.md"
     told = f"`jobs/ablate.py`: every DiT has one text-only start, {arguments.steps} steps, the same data and seed."
     folders = [output / name for name in NAMES if (output / name / "results.json").is_file()]

@@ -100,8 +100,12 @@ def _check_ablation(output: Path, results: Path) -> None:
     parts = ["--bundle", output / "bundle", "--dataset", output / "dataset", "--tokens", output / "tokens"]
     flags = ["--steps", "2", "--ar-steps", "2", "--count", "2", "--output", results, "--docs", results / "page.md"]
     command = [sys.executable, ROOT / "jobs" / "ablate.py", *parts, *flags, "--variants", "controlnet", "ar-frame"]
-    ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for more in (["--train-only"], []):
+        words = [str(part) for part in [*command, *more]]
+        ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert (results / "models" / "ar-frame").is_dir() and (results / "page.md").exists() == (not more)
+    assert "steps/s" not in ended.stdout and "samples/s" not in ended.stdout, "trained again"
     page = (results / "page.md").read_text()
     assert "| controlnet | guided@5 |" in page and "| ar-frame | guided@5 |" in page
     base = load_bundle(output / "bundle").artifacts["dit_base"].fingerprint
