@@ -65,3 +65,22 @@ def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ):  # fmt: skip
         refused = run_script("compare_runs", "--uri", uri, *flags)
         assert refused.returncode == 2 and expected in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_stages_become_a_bundle(tmp_path: Path) -> None:
+    whole = Bundle(make_random_bundle(tmp_path / "whole"))
+    (tmp_path / "config.yaml").write_text(whole.config.model_dump_json())
+    parts = {name: str(artifact.path) for name, artifact in whole.artifacts.items()}
+    flags = [word for name, path in parts.items() for word in (f"--{name.replace('_', '-')}", path)]
+    common = ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "made")]
+    result = run_script("make_bundle", *common, *flags)
+    assert result.returncode == 0, result.stderr
+    made = Bundle(tmp_path / "made")
+    assert {n: a.fingerprint for n, a in made.artifacts.items()} == {
+        n: a.fingerprint for n, a in whole.artifacts.items()
+    }
+    other = Bundle(make_random_bundle(tmp_path / "other", "vqvae.fine.width=24"))
+    mixed = run_script("make_bundle", *common, *flags, "--codec-fine", str(other.artifacts["codec_fine"].path))
+    assert mixed.returncode == 2 and "was trained on codec_fine" in mixed.stderr and mixed.stderr.count("\n") == 1
+    empty = run_script("make_bundle", *common)
+    assert empty.returncode == 2 and "no parts" in empty.stderr
