@@ -219,7 +219,8 @@ def main() -> None:
     rows = tuned(bundle, rows, choices, arguments.tune_count, arguments.seed)
     evaluator = Evaluator(bundle, prompts, arguments.seed, arguments.segments)
     results = evaluate(evaluator, rows, output, vbench=vbench)
-    more: dict[str, Any] = {"variant": "bundle", "what": arguments.what or f"the bundle {bundle.path.name}"}
+    variant = "bundle" if arguments.segments == 1 else f"bundle, {arguments.segments} segments"
+    more: dict[str, Any] = {"variant": variant, "what": arguments.what or f"the bundle {bundle.path.name}"}
     if bundle.guided and arguments.segments == 1 and all(prompt.scene is not None for prompt in prompts):
         latents = [evaluator.latents(scene) for scene in evaluator.scenes]
         texts = [prompt.text for prompt in prompts]

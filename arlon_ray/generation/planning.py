@@ -30,16 +30,17 @@ class SegmentTokens:
 
 
 def draw(logits_K: Tensor, options: GenerationOptions, generator: torch.Generator) -> Tensor:
-    """One token (int64 scalar) from logits [K] after temperature, top-k and top-p (nucleus)."""
-    logits = logits_K.float() / options.temperature
-    if 0 < options.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(options.top_k).values[-1], -torch.inf)
-    if options.top_p < 1.0:
-        ordered, indices = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        beyond = probabilities.cumsum(-1) - probabilities >= options.top_p
-        logits = logits.masked_fill(beyond.scatter(0, indices, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[0]
+    """One token (int64 scalar) from logits [K] after temperature, top-k and top-p (nucleus).
+
+    Sorts once and inverts the cumulative distribution at one random number; nothing waits for the device.
+    """
+    chances, order = (logits_K.float() / options.temperature).softmax(-1).sort(descending=True)
+    if 0 < options.top_k < len(chances):
+        chances = chances[: options.top_k]
+    summed = chances.cumsum(-1)
+    kept = summed - chances < options.top_p * summed[-1]  # the first codes, at least one
+    point = torch.rand((), generator=generator, device=summed.device) * (chances * kept).sum()
+    return order[(summed <= point).sum().clamp(max=len(chances) - 1)]
 
 
 @torch.no_grad()

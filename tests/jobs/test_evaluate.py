@@ -71,7 +71,9 @@ def test_videos_of_several_segments_are_read_across_their_joins(bundle: Path, tm
     result = run_script("evaluate", *flags, "--output", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     assert "videos of 68 frames" in result.stdout
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = written["rows"]
+    assert written["variant"] == "bundle, 3 segments"
     assert found["truth"]["metrics"]["persistence"]["mean"] == 1.0
     assert all(row["videos"] == 2 and "persistence" in row["metrics"] for row in found.values())
 
