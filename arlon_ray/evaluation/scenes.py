@@ -103,17 +103,15 @@ def read_count(masks: Mask) -> int:
 
 
 def components(mask: Mask) -> list[Mask]:
-    """Connected parts (4 neighbours, across the torus's seams) of [H, W] that are large enough to be an object."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        spread = labels
-        for axis in (0, 1):
-            for step in (1, -1):
-                spread = np.maximum(spread, np.roll(spread, step, axis))
-        spread = np.where(mask, spread, 0)
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
+    """Connected parts (8 neighbours, across the torus's seams) of [H, W] that are large enough to be an object."""
+    import cv2
+
+    count, wide = cv2.connectedComponents(np.pad(mask, 1, mode="wrap").astype(np.uint8), connectivity=8)
+    labels = wide[1:-1, 1:-1]
+    same = np.arange(count)
+    for outer, inner in np.unique(np.stack([wide, np.pad(labels, 1, mode="wrap")], -1)[wide > 0], axis=0):
+        same[same == same[outer]] = same[inner]
+    labels = same[labels]
     names, sizes = np.unique(labels[mask], return_counts=True)
     return [labels == name for name, size in zip(names, sizes, strict=True) if size >= SMALLEST * mask.size]
 
