@@ -88,6 +88,7 @@ def check_a_page_of_two(results: Path, page: Path) -> None:
     lines = page.read_text().splitlines()
     assert len({line.count("|") for line in lines if line.startswith(("| bundle |", "| text-only |"))}) == 1
     assert any(line.startswith("| text-only | guided@2 | absent: the bundle has no AR |") for line in lines)
+    assert any(re.match(r"\| dynamic_degree \(truth: \d\.\d+\) \|", line) for line in lines)
     assert any(re.match(r"Better on \d+ of 11, at worst [+-]", line) for line in lines)
     with pytest.raises(InputError, match="no results of jobs"):
         read_results(page.parent)
