@@ -215,15 +215,15 @@ class Evaluator:
         """The video of one row and prompt, and the seconds of its parts. ValueError for latents that are no numbers."""
         if row.model in ("truth", "vae"):
             assert prompt.scene is not None
-            frames = render(prompt.scene)
-            if row.model == "vae":
-                frames = to_frames(self.bundle.vae.decode(self.latents(prompt.scene)))[0]
-            return frames, None
+            if row.model == "truth":
+                return render(prompt.scene), None
+            return to_frames(self.bundle.vae.decode(self.latents(prompt.scene)))[0], None
         options = default_options(self.bundle.config.sampling, **row.changes)
         options = options.model_copy(update={"baseline": row.model == "text-only"})
         tokens = self._tokens(row, index, prompt, options)
         keep, seed = self.bundle.config.segment.overlap_latents, self.seed + index
-        frames, parts, overlap = [], np.zeros(3), None
+        frames: list[Frames] = []
+        parts, overlap = np.zeros(3), None
         for number in range(self.segments):
             times = [time.perf_counter()]
             plan = next(tokens)
@@ -237,9 +237,7 @@ class Evaluator:
         planning, rendering, decoding = parts.tolist()
         return np.concatenate(frames), (planning if row.model == "guided" else 0.0, rendering, decoding)
 
-    def _tokens(
-        self, row: Row, index: int, prompt: Prompt, options: GenerationOptions
-    ) -> Iterator[np.ndarray | None]:
+    def _tokens(self, row: Row, index: int, prompt: Prompt, options: GenerationOptions) -> Iterator[np.ndarray | None]:
         """The guide of each segment: planned by the AR as it is asked for, the true one, or none."""
         if row.model == "guided":
             assert self.generator.planner is not None

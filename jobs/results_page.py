@@ -86,7 +86,7 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
 
     More motion than the truth has is no merit: where the truth was measured, dynamic_degree counts by its distance.
     """
-    truth = next((row["metrics"] for _, name, row in _rows(found) if name == "truth"), {})
+    truth: Found = next((row["metrics"] for _, name, row in _rows(found) if name == "truth"), {})
     for whole in reversed(WHOLE):
         few = [(name, row) for variant, name, row in _rows(found) if variant == whole and _plain(name) in FEW]
         theirs = whole if whole == "bundle" else "text-only"

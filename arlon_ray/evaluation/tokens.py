@@ -64,10 +64,8 @@ def caption_nats(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str]
     found = []
     for latent, *captions in zip(latents, texts, others, strict=True):
         true = bundle.codec.encode(latent)
-        own, other = (
-            F.cross_entropy(bundle.ar(*bundle.text.encode([text]), true).float().flatten(0, 3), true.flatten(), reduction="sum")
-            for text in captions
-        )
+        logits = [bundle.ar(*bundle.text.encode([text]), true).float().flatten(0, 3) for text in captions]
+        own, other = (F.cross_entropy(values, true.flatten(), reduction="sum") for values in logits)
         found.append(float(other - own))
     return found
 
