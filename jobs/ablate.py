@@ -140,14 +140,13 @@ def main() -> None:
     )
     failed = False
     with connect(bundle.config):
-        for variant in variants:
-            if arguments.train_only:
+        if arguments.train_only:
+            for variant in variants:
                 print(ablation.train(variant).artifact.path, flush=True)
-                continue
+            return
+        for variant in variants:
             results = measure_variant(ablation, variant, arguments.count, choices, arguments.tune_count, arguments.seed)
             failed |= any(result.failures for result in results)
-    if arguments.train_only:
-        return
     page = Path(arguments.docs).expanduser().absolute() if arguments.docs else output / "results.md"
     told = f"`jobs/ablate.py`: every DiT has one text-only start, {arguments.steps} steps, the same data and seed."
     folders = [output / name for name in NAMES if (output / name / "results.json").is_file()]

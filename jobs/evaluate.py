@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from arlon_ray.artifact import sha256_of, write_json
 from arlon_ray.bundle import MANIFEST, Bundle
@@ -19,10 +20,11 @@ from arlon_ray.config import GROUP_FRAMES
 from arlon_ray.evaluation.cost import weights, work
 from arlon_ray.evaluation.metrics import summary
 from arlon_ray.evaluation.scenes import Frames
-from arlon_ray.evaluation.tokens import guide_errors, token_figures
+from arlon_ray.evaluation.tokens import caption_nats, guide_errors, token_figures
 from arlon_ray.generation import default_options
 from arlon_ray.generation.video import contact_sheet, write_video
 from data_pipeline.manifest import settings_key
+from data_pipeline.worlds import caption, turned
 from jobs.command_line import BOX, InputError, existing, output_folder, parser, run
 from jobs.evaluation import (
     FORM,
@@ -169,6 +171,29 @@ def costs(evaluator: Evaluator) -> dict[str, dict[str, float]]:
     return parts
 
 
+def of_tokens(evaluator: Evaluator) -> dict[str, Any]:
+    """Figures of codecs and AR on the true videos, and what kind of errors the DiT's guide has."""
+    bundle, texts = evaluator.bundle, [prompt.text for prompt in evaluator.prompts]
+    latents = [evaluator.latents(scene) for scene in evaluator.scenes]
+    return {
+        "tokens": token_figures(bundle, latents, texts) | direction_nats(evaluator, latents),
+        "guide_errors": guide_errors(bundle, latents, texts, evaluator.seed),
+    }
+
+
+def direction_nats(evaluator: Evaluator, latents: Sequence[torch.Tensor]) -> dict[str, float]:
+    """What a caption turned round costs the AR, left against right and up against down (`caption_nats`)."""
+    figures = {}
+    for name, ways in (("ar_nats_left_right", ("left", "right")), ("ar_nats_up_down", ("up", "down"))):
+        chosen = [i for i, scene in enumerate(evaluator.scenes) if scene.shots[0].things[0].direction in ways]
+        if chosen:
+            texts = [evaluator.prompts[i].text for i in chosen]
+            others = [caption(turned(evaluator.scenes[i])) for i in chosen]
+            nats = caption_nats(evaluator.bundle, [latents[i] for i in chosen], texts, others)
+            figures[name] = float(np.mean(nats))
+    return figures
+
+
 def parse_choices(texts: Sequence[str]) -> dict[str, list[float]]:
     """`--tune NAME=VALUE,VALUE…`. Raises InputError."""
     choices = {}
@@ -222,10 +247,7 @@ def main() -> None:
     variant = "bundle" if arguments.segments == 1 else f"bundle, {arguments.segments} segments"
     more: dict[str, Any] = {"variant": variant, "what": arguments.what or f"the bundle {bundle.path.name}"}
     if bundle.guided and arguments.segments == 1 and all(prompt.scene is not None for prompt in prompts):
-        latents = [evaluator.latents(scene) for scene in evaluator.scenes]
-        texts = [prompt.text for prompt in prompts]
-        more["tokens"] = token_figures(bundle, latents, texts) | evaluator.direction_nats(latents)
-        more["guide_errors"] = guide_errors(bundle, latents, texts, arguments.seed)
+        more |= of_tokens(evaluator)
     if arguments.costs:
         more["parts"] = costs(evaluator)
     write_results(output, evaluator, results, **more)

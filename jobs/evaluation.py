@@ -22,12 +22,12 @@ from arlon_ray.config import GROUP_FRAMES, SamplingConfig
 from arlon_ray.evaluation.frechet import frechet_distance, video_features
 from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
 from arlon_ray.evaluation.scenes import Frames
-from arlon_ray.evaluation.tokens import caption_nats, wrong_tokens
-from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options
+from arlon_ray.evaluation.tokens import wrong_tokens
+from arlon_ray.generation import GenerationOptions, VideoGenerator, behind_overlap, default_options
 from arlon_ray.models.text import load_token_counter
 from arlon_ray.training.stages.vae import to_frames, to_video
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import HeldOut, Scene, caption, held_out_scenes, turned
+from data_pipeline.worlds import HeldOut, Scene, caption, held_out_scenes
 from jobs.command_line import InputError
 from jobs.tables import results_table
 
@@ -233,7 +233,7 @@ class Evaluator:
             frames.append(self.generator.decoder.decode(latents))
             times.append(time.perf_counter())
             parts += np.diff(times)
-            overlap = (latents if overlap is None else np.concatenate([overlap, latents], axis=1))[:, -keep:]
+            overlap = behind_overlap(overlap, latents)[:, -keep:]
         planning, rendering, decoding = parts.tolist()
         return np.concatenate(frames), (planning if row.model == "guided" else 0.0, rendering, decoding)
 
@@ -246,35 +246,18 @@ class Evaluator:
         if row.model == "text-only":
             return repeat(None)
         segment, true = self.bundle.config.segment, self._true_tokens(row, index, prompt)
-        per_group = len(true) // (self._frames // GROUP_FRAMES)
-        firsts = [number * (segment.groups - segment.overlap_groups) * per_group for number in range(self.segments)]
-        return iter([true[first : first + segment.groups * per_group] for first in firsts])
+        per_group = len(true) // segment.groups_of(self.segments)
+        ends = [segment.groups_of(number) * per_group for number in range(1, self.segments + 1)]
+        return (true[end - segment.groups * per_group : end] for end in ends)
 
     @property
     def _joins(self) -> list[int]:
         """First frames of the segments after the first."""
-        segment = self.bundle.config.segment
-        new = (segment.groups - segment.overlap_groups) * GROUP_FRAMES
-        return list(range(segment.groups * GROUP_FRAMES, self._frames, new))
-
-    @property
-    def _frames(self) -> int:
-        return self.bundle.config.segment.groups_of(self.segments) * GROUP_FRAMES
+        return [self.bundle.config.segment.groups_of(number) * GROUP_FRAMES for number in range(1, self.segments)]
 
     def latents(self, scene: Scene) -> torch.Tensor:
         """True latents [1, C, t, h, w] of a scene."""
         return self.bundle.vae.encode(to_video(render(scene)[None]).to(self.bundle.device))
-
-    def direction_nats(self, latents: Sequence[torch.Tensor]) -> dict[str, float]:
-        """What a caption turned round costs the AR, left against right and up against down (`caption_nats`)."""
-        figures = {}
-        for name, ways in (("ar_nats_left_right", ("left", "right")), ("ar_nats_up_down", ("up", "down"))):
-            chosen = [i for i, scene in enumerate(self.scenes) if scene.shots[0].things[0].direction in ways]
-            texts, others = ([caption(change(self.scenes[i])) for i in chosen] for change in (lambda s: s, turned))
-            if chosen:
-                nats = caption_nats(self.bundle, [latents[i] for i in chosen], texts, others)
-                figures[name] = float(np.mean(nats))
-        return figures
 
     def _true_tokens(self, row: Row, index: int, prompt: Prompt) -> np.ndarray:
         assert prompt.scene is not None

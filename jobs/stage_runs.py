@@ -102,7 +102,7 @@ def run_codec(
 ) -> StageOutcome:
     """Train the fine or the coarse latent VQ-VAE."""
     codec = getattr(config.vqvae, role)
-    parents = {name: value for name, value in check_dataset(dataset, vae).items() if name != "text"}
+    parents = check_dataset(dataset, vae)
     settings = {"config": config_fingerprint(codec), "seed": config.seed}
     arguments = {"role": role, "dataset": dataset, "vae": vae, "parents": parents}
     plan = StagePlan(f"vqvae_{role}", "codec", build_codec, arguments, codec.training, settings, parents)

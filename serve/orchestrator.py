@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from arlon_ray.generation import behind_overlap
 from arlon_ray.generation.video import join_fragments
 from serve.schema import SegmentStatus
 from serve.work import Job, Latents, PlanWindow, Stages, Timed, Tokens
@@ -108,8 +109,7 @@ class Orchestrator:
                 raise StageError("rendering", index, error) from error
             await self._watcher.segment(index, "rendered", "dit", rendered)
             latents = rendered.value
-            before = latents if overlap is None else np.concatenate([overlap, latents], axis=1)
-            overlap = np.ascontiguousarray(before[:, -self._overlap_latents :])
+            overlap = np.ascontiguousarray(behind_overlap(overlap, latents)[:, -self._overlap_latents :])
             if decoding:
                 await decoding
             fragments.append(self._folder / f"fragment-{index:05d}.mp4")

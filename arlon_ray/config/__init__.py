@@ -10,10 +10,7 @@ from arlon_ray.config.models import (
     FrameMaskConfig,
     InjectionConfig,
     SegmentConfig,
-    SpatialVaeConfig,
-    TemporalVaeConfig,
     TextConfig,
-    VaeConfig,
     VideoConfig,
     VqvaeConfig,
 )
@@ -28,6 +25,7 @@ from arlon_ray.config.run import (
     TrackingConfig,
 )
 from arlon_ray.config.training import TrainingConfig
+from arlon_ray.config.vae import SpatialVaeConfig, TemporalVaeConfig, VaeConfig
 
 __all__ = [
     "GROUP_FRAMES",

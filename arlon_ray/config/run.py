@@ -12,10 +12,10 @@ from arlon_ray.config.models import (
     DitConfig,
     SegmentConfig,
     TextConfig,
-    VaeConfig,
     VideoConfig,
     VqvaeConfig,
 )
+from arlon_ray.config.vae import VaeConfig
 
 
 class DataConfig(Section):

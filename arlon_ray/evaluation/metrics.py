@@ -27,6 +27,7 @@ Legend: T frames, H × W pixels, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -87,8 +88,9 @@ def measure(frames: Frames, truth: Shot | None, fps: float, joins: Sequence[int]
 
 def persistence(frames: Frames, joins: Sequence[int]) -> float:
     """Share of `joins` with the same objects in the group of frames before and in the one after."""
-    pairs = [(frames[max(0, at - GROUP_FRAMES) : at], frames[at : at + GROUP_FRAMES]) for at in joins]
-    return float(np.mean([_objects(read_scene(before)) == _objects(read_scene(after)) for before, after in pairs]))
+    # what comes after one join may come before the next: every group is read once
+    objects = cache(lambda first: _objects(read_scene(frames[first : first + GROUP_FRAMES])))
+    return float(np.mean([objects(at - GROUP_FRAMES) == objects(at) for at in joins]))
 
 
 def _objects(read: Reading) -> list[tuple[str, str]]:
@@ -174,8 +176,12 @@ def steady(flow: NDArray[np.float32], frames: Frames) -> NDArray[np.float32]:
     window = min(STEADY, len(flow))
     mean = np.lib.stride_tricks.sliding_window_view(flow, window, axis=0).mean(-1)
     grey = frames[: len(mean)].astype(np.float32).mean(3)
-    slopes = [np.abs(np.roll(grey, -1, axis) - np.roll(grey, 1, axis)) / 2 for axis in (1, 2)]
-    return np.where((np.maximum(*slopes) > FLAT)[..., None], mean, 0).astype(np.float32)
+    return np.where((_steps(grey) / 2 > FLAT)[..., None], mean, 0).astype(np.float32)
+
+
+def _steps(levels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Difference [..., H, W] of the neighbours on both sides, along x or y, whichever is larger."""
+    return np.maximum(*(np.abs(np.roll(levels, -1, axis) - np.roll(levels, 1, axis)) for axis in (-2, -1)))
 
 
 def dynamic(flow: NDArray[np.float32], size: tuple[int, ...], fps: float) -> bool:
@@ -209,8 +215,7 @@ def sharpness(frames: Frames, masks: Mask) -> float:
             scores.append(0.0)
             continue
         inside = float(np.quantile(level[mask], 0.8))
-        steps = np.maximum(*(np.abs(np.roll(level, -1, axis) - np.roll(level, 1, axis)) for axis in (0, 1)))
-        scores.append(min(1.0, float(steps[rim(mask)].mean()) / max(inside, 1e-6)))
+        scores.append(min(1.0, float(_steps(level)[rim(mask)].mean()) / max(inside, 1e-6)))
     return float(np.mean(scores))
 
 

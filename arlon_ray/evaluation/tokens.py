@@ -43,10 +43,15 @@ def _codec(codec: LatentCodec, latents: Sequence[Tensor], tokens: Sequence[Tenso
     return {"latent_error": float(torch.stack(errors).mean() / variance), **used}
 
 
+def _logits(bundle: Bundle, text: str, true: Tensor) -> Tensor:
+    """Of the AR, float32 [N tokens, K], for every true token of a video [1, t', h', w'] given those before it."""
+    return bundle.ar(*bundle.text.encode([text]), true).float().flatten(0, 3)
+
+
 def _ar(bundle: Bundle, tokens: Sequence[Tensor], texts: Sequence[str]) -> dict[str, float]:
     losses, hits = [], []
     for true, text in zip(tokens, texts, strict=True):
-        logits = bundle.ar(*bundle.text.encode([text]), true).float().flatten(0, 3)
+        logits = _logits(bundle, text, true)
         losses.append(F.cross_entropy(logits, true.flatten()))
         hits.append((logits.argmax(-1) == true.flatten()).float().mean())
     return {
@@ -64,8 +69,9 @@ def caption_nats(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str]
     found = []
     for latent, *captions in zip(latents, texts, others, strict=True):
         true = bundle.codec.encode(latent)
-        logits = [bundle.ar(*bundle.text.encode([text]), true).float().flatten(0, 3) for text in captions]
-        own, other = (F.cross_entropy(values, true.flatten(), reduction="sum") for values in logits)
+        own, other = (
+            F.cross_entropy(_logits(bundle, text, true), true.flatten(), reduction="sum") for text in captions
+        )
         found.append(float(other - own))
     return found
 

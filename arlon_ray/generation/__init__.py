@@ -5,7 +5,7 @@ from arlon_ray.generation.generator import VideoGenerator, spread_prompts
 from arlon_ray.generation.given import Given, given_clip, given_picture
 from arlon_ray.generation.options import GenerationOptions, default_options
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
-from arlon_ray.generation.rendering import DiTRenderer, SegmentLatents
+from arlon_ray.generation.rendering import DiTRenderer, SegmentLatents, behind_overlap
 
 __all__ = [
     "ArPlanner",
@@ -16,6 +16,7 @@ __all__ = [
     "SegmentLatents",
     "SegmentTokens",
     "VideoGenerator",
+    "behind_overlap",
     "default_options",
     "given_clip",
     "given_picture",

@@ -13,7 +13,7 @@ from arlon_ray.generation.decoding import FrameDecoder
 from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions, default_options
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
-from arlon_ray.generation.rendering import DiTRenderer
+from arlon_ray.generation.rendering import DiTRenderer, behind_overlap
 
 
 def spread_prompts(prompts: Sequence[str], segments: int) -> list[str]:
@@ -60,8 +60,7 @@ class VideoGenerator:
         for index, prompt in enumerate(prompts):
             plan = next(plans, None)
             latents = self.renderer.render(prompt, plan.tokens if plan else None, overlap, seed, index, options).latents
-            # a segment's own latents may be fewer than the overlap: the rest comes from what was taken over
-            history = latents if overlap is None else np.concatenate([overlap, latents], axis=1)
+            history = behind_overlap(overlap, latents)
             shown = history if index == 0 and given and given.shown else latents
             overlap = history[:, -keep:]
             yield self.decoder.decode(shown)

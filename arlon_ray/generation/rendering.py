@@ -29,6 +29,14 @@ class SegmentLatents:
     latents: np.ndarray
 
 
+def behind_overlap(overlap: np.ndarray | None, latents: np.ndarray) -> np.ndarray:
+    """A segment's new latents [C, n, h, w] behind what it took over; its end is what the next segment takes over.
+
+    New latents may be fewer than an overlap: the rest then comes from what was taken over.
+    """
+    return latents if overlap is None else np.concatenate([overlap, latents], axis=1)
+
+
 def guided_velocity(
     dit: STDiT3,
     latent_shape: tuple[int, int, int],
