@@ -25,7 +25,7 @@ TEXTURES = ("stripes", "checks", "clouds")
 #: Diameters (pixels, at 64) of one object, and of one of several.
 ONE, SEVERAL = (22.0, 30.0), (16.0, 20.0)
 #: Shares of the simple grade: two equal objects, and two different ones.
-EQUAL_PAIRS, DIFFERENT_PAIRS = 0.12, 0.3
+EQUAL_PAIRS, DIFFERENT_PAIRS = 0.12, 0.36
 #: Distance of two related objects (pixels, at 64): apart, and less than half way round the torus.
 APART, ASIDE = (24.0, 28.0), 4.0
 #: Shares of the rich grade.
@@ -100,6 +100,16 @@ def turned(scene: Scene) -> Scene:
     return replace(scene, shots=shots)
 
 
+def exchanged(scene: Scene) -> Scene:
+    """The same scene with related objects in each other's place: their names change places in the same wording."""
+
+    def exchange(shot: Shot) -> Shot:
+        first, second, *others = shot.things
+        return replace(shot, things=(second, first, *others))
+
+    return replace(scene, shots=tuple(exchange(shot) if shot.relation else shot for shot in scene.shots))
+
+
 def caption(scene: Scene) -> str:
     """The whole scene in words; equal scene, equal wording."""
     return join_shots(shot_captions(scene))
@@ -122,15 +132,18 @@ def _simple(random: Random, frames: int, height: int, width: int) -> tuple[Shot,
     direction, speed = str(random.choice(list(DIRECTIONS))), str(random.choice(list(SPEEDS)))
     diameter = float(random.uniform(*(SEVERAL if number == 2 else ONE))) * scale
     colours, shapes = _different(random, COLOURS, 2), [str(random.choice(SHAPES)) for _ in range(2)]
-    starts, relation = [_anywhere(random, height, width)], None
+    relation = None
     if kind < EQUAL_PAIRS:
         colours, shapes = [colours[0]] * 2, [shapes[0]] * 2
         # apart by more than a diameter on the torus, so that two never look like one
         angle, distance = random.uniform(0, 2 * np.pi), random.uniform(1.25 * diameter, min(height, width) / 2)
+        starts = [_anywhere(random, height, width)]
         starts.append(_moved(starts[0], distance * np.cos(angle), distance * np.sin(angle), height, width))
     elif number == 2:
         relation = str(random.choice(list(RELATIONS)))
-        starts.append(_related(random, starts[0], relation, scale, height, width))
+        starts = _related(random, relation, diameter, scale, height, width)
+    else:
+        starts = [_anywhere(random, height, width)]
     things = tuple(
         Thing(shape, colour, diameter, start, "still" if direction == "still" else "move", direction, speed)
         for shape, colour, start in zip(shapes, colours, starts, strict=False)
@@ -151,9 +164,9 @@ def _rich_shot(random: Random, frames: int, height: int, width: int) -> Shot:
     number = 3 if random.random() < THREE else 2
     colours = _different(random, COLOURS, number)
     relation = str(random.choice(list(RELATIONS)))
-    first = _anywhere(random, height, width)
-    starts = [first, _related(random, first, relation, scale, height, width)]
+    starts = _related(random, relation, 17.0 * scale, scale, height, width)
     if number == 3:  # off the line of the other two
+        first = starts[0]
         across = RELATIONS[relation][::-1]
         way = float(random.uniform(*APART)) * scale
         starts.append(_moved(first, -across[0] * way, -across[1] * way, height, width))
@@ -200,12 +213,24 @@ def _moved(start: tuple[float, float], dx: float, dy: float, height: int, width:
 
 
 def _related(
-    random: Random, first: tuple[float, float], relation: str, scale: float, height: int, width: int
-) -> tuple[float, float]:
-    """Where the second object is, if the first is `relation` to it."""
+    random: Random, relation: str, diameter: float, scale: float, height: int, width: int
+) -> list[tuple[float, float]]:
+    """Where two objects start, the first `relation` to the second.
+
+    Along the line of the relation both lie whole in the picture. On a torus "left of" would otherwise hold across the
+    seam too, and nothing at the place of the first object met would say which of the two it is.
+    """
     away, aside = float(random.uniform(*APART)) * scale, float(random.uniform(-ASIDE, ASIDE)) * scale
     x, y = RELATIONS[relation]
-    return _moved(first, -x * away + y * aside, -y * away + x * aside, height, width)
+    dx, dy = -x * away + y * aside, -y * away + x * aside
+
+    def start(size: int, way: float, along: bool) -> float:
+        edge = diameter / 2
+        low, high = (edge + max(0.0, -way), size - edge - max(0.0, way)) if along else (0.0, float(size))
+        return float(random.uniform(low, high))
+
+    first = start(width, dx, bool(x)), start(height, dy, bool(y))
+    return [first, _moved(first, dx, dy, height, width)]
 
 
 GRADES: dict[str, Callable[[Random, int, int, int], tuple[Shot, ...]]] = {"simple": _simple, "rich": _rich}

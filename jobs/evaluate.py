@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from arlon_ray.evaluation.tokens import caption_nats, guide_errors, token_figure
 from arlon_ray.generation import default_options
 from arlon_ray.generation.video import contact_sheet, write_video
 from data_pipeline.manifest import settings_key
-from data_pipeline.worlds import caption, turned
+from data_pipeline.worlds import Scene, caption, exchanged, turned
 from jobs.command_line import BOX, InputError, existing, output_folder, parser, run
 from jobs.evaluation import (
     FORM,
@@ -176,21 +176,32 @@ def of_tokens(evaluator: Evaluator) -> dict[str, Any]:
     bundle, texts = evaluator.bundle, [prompt.text for prompt in evaluator.prompts]
     latents = [evaluator.latents(scene) for scene in evaluator.scenes]
     return {
-        "tokens": token_figures(bundle, latents, texts) | direction_nats(evaluator, latents),
+        "tokens": token_figures(bundle, latents, texts) | contrast_nats(evaluator, latents),
         "guide_errors": guide_errors(bundle, latents, texts, evaluator.seed),
     }
 
 
-def direction_nats(evaluator: Evaluator, latents: Sequence[torch.Tensor]) -> dict[str, float]:
-    """What a caption turned round costs the AR, left against right and up against down (`caption_nats`)."""
+def contrast_nats(evaluator: Evaluator, latents: Sequence[torch.Tensor]) -> dict[str, float]:
+    """What a caption that says the opposite costs the AR (`caption_nats`).
+
+    Of left and right, of up and down, and of which of two related objects is where.
+    """
+
+    def goes(*ways: str) -> Callable[[Scene], bool]:
+        return lambda scene: scene.shots[0].things[0].direction in ways
+
     figures = {}
-    for name, ways in (("ar_nats_left_right", ("left", "right")), ("ar_nats_up_down", ("up", "down"))):
-        chosen = [i for i, scene in enumerate(evaluator.scenes) if scene.shots[0].things[0].direction in ways]
+    for name, concerns, opposite in (
+        ("left_right", goes("left", "right"), turned),
+        ("up_down", goes("up", "down"), turned),
+        ("order", lambda scene: scene.shots[0].relation is not None, exchanged),
+    ):
+        chosen = [i for i, scene in enumerate(evaluator.scenes) if concerns(scene)]
         if chosen:
             texts = [evaluator.prompts[i].text for i in chosen]
-            others = [caption(turned(evaluator.scenes[i])) for i in chosen]
+            others = [caption(opposite(evaluator.scenes[i])) for i in chosen]
             nats = caption_nats(evaluator.bundle, [latents[i] for i in chosen], texts, others)
-            figures[name] = float(np.mean(nats))
+            figures[f"ar_nats_{name}"] = float(np.mean(nats))
     return figures
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_pipeline.wording import MAX_WORDS
 from data_pipeline.worlds import (
     HELD_OUT,
     caption,
+    exchanged,
     held_out_scenes,
     sample_scene,
     shot_captions,
@@ -76,6 +78,31 @@ def test_a_relation_is_worded_from_either_side() -> None:
         between = text[min(first, second) : max(first, second)]
         inverse = any(word in between for word in ("right of", "below", "under"))
         assert inverse == (second < first), text
+
+
+@pytest.mark.parametrize("grade", GRADES)
+def test_related_objects_start_where_the_relation_says_whole_in_the_picture(grade: str) -> None:
+    seen = set()
+    for seed in range(200):
+        for shot in sample_scene(seed, grade=grade).shots:
+            if shot.relation is None:
+                continue
+            seen.add(shot.relation)
+            axis = 0 if shot.relation == "left of" else 1
+            first, second = (thing.start[axis] for thing in shot.things[:2])
+            edge = shot.things[0].diameter / 2
+            assert edge <= first and second <= 64 - edge, shot
+            assert 24.0 <= second - first <= 28.0, shot
+    assert seen == {"left of", "above"}
+
+
+def test_the_opposite_of_a_relation_says_the_same_words_of_the_other_object() -> None:
+    for scene in filter(lambda scene: scene.shots[0].relation, map(sample_scene, range(100))):
+        text, other = caption(scene), caption(exchanged(scene))
+        assert text != other and sorted(re.findall("[a-z]+", text.lower())) == sorted(re.findall("[a-z]+", other.lower()))
+        assert exchanged(exchanged(scene)) == scene
+    alone = next(scene for scene in map(sample_scene, range(100)) if scene.shots[0].relation is None)
+    assert exchanged(alone) == alone
 
 
 def test_the_rich_grade_has_all_that_it_names() -> None:
