@@ -11,6 +11,7 @@ from arlon_ray.artifact import ArtifactError, load_artifact
 from arlon_ray.config import CodecConfig, load_config
 from arlon_ray.models.codec import load_codec
 from arlon_ray.training.loop import train_locally
+from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage, usage
 from arlon_ray.training.stages.dit import DitObjective, DitPaths, DitStage
 from arlon_ray.training.stages.latents import cut, group_window, trimmed
@@ -36,6 +37,18 @@ def test_windows_are_whole_groups_and_reach_everywhere() -> None:
     assert group_window(2, 4, generator) == slice(0, 2)
     latents = torch.arange(20).view(1, 1, 20, 1, 1)
     assert cut(latents, slice(1, 3), 4, axis=2).flatten().tolist() == list(range(5, 15))
+
+
+def test_an_ar_starts_on_first_frames_as_long_as_it_is_told_to(parts: dict[str, Path]) -> None:
+    config = small_config("ar.first_frame_steps=2")
+    source = ToySource(config, 4, groups=3)
+    stage = ArStage(config, source, ArPaths(parts["codec_fine"], parts["vae"]), {})
+    objective, generator = stage.objective(), torch.Generator().manual_seed(0)
+    whole = source.batch(0, 0, 1)["tokens_fine"]
+    first, later = (objective.window(stage.batch(step, 0, 1), generator) for step in (1, 2))
+    assert first.shape == (4, 1, *whole.shape[2:]) and torch.equal(first, source.batch(1, 0, 1)["tokens_fine"][:, :1])
+    assert later.shape[1] > 1 and later.shape[2:] == whole.shape[2:]
+    assert objective(stage.batch(0, 0, 1), generator).loss.isfinite()
 
 
 def test_text_is_cut_to_the_longest_caption() -> None:

@@ -1,4 +1,9 @@
-"""Training of the AR: next-token prediction over fine tokens, text dropped for guidance, noise in the context."""
+"""Training of the AR: next-token prediction over fine tokens, text dropped for guidance, noise in the context.
+
+What a caption says of the objects and of who is where is decided in the first frame; the rest of a video follows from
+it, and is most of the loss. `ar.first_frame_steps` starts with the first frame alone, as text-to-video models start on
+pictures: then the little that word order is worth is not lost in what motion costs.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +67,8 @@ class ArObjective(nn.Module):
     def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
         """Tokens [B, t', h', w'] of as many groups as sampling ever has at once."""
         tokens = batch["tokens_fine"]
+        if tokens.shape[1] < self.frames_per_group:  # a single frame
+            return tokens
         groups = tokens.shape[1] // self.frames_per_group
         segment = self.config.segment
         longest = max(segment.groups, self.config.ar.context_groups + segment.groups - segment.overlap_groups)
@@ -88,7 +95,10 @@ class ArStage:
 
     def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
         """See Stage."""
-        return self.source.batch(step, rank, world)
+        batch = self.source.batch(step, rank, world)
+        if step < self.config.ar.first_frame_steps:
+            return batch | {"tokens_fine": batch["tokens_fine"][:, :1]}
+        return batch
 
     def evaluate(self, objective: nn.Module, device: torch.device) -> Evaluation:
         """Loss, perplexity and accuracy on held-out clips; sampled plans beside true ones, decoded without DiT."""
