@@ -135,8 +135,8 @@ class ArConfig(Section):
     token_noise: float = Field(0.05, ge=0, lt=1, description="share of context tokens replaced by random codes")
     context_groups: int = Field(3, ge=1, description="groups of earlier tokens that the AR looks back on")
     init: str | None = None
-    first_frame_steps: int = Field(
-        0, ge=0, description="so many steps at the start see the first latent frame of their clips alone"
+    first_frame_share: float = Field(
+        0, ge=0, lt=1, description="share of the steps, at the start, that see the first latent frame of clips alone"
     )
     training: TrainingConfig = TrainingConfig()
 

@@ -40,7 +40,7 @@ def test_windows_are_whole_groups_and_reach_everywhere() -> None:
 
 
 def test_an_ar_starts_on_first_frames_as_long_as_it_is_told_to(parts: dict[str, Path]) -> None:
-    config = small_config("ar.first_frame_steps=2")
+    config = small_config("ar.first_frame_share=0.2", "ar.training.steps=10")
     source = ToySource(config, 4, groups=3)
     stage = ArStage(config, source, ArPaths(parts["codec_fine"], parts["vae"]), {})
     objective, generator = stage.objective(), torch.Generator().manual_seed(0)

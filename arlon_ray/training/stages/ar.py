@@ -1,8 +1,8 @@
 """Training of the AR: next-token prediction over fine tokens, text dropped for guidance, noise in the context.
 
 What a caption says of the objects and of who is where is decided in the first frame; the rest of a video follows from
-it, and is most of the loss. `ar.first_frame_steps` starts with the first frame alone, as text-to-video models start on
-pictures: then the little that word order is worth is not lost in what motion costs.
+it, and is most of the loss. With `ar.first_frame_share` training starts on first frames alone, as text-to-video models
+start on pictures: then the little that word order is worth is not lost in what motion costs.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ArStage:
     def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
         """See Stage."""
         batch = self.source.batch(step, rank, world)
-        if step < self.config.ar.first_frame_steps:
+        if step < self.config.ar.first_frame_share * self.training.steps:
             return batch | {"tokens_fine": batch["tokens_fine"][:, :1]}
         return batch
 
