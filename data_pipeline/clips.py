@@ -15,6 +15,7 @@ from data_pipeline.sources import SourceFile
 
 #: Slack, in frames, for time stamps that are rounded (milliseconds in Matroska, float32 in decord).
 SLACK_FRAMES = 0.05
+NO_CAPTION = "neither in the list of videos nor in a .txt or .json beside the file"
 
 
 def split_spans(frames: int, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -49,7 +50,7 @@ def find_clips(source: SourceFile, video: VideoConfig, data: DataConfig) -> tupl
     if source.caption_error:
         return [], [reject_row(source.name, STAGE_CLIPS, schema.BAD_CAPTION, source.caption_error)]
     if not source.caption:
-        return [], [reject_row(source.name, STAGE_CLIPS, schema.MISSING_CAPTION, "no .txt and no .json with a caption")]
+        return [], [reject_row(source.name, STAGE_CLIPS, schema.MISSING_CAPTION, NO_CAPTION)]
     frames = int(np.floor(duration_s * video.fps + SLACK_FRAMES))
     lengths = sorted({groups * GROUP_FRAMES for groups in data.bucket_groups}, reverse=True)
     spans = list(split_spans(frames, lengths))
@@ -73,7 +74,7 @@ def find_clips(source: SourceFile, video: VideoConfig, data: DataConfig) -> tupl
 
 def _duration_s(source: SourceFile, threads: int) -> float:
     if source.error:
-        raise FootageError(schema.UNREADABLE, source.error)
+        raise FootageError(source.reason, source.error)
     if not source.size:
         raise FootageError(schema.EMPTY, "the file has no bytes")
     return float(open_footage(source.path, threads).times_s[-1])

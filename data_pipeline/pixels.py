@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from arlon_ray.artifact import ArtifactError
-from arlon_ray.config import GROUP_FRAMES, VideoConfig
+from arlon_ray.config import GROUP_FRAMES, DataConfig, VideoConfig
 from data_pipeline.schema import NO_VIDEO, TOO_SHORT, UNREADABLE, one_line
-from data_pipeline.sources import VIDEO_SUFFIXES
+from data_pipeline.sources import VIDEO_SUFFIXES, find_sources
 
 TOO_SMALL = "too small"
 #: Frames that are read of one file, from its start: an hour of video must not fill the memory.
@@ -30,23 +30,23 @@ NAMED_FILES = 3
 
 
 class PixelClips:
-    """Random groups from folders of videos; each folder has a weight, however many videos it holds.
+    """Random groups from inputs (folders, patterns, lists); each has a weight, however many videos it holds.
 
     Frames are kept at up to twice the target size, so that larger footage gives crops at varied scales.
     """
 
     def __init__(
-        self, folders: Sequence[tuple[Path, float]], video: VideoConfig, held_out: int, cache_bytes: int
+        self, folders: Sequence[tuple[Path, float]], video: VideoConfig, data: DataConfig, held_out: int
     ) -> None:
         """Opens every file and leaves out, with one line a reason, those that do not fit.
 
         Raises ArtifactError if a folder has no usable video.
         """
-        self.video, self.cache_bytes = video, cache_bytes
+        self.video, self.cache_bytes = video, data.cache_bytes
         self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
         self._broken: set[Path] = set()
-        listed = _usable([_videos(folder) for folder, _ in folders], video)
+        listed = _usable([_videos(folder, data) for folder, _ in folders], video)
         for (folder, _), paths in zip(folders, listed, strict=True):
             if not paths:
                 raise ArtifactError(
@@ -127,10 +127,8 @@ class PixelClips:
         return frames
 
 
-def _videos(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
-    )
+def _videos(folder: Path, data: DataConfig) -> list[Path]:
+    return sorted(Path(source.path) for source in find_sources(folder, data) if source.path)
 
 
 def _usable(listed: Sequence[Sequence[Path]], video: VideoConfig) -> list[list[Path]]:

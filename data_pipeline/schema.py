@@ -91,7 +91,8 @@ REJECTED_BUCKET = "rejected"
 TOO_SHORT = "too short"
 MISSING_CAPTION = "missing caption"
 TOO_MANY_CLIPS = "above max_clips_per_video"
-FILTER_REASONS = frozenset({TOO_SHORT, MISSING_CAPTION, TOO_MANY_CLIPS})
+LISTED_TWICE = "listed twice"
+FILTER_REASONS = frozenset({TOO_SHORT, MISSING_CAPTION, TOO_MANY_CLIPS, LISTED_TWICE})
 #: Failures.
 UNREADABLE = "unreadable"
 EMPTY = "empty file"

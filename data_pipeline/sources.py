@@ -1,7 +1,11 @@
-"""Which files the input consists of, and the captions beside them. Reads no video."""
+"""Which files the input consists of, and their captions. Reads no video.
+
+An input is a folder, one file, a glob pattern, or a list (`listing.py`).
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -9,6 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from arlon_ray.config import DataConfig
+from data_pipeline import schema
+from data_pipeline.listing import is_list, read_list
 from data_pipeline.schema import one_line
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
@@ -20,7 +27,8 @@ IDENTITY_BYTES = 1 << 16
 class SourceFile:
     """One video file. `name` is its path within the input, `identity` a hash of its size and of both its ends.
 
-    `caption` is empty where there is none; `caption_error` and `error` say what could not be read.
+    `caption` is empty where there is none; `caption_error` and `error` say what could not be read, `reason` what kind
+    of reject the latter is.
     """
 
     path: str
@@ -30,26 +38,67 @@ class SourceFile:
     caption: str
     caption_error: str = ""
     error: str = ""
+    reason: str = schema.UNREADABLE
 
 
-def find_sources(source: str | Path) -> list[SourceFile]:
-    """All video files of a folder (recursively, hidden ones left out), or the one file; sorted by name."""
+def is_pattern(source: str | Path) -> bool:
+    """Whether an input is a glob pattern: it has wildcards, and nothing has it as its name."""
+    return glob.has_magic(str(source)) and not Path(source).exists()
+
+
+def find_sources(source: str | Path, data: DataConfig | None = None) -> list[SourceFile]:
+    """The video files of an input.
+
+    Of a folder all (recursively, hidden ones left out), of a pattern those that match (`**` for any depth), sorted by
+    name; of a list every row, in its order, with its captions before those beside the files (`data` names the columns);
+    else the one file. Raises ArtifactError where a list cannot be read.
+    """
     root = Path(source)
+    if is_pattern(source):
+        found = sorted(map(Path, glob.glob(str(source), recursive=True)))
+        above = _above(root)
+        return [_source(path, path.relative_to(above).as_posix()) for path in found if _is_video(path)]
     if root.is_file():
-        return [_source(root, root.name)]
+        return _listed(root, data or DataConfig()) if is_list(root) else [_source(root, root.name)]
     return [_source(path, path.relative_to(root).as_posix()) for path in sorted(_videos(root))]
+
+
+def _above(pattern: Path) -> Path:
+    """The folder above the first part of a pattern that has wildcards."""
+    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+
+
+def _listed(path: Path, data: DataConfig) -> list[SourceFile]:
+    sources: list[SourceFile] = []
+    rows: dict[str, int] = {}
+    for listed in read_list(path, data.path_column, data.caption_column):
+        first = rows.setdefault(listed.name, listed.row)
+        if listed.error:
+            source = SourceFile("", listed.name, 0, "", "", error=listed.error)
+        elif first != listed.row:
+            # of two rows for one file the first counts: a clip is in a dataset once
+            message = f"row {listed.row}: row {first} has it already"
+            source = SourceFile("", listed.name, 0, "", "", error=message, reason=schema.LISTED_TWICE)
+        else:
+            source = _source(listed.path, listed.name, listed.caption)
+        sources.append(source)
+    return sources
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _videos(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in VIDEO_SUFFIXES:
+        for name in [*files, *folders]:  # a folder with a video's name becomes a reject that says so
+            if not name.startswith(".") and _is_video(Path(name)):
                 yield Path(folder) / name
 
 
-def _source(path: Path, name: str) -> SourceFile:
-    caption, caption_error = read_caption(path)
+def _source(path: Path, name: str, given: str | None = None) -> SourceFile:
+    caption, caption_error = (" ".join(given.split()), "") if given else read_caption(path)
     # names that are not UTF-8 reach Python with surrogates, which Parquet refuses
     printable = name.encode("utf-8", "backslashreplace").decode()
     if printable != name:

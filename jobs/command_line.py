@@ -69,6 +69,15 @@ def existing(path: str, flag: str) -> Path:
     return found
 
 
+def collection(text: str, flag: str) -> Path:
+    """Videos that a flag names: what `find_sources` takes. Raises InputError if there is nothing."""
+    # here: it brings pyarrow, which jobs that read no videos do without
+    from data_pipeline.sources import is_pattern
+
+    pattern = Path(text).expanduser().absolute()
+    return pattern if is_pattern(pattern) else existing(text, flag)
+
+
 def vae_folder(flag: str | None, config: Config) -> Path:
     """The VAE artefact of --vae, else of `vae.init`. Raises InputError if neither names one."""
     if flag is None and config.vae.init is None:

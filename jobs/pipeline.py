@@ -17,7 +17,7 @@ from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.training.stages.dit import initial_dit, text_only
 from data_pipeline.sources import find_sources
-from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
+from jobs.command_line import InputError, collection, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
 from jobs.gates import Gates, check_ar, check_codec
 from jobs.preprocess import run_preprocess
@@ -62,7 +62,7 @@ class Pipeline:
     def check(self) -> None:
         """Find bad input before Ray starts. Raises InputError or ArtifactError."""
         config = self.config
-        if self.source is not None and not find_sources(self.source):
+        if self.source is not None and not find_sources(self.source, config.data):
             raise InputError(f"--input {self.source}: no video files (.mp4, .mkv, .webm, …)")
         if not config.vae.train:
             vae = load_artifact(vae_folder(None, config), "vae")
@@ -204,10 +204,10 @@ class Pipeline:
 def main() -> None:
     """Command line."""
     flags = parser("Raw video in, long video served: all stages, skipping what is done.", output="runs/tiny")
-    flags.add_argument("--input", metavar="DIR", help="your own captioned videos (default: renders a sample set)")
+    flags.add_argument("--input", metavar="INPUT", help="your own captioned videos (default: renders a sample set)")
     arguments = flags.parse_args()
     config = read_config(arguments)
-    source = existing(arguments.input, "--input") if arguments.input else None
+    source = collection(arguments.input, "--input") if arguments.input else None
     Pipeline(config, source, output_folder(arguments)).run()
 
 

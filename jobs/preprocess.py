@@ -26,7 +26,7 @@ from data_pipeline.report import build_report, format_report
 from data_pipeline.schema import REJECTED_BUCKET, SCHEMA_VERSION
 from data_pipeline.sources import SourceFile, find_sources
 from data_pipeline.staging import Staging, write_latents, write_table
-from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
+from jobs.command_line import InputError, collection, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.ray_session import connect
 
 #: Clips of one part of the work: what a reader takes at once.
@@ -69,7 +69,7 @@ def run_preprocess(
     """
     vae_path = vae_folder(str(vae) if vae else None, config)
     vae_fingerprint = load_artifact(vae_path, "vae").fingerprint
-    sources = find_sources(source)
+    sources = find_sources(source, config.data)
     if not sources:
         raise InputError(f"--input {source}: no video files (.mp4, .mkv, .webm, …)")
     text = text_identity(config.text)
@@ -181,13 +181,17 @@ def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="runs/dataset")
     flags.add_argument(
-        "--input", required=True, metavar="FOLDER|FILE", help="videos with .txt or .json captions beside them"
+        "--input",
+        required=True,
+        metavar="INPUT",
+        help="videos: a folder, a file, a pattern in quotes ('videos/**/*.mp4'), or a list (.csv, .jsonl, .parquet) "
+        "with a column `path`; captions from its column `caption`, or .txt or .json beside each file",
     )
     flags.add_argument("--vae", metavar="DIR", help="VAE artefact (default: vae.init of the configuration)")
     flags.add_argument("--overwrite", action="store_true", help="replace a dataset that was made with other settings")
     arguments = flags.parse_args()
     config = read_config(arguments)
-    source = existing(arguments.input, "--input")
+    source = collection(arguments.input, "--input")
     output = output_folder(arguments)
     vae = existing(arguments.vae, "--vae") if arguments.vae is not None else None
     summary = run_preprocess(config, source, output, vae=vae, overwrite=arguments.overwrite)

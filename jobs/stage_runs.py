@@ -87,7 +87,7 @@ def run_vae(
         raise InputError(f"vae.kind={config.vae.kind}: only the folded VAE is trained here; import Open-Sora's")
     files = []
     for folder, weight in inputs:
-        found = sorted([source.name, source.size, source.identity] for source in find_sources(folder))
+        found = sorted([source.name, source.size, source.identity] for source in find_sources(folder, config.data))
         if not found:
             raise InputError(f"--input {folder}: no video files (.mp4, .mkv, .webm, …)")
         files.append([weight, found])
@@ -222,7 +222,7 @@ def _fitting_start(config: Config, parents: dict[str, str]) -> Artifact:
 def build_vae(config: Config, inputs: Sequence[tuple[str, float]]) -> Stage:
     """In a worker: the VAE stage over folders of videos."""
     folders = [(Path(folder), weight) for folder, weight in inputs]
-    source = PixelClips(folders, config.video, config.vae.training.held_out, config.data.cache_bytes)
+    source = PixelClips(folders, config.video, config.data, config.vae.training.held_out)
     return VaeStage(config.vae, source, config.seed)
 
 

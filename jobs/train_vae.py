@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
+from jobs.command_line import InputError, collection, output_folder, parser, read_config, run
 from jobs.stage_runs import report, run_vae
 from jobs.tracking import Tracking
 
@@ -13,20 +13,20 @@ def weighted_folder(text: str) -> tuple[Path, float]:
     """ "FOLDER" or "FOLDER=WEIGHT". Raises InputError."""
     folder, separator, weight = text.rpartition("=")
     if not separator:
-        return existing(text, "--input"), 1.0
+        return collection(text, "--input"), 1.0
     try:
         value = float(weight)
     except ValueError:
         raise InputError(f"--input {text}: {weight!r} is not a weight; expected FOLDER or FOLDER=WEIGHT") from None
     if value <= 0:
         raise InputError(f"--input {text}: the weight must be above 0")
-    return existing(folder, "--input"), value
+    return collection(folder, "--input"), value
 
 
 def main() -> None:
     """Command line."""
     flags = parser("Train the small video VAE.", output="runs/vae")
-    flags.add_argument("--input", action="append", required=True, metavar="DIR[=WEIGHT]", help="videos; repeatable")
+    flags.add_argument("--input", action="append", required=True, metavar="INPUT[=WEIGHT]", help="videos; repeatable")
     arguments = flags.parse_args()
     config = read_config(arguments)
     inputs = [weighted_folder(text) for text in arguments.input]

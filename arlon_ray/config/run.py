@@ -23,6 +23,8 @@ class DataConfig(Section):
 
     sample_videos: int = Field(2000, ge=1, description="videos that the pipeline renders when it is given none")
     sample_grade: Literal["simple", "rich"] = Field("simple", description="grade of the rendered scenes")
+    path_column: str = Field("path", description="column of paths, where the input is a list of videos")
+    caption_column: str = Field("caption", description="its column of captions, if it has one")
     bucket_groups: tuple[Annotated[int, Field(ge=1)], ...] = Field((2, 3, 4), min_length=1)
     max_clips_per_video: int = Field(64, ge=1)
     decode_threads: int = Field(1, ge=1)

@@ -59,6 +59,7 @@ def write_broken(folder: Path) -> dict[str, str]:
     (folder / "cut_off.mp4").write_bytes((folder / "cut_off.mp4").read_bytes()[:-100])
     # the index is whole, the pictures are not
     (folder / "cut_pictures.mp4").write_bytes(_with_noise(whole))
+    (folder / "folder.mp4").mkdir()
     write_video(folder / "short.mp4", numbered(20))
     write_video(folder / "nocaption.mp4", numbered(40))
     with av.open(str(folder / "audio.mp4"), "w") as container:
@@ -71,6 +72,7 @@ def write_broken(folder: Path) -> dict[str, str]:
     reasons = {
         "empty.mp4": schema.EMPTY,
         "text.mp4": schema.UNREADABLE,
+        "folder.mp4": schema.UNREADABLE,
         "cut_off.mp4": schema.UNREADABLE,
         "cut_pictures.mp4": schema.DECODE_FAILED,
         "short.mp4": schema.TOO_SHORT,

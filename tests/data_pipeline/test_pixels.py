@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from arlon_ray.artifact import ArtifactError
-from arlon_ray.config import VideoConfig, load_config
+from arlon_ray.config import DataConfig, VideoConfig, load_config
 from arlon_ray.training.engine import Evaluation
 from arlon_ray.training.stages.vae import VaeStage
 from data_pipeline import pixels
@@ -24,7 +24,7 @@ VIDEO = VideoConfig(height=32, width=32)
 
 
 def clips(folder: Path, held_out: int = 0) -> PixelClips:
-    return PixelClips([(folder, 1.0)], VIDEO, held_out, 1 << 30)
+    return PixelClips([(folder, 1.0)], VIDEO, DataConfig(cache_bytes=1 << 30), held_out)
 
 
 def write_good(folder: Path, count: int, frames: int = 20) -> None:
@@ -60,7 +60,6 @@ def test_files_that_do_not_fit_are_left_out_with_a_line_a_reason(
         write_video(tmp_path / f"tiny_{number}.mp4", numbered(20, 16, 16))
     write_video(tmp_path / "sixteen.mkv", numbered(16))  # by duration and rate: mkv records no count
     write_video(tmp_path / "seventeen.mkv", numbered(17))
-    (tmp_path / "folder.mp4").mkdir()
     source = clips(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert sorted(lines) == [
@@ -76,8 +75,9 @@ def test_a_file_that_breaks_while_it_is_read_is_replaced(tmp_path: Path, capsys:
     write_broken(tmp_path)
     kept = {"short.mp4", "nocaption.mp4", "cut_pictures.mp4"}
     for path in tmp_path.glob("*.mp4"):
-        if path.name not in kept:
+        if path.is_file() and path.name not in kept:
             path.unlink()
+    (tmp_path / "folder.mp4").rmdir()
     source = clips(tmp_path)
     assert capsys.readouterr().out == ""
     drawn = source.training(3, 32)

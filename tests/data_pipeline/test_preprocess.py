@@ -145,7 +145,7 @@ def test_real_run_over_good_and_broken_files(
     with preprocess.connect(config):
         summary = run_preprocess(config, videos, whole, vae=artefacts / "vae")
         _check_dataset(whole, expected, summary.manifest.rows)
-        assert "17 files: 18 in = 10 kept + 2 filtered + 6 failed" in capsys.readouterr().out
+        assert "18 files: 19 in = 10 kept + 2 filtered + 7 failed" in capsys.readouterr().out
         assert run_preprocess(config, videos, whole, vae=artefacts / "vae").skipped
 
         _stop_half_way(monkeypatch, config, videos, resumed, artefacts / "vae")
@@ -178,7 +178,7 @@ def _check_dataset(folder: Path, expected: dict[str, str], rows: int) -> None:
     rejects = {row["source"]: row["reason"] for row in pq.read_table(folder / "rejects.parquet").to_pylist()}
     assert rejects == expected
     report = json.loads((folder / "report.json").read_text())
-    assert report["total"] == {"in": 18, "kept": SAMPLES, "filtered": 2, "failed": 6}
+    assert report["total"] == {"in": 19, "kept": SAMPLES, "filtered": 2, "failed": 7}
     assert not Staging(folder).root.exists()
 
 
