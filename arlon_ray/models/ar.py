@@ -158,7 +158,7 @@ class ArTransformer(nn.Module):
     def settings(self) -> dict[str, object]:
         """What `load_ar` needs to build the model again."""
         sizes = {"codebook_size": self.codebook_size, "text_dim": self.text_dim, "max_text": self.max_text}
-        return {**self.config.model_dump(mode="json"), **sizes}
+        return {**self.config.model_copy(update={"init": None}).model_dump(mode="json"), **sizes}
 
     def without_text(self, text_BLE: Tensor, mask_BL: Tensor, drop_B: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the text of samples marked in `drop_B` by the null text: one token."""
