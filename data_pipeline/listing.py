@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyarrow import csv, json, parquet
 
 from arlon_ray.artifact import ArtifactError
+from data_pipeline import schema
 from data_pipeline.schema import one_line
 
 
@@ -28,14 +29,18 @@ READERS: dict[str, Callable[[Path], pa.Table]] = {
 
 
 @dataclass(frozen=True)
-class Listed:
-    """One row. `name` as it stands in the list; `caption` None where the list has none; `error` if it names no file."""
+class Video:
+    """A video that an input names; nothing of it is read yet. `name` is its path within the input.
 
-    row: int
+    `caption` None where the input has none. `path` None where there is no file to read: `error` says why, `reason`
+    what kind of reject that is.
+    """
+
     name: str
-    path: Path
-    caption: str | None
+    path: Path | None
+    caption: str | None = None
     error: str = ""
+    reason: str = schema.UNREADABLE
 
 
 def is_list(path: Path) -> bool:
@@ -43,8 +48,9 @@ def is_list(path: Path) -> bool:
     return path.suffix.lower() in READERS
 
 
-def read_list(path: Path, path_column: str, caption_column: str) -> Iterator[Listed]:
-    """Rows of a list, in its order; relative paths start at the list's folder.
+def read_list(path: Path, path_column: str, caption_column: str) -> Iterator[Video]:
+    """Rows of a list, in its order; relative paths start at the list's folder. Of two rows for one file the first
+    counts: a clip is in a dataset once.
 
     Raises ArtifactError if it cannot be read, has no `path_column`, or either column holds something other than text.
     """
@@ -59,11 +65,14 @@ def read_list(path: Path, path_column: str, caption_column: str) -> Iterator[Lis
         )
     names = _texts(path, table, path_column)
     captions = _texts(path, table, caption_column) if caption_column in table.column_names else [None] * len(table)
+    rows: dict[str, int] = {}
     for row, (name, caption) in enumerate(zip(names, captions, strict=True), 1):
         if not name:
-            yield Listed(row, f"{path.name} row {row}", path, caption, f"row {row} has no {path_column}")
+            yield Video(f"{path.name} row {row}", None, error=f"row {row} has no {path_column}")
+        elif (first := rows.setdefault(name, row)) != row:
+            yield Video(name, None, error=f"row {row}: row {first} has it already", reason=schema.LISTED_TWICE)
         else:
-            yield Listed(row, name, path.parent / Path(name).expanduser(), caption)
+            yield Video(name, path.parent / Path(name).expanduser(), caption)
 
 
 def _texts(path: Path, table: pa.Table, column: str) -> list[str | None]:

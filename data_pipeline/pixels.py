@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import GROUP_FRAMES, DataConfig, VideoConfig
 from data_pipeline.schema import NO_VIDEO, TOO_SHORT, UNREADABLE, one_line
-from data_pipeline.sources import VIDEO_SUFFIXES, find_sources
+from data_pipeline.sources import VIDEO_SUFFIXES, find_videos
 
 TOO_SMALL = "too small"
 #: Frames that are read of one file, from its start: an hour of video must not fill the memory.
@@ -128,7 +128,7 @@ class PixelClips:
 
 
 def _videos(folder: Path, data: DataConfig) -> list[Path]:
-    return sorted(Path(source.path) for source in find_sources(folder, data) if source.path)
+    return sorted(found.path for found in find_videos(folder, data) if found.path is not None)
 
 
 def _usable(listed: Sequence[Sequence[Path]], video: VideoConfig) -> list[list[Path]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from arlon_ray.config import DataConfig
 from data_pipeline import schema
-from data_pipeline.listing import is_list, read_list
+from data_pipeline.listing import Video, is_list, read_list
 from data_pipeline.schema import one_line
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
@@ -46,43 +46,31 @@ def is_pattern(source: str | Path) -> bool:
     return glob.has_magic(str(source)) and not Path(source).exists()
 
 
-def find_sources(source: str | Path, data: DataConfig | None = None) -> list[SourceFile]:
-    """The video files of an input.
+def find_videos(source: str | Path, data: DataConfig | None = None) -> list[Video]:
+    """The videos that an input names.
 
     Of a folder all (recursively, hidden ones left out), of a pattern those that match (`**` for any depth), sorted by
-    name; of a list every row, in its order, with its captions before those beside the files (`data` names the columns);
-    else the one file. Raises ArtifactError where a list cannot be read.
+    name; of a list every row, in its order, with its captions (`data` names the columns); else the one file. Raises
+    ArtifactError where a list cannot be read.
     """
-    root = Path(source)
+    root, data = Path(source), data or DataConfig()
     if is_pattern(source):
-        found = sorted(map(Path, glob.glob(str(source), recursive=True)))
-        above = _above(root)
-        return [_source(path, path.relative_to(above).as_posix()) for path in found if _is_video(path)]
+        above, paths = _above(root), sorted(map(Path, glob.glob(str(source), recursive=True)))
+        return [Video(path.relative_to(above).as_posix(), path) for path in paths if _is_video(path)]
     if root.is_file():
-        return _listed(root, data or DataConfig()) if is_list(root) else [_source(root, root.name)]
-    return [_source(path, path.relative_to(root).as_posix()) for path in sorted(_videos(root))]
+        listed = is_list(root)
+        return list(read_list(root, data.path_column, data.caption_column)) if listed else [Video(root.name, root)]
+    return [Video(path.relative_to(root).as_posix(), path) for path in sorted(_videos(root))]
+
+
+def find_sources(source: str | Path, data: DataConfig | None = None) -> list[SourceFile]:
+    """`find_videos` with identity and caption of each; a list's caption comes before one beside the file."""
+    return [_source(video) for video in find_videos(source, data)]
 
 
 def _above(pattern: Path) -> Path:
     """The folder above the first part of a pattern that has wildcards."""
     return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
-
-
-def _listed(path: Path, data: DataConfig) -> list[SourceFile]:
-    sources: list[SourceFile] = []
-    rows: dict[str, int] = {}
-    for listed in read_list(path, data.path_column, data.caption_column):
-        first = rows.setdefault(listed.name, listed.row)
-        if listed.error:
-            source = SourceFile("", listed.name, 0, "", "", error=listed.error)
-        elif first != listed.row:
-            # of two rows for one file the first counts: a clip is in a dataset once
-            message = f"row {listed.row}: row {first} has it already"
-            source = SourceFile("", listed.name, 0, "", "", error=message, reason=schema.LISTED_TWICE)
-        else:
-            source = _source(listed.path, listed.name, listed.caption)
-        sources.append(source)
-    return sources
 
 
 def _is_video(path: Path) -> bool:
@@ -97,8 +85,11 @@ def _videos(root: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _source(path: Path, name: str, given: str | None = None) -> SourceFile:
-    caption, caption_error = (" ".join(given.split()), "") if given else read_caption(path)
+def _source(video: Video) -> SourceFile:
+    name, path = video.name, video.path
+    if path is None:
+        return SourceFile("", name, 0, "", "", error=video.error, reason=video.reason)
+    caption, caption_error = (" ".join(video.caption.split()), "") if video.caption else read_caption(path)
     # names that are not UTF-8 reach Python with surrogates, which Parquet refuses
     printable = name.encode("utf-8", "backslashreplace").decode()
     if printable != name:

@@ -16,7 +16,7 @@ from arlon_ray.artifact import ArtifactError, load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.training.stages.dit import initial_dit, text_only
-from data_pipeline.sources import find_sources
+from data_pipeline.sources import find_videos
 from jobs.command_line import InputError, collection, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
 from jobs.gates import Gates, check_ar, check_codec
@@ -62,7 +62,7 @@ class Pipeline:
     def check(self) -> None:
         """Find bad input before Ray starts. Raises InputError or ArtifactError."""
         config = self.config
-        if self.source is not None and not find_sources(self.source, config.data):
+        if self.source is not None and not find_videos(self.source, config.data):
             raise InputError(f"--input {self.source}: no video files (.mp4, .mkv, .webm, …)")
         if not config.vae.train:
             vae = load_artifact(vae_folder(None, config), "vae")
