@@ -11,6 +11,7 @@ them, but dit_base, which is also the baseline of a guided bundle.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.models.dit import STDiT3, load_dit
 from arlon_ray.models.text import TextEncoder, load_text_encoder, text_identity
 from arlon_ray.models.vae import VideoVAE, load_vae
+from arlon_ray.precision import NOTE, arithmetic, falls_back
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "bundle.json"
 #: Where each part lies, and its kind.
@@ -108,9 +112,11 @@ class Bundle:
         """Whether it has an AR and a DiT that its tokens guide; otherwise only a text-only DiT."""
         return "dit" in self.artifacts
 
-    @property
+    @cached_property
     def _dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
+        if falls_back(self.config.precision, self.device):
+            log.warning(NOTE)
+        return arithmetic(self.config.precision, self.device)
 
     @cached_property
     def vae(self) -> VideoVAE:

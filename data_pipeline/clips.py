@@ -1,4 +1,4 @@
-"""Row function: a source file → its clips. A clip is as many frames, at the target rate, as one of the buckets."""
+"""Row function: a source file → its clips. A clip has the length and the shape of one of the buckets."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ import numpy as np
 
 from arlon_ray.config import GROUP_FRAMES, DataConfig, VideoConfig
 from data_pipeline import schema
-from data_pipeline.footage import FootageError, open_footage
+from data_pipeline.buckets import nearest, shapes
+from data_pipeline.footage import Footage, FootageError, open_footage, scan
 from data_pipeline.schema import STAGE_CLIPS, Row, bucket_name, reject_row
+from data_pipeline.scores import FILE_THRESHOLDS, judge
+from data_pipeline.shots import shot_spans
 from data_pipeline.sources import SourceFile
 
 #: Slack, in frames, for time stamps that are rounded (milliseconds in Matroska, float32 in decord).
 SLACK_FRAMES = 0.05
+#: Longer side, in pixels, at which shots are looked for.
+SHOT_SIDE = 160
 NO_CAPTION = "neither in the list of videos nor in a .txt or .json beside the file"
 
 
-def split_spans(frames: int, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+def split_spans(frames: int, lengths: Sequence[int], stride: int | None = None) -> Iterator[tuple[int, int]]:
     """Cut `frames` into spans (first frame, number of frames): the longest of `lengths` that fits, again and again.
 
-    Spans do not overlap; a rest shorter than the shortest length belongs to no span.
+    A span begins where the one before ends, or `stride` frames after it began: then they overlap, or leave frames out.
+    A rest shorter than the shortest length belongs to no span.
     """
     start = 0
-    while True:
-        fitting = [length for length in lengths if start + length <= frames]
-        if not fitting:
-            return
+    while fitting := [length for length in lengths if start + length <= frames]:
         yield start, max(fitting)
-        start += max(fitting)
+        start += stride or max(fitting)
 
 
 def clip_id(name: str, identity: str, start: int, frames: int, fps: float) -> int:
@@ -42,22 +45,25 @@ def clip_id(name: str, identity: str, start: int, frames: int, fps: float) -> in
 def find_clips(source: SourceFile, video: VideoConfig, data: DataConfig) -> tuple[list[Row], list[Row]]:
     """(clip rows, reject rows) of one file. Raises nothing: what is wrong with the file is a reject row."""
     try:
-        duration_s = _duration_s(source, data.decode_threads)
+        footage = _opened(source, data.decode_threads)
+        shots_s = _shots_s(source.path, footage.duration_s, data)
+        facts = _facts(footage)
     except FootageError as error:
         return [], [reject_row(source.name, STAGE_CLIPS, error.reason, str(error))]
     except Exception as error:
         return [], [reject_row(source.name, STAGE_CLIPS, schema.UNREADABLE, f"{type(error).__name__}: {error}")]
     if source.caption_error:
         return [], [reject_row(source.name, STAGE_CLIPS, schema.BAD_CAPTION, source.caption_error)]
-    if not source.caption:
+    if not source.caption and data.captioner is None:
         return [], [reject_row(source.name, STAGE_CLIPS, schema.MISSING_CAPTION, NO_CAPTION)]
-    frames = int(np.floor(duration_s * video.fps + SLACK_FRAMES))
-    lengths = sorted({groups * GROUP_FRAMES for groups in data.bucket_groups}, reverse=True)
-    spans = list(split_spans(frames, lengths))
+    reason, broken = judge(facts, data.filters, FILE_THRESHOLDS)
+    if reason:
+        return [], [reject_row(source.name, STAGE_CLIPS, reason, broken)]
+    spans = [span for shot in shots_s for span in _spans(shot, video.fps, data)]
     if not spans:
-        message = f"{frames} frames at {video.fps:g} per second, the shortest clip has {lengths[-1]}"
-        return [], [reject_row(source.name, STAGE_CLIPS, schema.TOO_SHORT, message)]
-    clips = [_clip(source, start, count, video) for start, count in spans]
+        return [], [_too_short(source, shots_s, video, data)]
+    shape = nearest(footage.size, shapes(video, data))
+    clips = [_clip(source, start, count, video.fps, shape, facts) for start, count in spans]
     kept, beyond = clips[: data.max_clips_per_video], clips[data.max_clips_per_video :]
     return kept, [
         reject_row(
@@ -72,25 +78,61 @@ def find_clips(source: SourceFile, video: VideoConfig, data: DataConfig) -> tupl
     ]
 
 
-def _duration_s(source: SourceFile, threads: int) -> float:
+def _opened(source: SourceFile, threads: int) -> Footage:
     if source.error:
         raise FootageError(source.reason, source.error)
     if not source.size:
         raise FootageError(schema.EMPTY, "the file has no bytes")
-    return float(open_footage(source.path, threads).times_s[-1])
+    return open_footage(source.path, threads)
 
 
-def _clip(source: SourceFile, start: int, frames: int, video: VideoConfig) -> Row:
+def _facts(footage: Footage) -> Row:
+    """The columns that say what the whole file is."""
+    height, width = footage.size
+    return {"source_height": height, "source_width": width, "source_duration_s": footage.duration_s}
+
+
+def _shots_s(path: str, duration_s: float, data: DataConfig) -> list[tuple[float, float]]:
+    """(start, end) of every shot in seconds; the whole file where none are looked for."""
+    if data.shots == "none":
+        return [(0.0, duration_s)]
+    return shot_spans(scan(path, SHOT_SIDE, data.decode_threads), duration_s, data.shots, data.shot_threshold)
+
+
+def _lengths(data: DataConfig) -> list[int]:
+    """Frames of the buckets, the shortest first."""
+    return sorted({groups * GROUP_FRAMES for groups in data.bucket_groups})
+
+
+def _spans(shot_s: tuple[float, float], fps: float, data: DataConfig) -> list[tuple[int, int]]:
+    """(first frame, number of frames) of the clips in one shot, counted at `fps` from the file's first frame."""
+    # not a frame of the shot before, not one of the shot after
+    first, end = int(np.ceil(shot_s[0] * fps - SLACK_FRAMES)), int(np.floor(shot_s[1] * fps + SLACK_FRAMES))
+    stride = data.stride_groups * GROUP_FRAMES if data.stride_groups else None
+    return [(first + start, count) for start, count in split_spans(end - first, _lengths(data), stride)]
+
+
+def _too_short(source: SourceFile, shots_s: list[tuple[float, float]], video: VideoConfig, data: DataConfig) -> Row:
+    longest = max(end - start for start, end in shots_s)
+    frames = int(np.floor(longest * video.fps + SLACK_FRAMES))
+    where = f"in the longest of {len(shots_s)} shots" if len(shots_s) > 1 else "in it"
+    message = f"{frames} frames at {video.fps:g} per second {where}, the shortest clip has {_lengths(data)[0]}"
+    return reject_row(source.name, STAGE_CLIPS, schema.TOO_SHORT, message)
+
+
+def _clip(source: SourceFile, start: int, frames: int, fps: float, shape: tuple[int, int], facts: Row) -> Row:
+    height, width = shape
     return {
-        "clip_id": clip_id(source.name, source.identity, start, frames, video.fps),
+        "clip_id": clip_id(source.name, source.identity, start, frames, fps),
         "source": source.name,
         "uri": source.path,
-        "start_s": start / video.fps,
-        "end_s": (start + frames) / video.fps,
-        "fps": video.fps,
-        "height": video.height,
-        "width": video.width,
+        "start_s": start / fps,
+        "end_s": (start + frames) / fps,
+        "fps": fps,
+        "height": height,
+        "width": width,
         "num_frames": frames,
         "caption": source.caption,
-        "bucket": bucket_name(frames, video.height, video.width),
+        **facts,
+        "bucket": bucket_name(frames, height, width),
     }

@@ -17,7 +17,12 @@ from arlon_ray.config import TextConfig, VaeConfig
 from arlon_ray.models.text import load_text_encoder
 from arlon_ray.models.vae import load_vae
 from data_pipeline import schema
-from data_pipeline.schema import ENCODED, REJECTED_BUCKET, STAGE_DECODE, STAGE_ENCODE, Row, one_line
+from data_pipeline.schema import ENCODED, REJECTED_BUCKET, STAGE_ENCODE, Row, one_line
+
+#: Clips that a CPU encodes at once: as fast as more.
+CPU_BATCH = 4
+#: Columns that go through as they are.
+KEPT = (*schema.CLIP.names, *schema.SCORES.names)
 
 
 class ClipEncoder:
@@ -46,7 +51,7 @@ class ClipEncoder:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Every row in comes out once, in the same order: encoded, or in the bucket of the rejected ones."""
         rows: list[Row] = table.to_pylist()
-        results: list[Row] = [_rejected(row, STAGE_DECODE, row["reason"], row["error"]) for row in rows]
+        results: list[Row] = [_rejected(row, row["stage"], row["reason"], row["error"]) for row in rows]
         buckets: dict[str, list[int]] = defaultdict(list)
         for position, row in enumerate(rows):
             if not row["reason"]:
@@ -78,7 +83,7 @@ class ClipEncoder:
         values = embedding.values.to(torch.float16).cpu().numpy()
         return [
             {
-                **{name: row[name] for name in schema.CLIP.names},
+                **{name: row[name] for name in KEPT},
                 "latent": latent.tobytes(),
                 "latent_shape": list(latent.shape),
                 "text_embedding": value[:length].tobytes(),
@@ -92,6 +97,16 @@ class ClipEncoder:
 
     def encode_video(self, frames: NDArray[np.uint8]) -> NDArray[np.float16]:
         """Latents float16 [B,C,t,h,w] of frames uint8 [B,T,H,W,3]."""
+        if self.device.type != "cpu":
+            return self._latents(frames)
+        # kernels round differently for other batch sizes: with one size a clip's latents are the same to the last bit
+        # whatever it is encoded with, so that an interrupted run makes the dataset of an unbroken one
+        size = min(CPU_BATCH, self.batch_size)
+        padded = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % size, axis=0)])
+        parts = [self._latents(padded[first : first + size]) for first in range(0, len(padded), size)]
+        return np.concatenate(parts)[: len(frames)]
+
+    def _latents(self, frames: NDArray[np.uint8]) -> NDArray[np.float16]:
         pixels = torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
         return self.vae.encode(pixels).to(torch.float16).cpu().numpy()
 
@@ -99,7 +114,7 @@ class ClipEncoder:
 def _rejected(row: Row, stage: str, reason: str, error: str) -> Row:
     """The row of `schema.ENCODED` that carries a rejected clip to the writer."""
     return {
-        **{name: row[name] for name in schema.CLIP.names},
+        **{name: row[name] for name in KEPT},
         "bucket": REJECTED_BUCKET,
         "latent": b"",
         "latent_shape": [],

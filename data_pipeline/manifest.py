@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,21 +27,22 @@ class _Manifest(BaseModel):
     #: The settings that the key is made of, by name, so that a difference can be named.
     settings: dict[str, Any]
     #: Identity of the content, for the lineage of what is trained on it.
-    fingerprint: str
+    fingerprint: str = ""
     vae_fingerprint: str
-    rows: int
-    created: str
+    rows: int = 0
+    created: str = ""
 
 
 class DatasetManifest(_Manifest):
-    """A dataset of latent rows. `buckets`: rows by bucket ("34x64x64")."""
+    """A dataset of latent rows. `buckets`: rows by bucket ("34x64x64"). `input`: key of the files it was made from."""
 
+    input: str
     text_identity: str
     text_dim: int
     text_max_tokens: int
     latent_channels: int
-    buckets: dict[str, int]
-    rejects: int
+    buckets: dict[str, int] = {}
+    rejects: int = 0
 
 
 class TokenManifest(_Manifest):
@@ -72,10 +74,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}…"
 
 
-def dataset_fingerprint(clip_ids: NDArray[np.int64], key: str) -> str:
-    """sha256 (hex) over the clips kept (sorted ids) and the settings' key: captions, sizes, VAE and text encoder."""
-    digest = hashlib.sha256(np.sort(clip_ids).astype("<i8").tobytes())
-    digest.update(f"\0{key}".encode())
+def dataset_fingerprint(clip_ids: NDArray[np.int64], key: str, captions: Sequence[str]) -> str:
+    """sha256 (hex) over the clips kept, their captions, and the settings' key: shapes, VAE, text encoder, filters."""
+    digest = hashlib.sha256()
+    for row in np.argsort(clip_ids).tolist():
+        digest.update(int(clip_ids[row]).to_bytes(8, "little") + captions[row].encode() + b"\0")
+    digest.update(key.encode())
     return digest.hexdigest()
 
 

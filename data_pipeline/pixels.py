@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import GROUP_FRAMES, DataConfig, VideoConfig
+from data_pipeline.footage import opened
 from data_pipeline.schema import NO_VIDEO, TOO_SHORT, UNREADABLE, one_line
 from data_pipeline.sources import VIDEO_SUFFIXES, find_videos
+from data_pipeline.storage import base_name, parent
 
 TOO_SMALL = "too small"
 #: Frames that are read of one file, from its start: an hour of video must not fill the memory.
@@ -36,16 +37,16 @@ class PixelClips:
     """
 
     def __init__(
-        self, folders: Sequence[tuple[Path, float]], video: VideoConfig, data: DataConfig, held_out: int
+        self, folders: Sequence[tuple[str | Path, float]], video: VideoConfig, data: DataConfig, held_out: int
     ) -> None:
         """Opens every file and leaves out, with one line a reason, those that do not fit.
 
         Raises ArtifactError if a folder has no usable video.
         """
         self.video, self.cache_bytes = video, data.cache_bytes
-        self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
-        self._broken: set[Path] = set()
+        self._broken: set[str] = set()
         listed = _usable([_videos(folder, data) for folder, _ in folders], video)
         for (folder, _), paths in zip(folders, listed, strict=True):
             if not paths:
@@ -54,7 +55,7 @@ class PixelClips:
                     f"{GROUP_FRAMES} frames of {video.width}×{video.height}"
                 )
         most = max(listed, key=len)
-        by_hash = sorted(most, key=lambda p: hashlib.sha256(p.name.encode(errors="surrogateescape")).digest())
+        by_hash = sorted(most, key=lambda p: hashlib.sha256(base_name(p).encode(errors="surrogateescape")).digest())
         self._held_out = by_hash[: min(held_out, len(by_hash) // 5)]
         kept_out = set(self._held_out)
         self._folders = [
@@ -84,14 +85,14 @@ class PixelClips:
             return np.zeros((0, GROUP_FRAMES, self.video.height, self.video.width, 3), np.uint8)
         return np.stack(groups)
 
-    def _group(self, paths: Sequence[Path], rng: np.random.Generator) -> np.ndarray:
+    def _group(self, paths: Sequence[str], rng: np.random.Generator) -> np.ndarray:
         # a broken file stays in the list: what a seed draws must not depend on what was drawn before
         while True:
             frames = self._frames(paths[int(rng.integers(len(paths)))])
             if frames is not None:
                 return self._cut(frames, rng, first=False)
             if self._broken.issuperset(paths):
-                raise ArtifactError(f"{paths[0].parent}: none of the {len(paths)} videos here can be read to its end")
+                raise ArtifactError(f"{parent(paths[0])}: none of the {len(paths)} videos here can be read to its end")
 
     def _cut(self, frames: np.ndarray, rng: np.random.Generator, first: bool) -> np.ndarray:
         height, width = self.video.height, self.video.width
@@ -106,7 +107,7 @@ class PixelClips:
         pooled = crop.reshape(GROUP_FRAMES, height, stride, width, stride, 3).mean((2, 4))
         return pooled.round().astype(np.uint8)
 
-    def _frames(self, path: Path) -> np.ndarray | None:
+    def _frames(self, path: str) -> np.ndarray | None:
         """The file's frames, or None, after one line about it, if it is broken."""
         if path in self._cache:
             self._cache.move_to_end(path)
@@ -127,13 +128,13 @@ class PixelClips:
         return frames
 
 
-def _videos(folder: Path, data: DataConfig) -> list[Path]:
+def _videos(folder: str | Path, data: DataConfig) -> list[str]:
     return sorted(found.path for found in find_videos(folder, data) if found.path is not None)
 
 
-def _usable(listed: Sequence[Sequence[Path]], video: VideoConfig) -> list[list[Path]]:
+def _usable(listed: Sequence[Sequence[str]], video: VideoConfig) -> list[list[str]]:
     """The files of each list that fit. Prints one line for each reason to leave files out."""
-    left_out: dict[str, list[Path]] = {}
+    left_out: dict[str, list[str]] = {}
     usable = []
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
         for paths in listed:
@@ -143,7 +144,7 @@ def _usable(listed: Sequence[Sequence[Path]], video: VideoConfig) -> list[list[P
                 if reason:
                     left_out.setdefault(reason, []).append(path)
     for reason, paths in left_out.items():
-        names = [path.name for path in paths[:NAMED_FILES]] + ["…"] * (len(paths) > NAMED_FILES)
+        names = [base_name(path) for path in paths[:NAMED_FILES]] + ["…"] * (len(paths) > NAMED_FILES)
         files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
         _say(f"{files} left out: {reason} ({one_line(', '.join(names))})")
     return usable
@@ -154,10 +155,10 @@ def _say(text: str) -> None:
     print("pixels: " + text.encode(errors="backslashreplace").decode(), flush=True)
 
 
-def _unfit(path: Path, video: VideoConfig) -> str:
+def _unfit(path: str, video: VideoConfig) -> str:
     """Why the file cannot be used, by its header alone; empty if it can."""
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             if not container.streams.video:
                 return NO_VIDEO
             stream = container.streams.video[0]
@@ -177,14 +178,14 @@ def _estimated_frames(duration: int | None, rate: object) -> int | None:
     return round(duration / 1e6 * float(rate))  # type: ignore[arg-type]
 
 
-def _read(path: Path, video: VideoConfig) -> np.ndarray:
+def _read(path: str, video: VideoConfig) -> np.ndarray:
     """The first MOST_FRAMES frames [T, H, W, 3], each group shrunk as soon as it is decoded.
 
     Raises ValueError if they do not fit, and what PyAV raises on damaged data.
     """
     parts: list[np.ndarray] = []
     waiting: list[np.ndarray] = []
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         for number, frame in enumerate(container.decode(video=0), start=1):
             waiting.append(frame.to_ndarray(format="rgb24"))
             if len(waiting) == GROUP_FRAMES or number == MOST_FRAMES:

@@ -1,6 +1,6 @@
-"""The one file that wires Ray Data: clip search, decode → encode → write with resume, and token extraction.
+"""The one file that wires Ray Data: clip search, decode → caption → encode → write, and token extraction.
 
-The stages themselves are plain functions (`clips`, `decode`, `encode`, `tokens`) that know no Ray.
+The stages themselves are plain functions (`clips`, `decode`, `captioners`, `encode`, `tokens`) that know no Ray.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.data.checkpoint import CheckpointConfig
 
-from arlon_ray.config import Config, DataConfig, VideoConfig
+from arlon_ray.config import Config, DataConfig, FilterConfig, VideoConfig
+from data_pipeline.captioners import ClipCaptioner
 from data_pipeline.clips import find_clips
-from data_pipeline.decode import decode_row
+from data_pipeline.decode import Decoder
 from data_pipeline.encode import ClipEncoder
 from data_pipeline.footage import fallback_notice
+from data_pipeline.manifest import settings_key
 from data_pipeline.progress import Progress
-from data_pipeline.schema import DECODED, Row
+from data_pipeline.schema import CLIP, DECODED, REJECT, Row
 from data_pipeline.sources import SourceFile
-from data_pipeline.staging import Staging
+from data_pipeline.staging import Found, Staging, empty_found
 from data_pipeline.tokens import TokenWriter
 
 #: Files of one clip-search task; a collection of no more files than `SEARCH_HERE` is searched in the driver, which is
@@ -36,31 +38,29 @@ SEARCH_CHUNK = 64
 SEARCH_HERE = 4096
 #: CPUs that Ray sets aside for one task or actor. Together at most one, so that on a single core nobody starves the
 #: others; unequal, because Ray runs equal neighbours one after the other in one process.
-DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.5, 0.25, 0.2
+DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS, CAPTION_CPUS = 0.5, 0.25, 0.15, 0.1
 #: Bytes of decoded frames handed on at once (Ray's default: 128 MiB): what an interruption costs, and memory held.
 BLOCK_BYTES = 32 * 2**20
+#: Tasks that Ray Data is given; beyond that a task takes several parts.
+MOST_TASKS = 20_000
 #: Seconds between two looks at how far the run is.
 POLL_S = 1.0
 
 
 @contextmanager
-def _quiet_context(checkpoint: Path | None) -> Iterator[None]:
-    """Ray Data without its own bars and log lines, and with a checkpoint if one is given; undone at the end."""
+def _quiet_context() -> Iterator[None]:
+    """Ray Data without its own bars and log lines; undone at the end."""
     context = DataContext.get_current()
-    before = context.enable_progress_bars, context.checkpoint_config, context.print_on_execution_start
+    before = context.enable_progress_bars, context.print_on_execution_start
     block_bytes, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
     loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in ("ray.data", "ray._private")]
     context.enable_progress_bars = context.print_on_execution_start = False
-    if checkpoint is not None:
-        context.checkpoint_config = CheckpointConfig(
-            id_column="clip_id", checkpoint_path=str(checkpoint), delete_checkpoint_on_success=False
-        )
     for logger, _ in loggers:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars, context.checkpoint_config, context.print_on_execution_start = before
+        context.enable_progress_bars, context.print_on_execution_start = before
         context.target_max_block_size = block_bytes
         for logger, level in loggers:
             logger.setLevel(level)
@@ -85,70 +85,87 @@ def _watched(progress: Progress, count: Callable[[], int]) -> Iterator[None]:
         watcher.join()
 
 
-def _search(sources: list[SourceFile], video: VideoConfig, data: DataConfig) -> tuple[list[Row], list[Row], str]:
-    """Clip rows, reject rows, and what is to be announced, of a few files."""
+def _search(sources: list[SourceFile], video: VideoConfig, data: DataConfig) -> tuple[Found, str]:
+    """What is found in a few files, and what is to be announced."""
     clips: list[Row] = []
     rejects: list[Row] = []
     for source in sources:
         found, rejected = find_clips(source, video, data)
         clips += found
         rejects += rejected
-    return clips, rejects, fallback_notice()
+    return (pa.Table.from_pylist(clips, CLIP), pa.Table.from_pylist(rejects, REJECT)), fallback_notice()
 
 
 def _searched(
-    chunks: list[list[SourceFile]], config: Config, remote: bool
-) -> Iterator[tuple[int, tuple[list[Row], list[Row], str]]]:
-    """(number, result) of every chunk, as they finish."""
+    chunks: dict[str, list[SourceFile]], config: Config, remote: bool
+) -> Iterator[tuple[str, tuple[Found, str]]]:
+    """(key, result) of every chunk, as they finish."""
     if not remote:
-        for number, chunk in enumerate(chunks):
-            yield number, _search(chunk, config.video, config.data)
+        for key, chunk in chunks.items():
+            yield key, _search(chunk, config.video, config.data)
         return
     task = ray.remote(num_cpus=DECODE_CPUS)(_search)
-    pending = {task.remote(chunk, config.video, config.data): number for number, chunk in enumerate(chunks)}
+    pending = {task.remote(chunk, config.video, config.data): key for key, chunk in chunks.items()}
     while pending:
         done, _ = ray.wait(list(pending), num_returns=1)
         yield pending.pop(done[0]), ray.get(done[0])
 
 
-def find_all_clips(sources: list[SourceFile], config: Config) -> tuple[list[Row], list[Row]]:
-    """(clip rows, reject rows) of all files, in their order."""
-    chunks = [sources[first : first + SEARCH_CHUNK] for first in range(0, len(sources), SEARCH_CHUNK)]
-    results: dict[int, tuple[list[Row], list[Row], str]] = {}
+def find_all_clips(staging: Staging, sources: list[SourceFile], config: Config) -> Found:
+    """Clips and rejects of all files, in their order; files that were searched before an interruption are not again."""
+    chunks: dict[str, list[SourceFile]] = {}
+    for first in range(0, len(sources), SEARCH_CHUNK):
+        chunk = sources[first : first + SEARCH_CHUNK]
+        chunks[settings_key({"files": [astuple(source) for source in chunk]})] = chunk
+    results = {key: found for key in chunks if (found := staging.read_found(key)) is not None}
+    left = {key: chunk for key, chunk in chunks.items() if key not in results}
+    # shots are looked for in every frame: that is work for all of the machine, however few the files
+    remote = len(sources) > SEARCH_HERE or config.data.shots != "none"
+    notices: set[str] = set()
     with Progress("find clips", len(sources), "files") as progress:
-        for number, result in _searched(chunks, config, len(sources) > SEARCH_HERE):
-            results[number] = result
-            progress.advance(len(chunks[number]))
-    ordered = [results[number] for number in range(len(chunks))]
-    for notice in {notice for _, _, notice in ordered if notice}:
+        progress.advance(sum(len(chunks[key]) for key in results))
+        for key, (found, notice) in _searched(left, config, remote):
+            staging.write_found(key, found)
+            results[key] = found
+            notices |= {notice} if notice else set()
+            progress.advance(len(chunks[key]))
+    for notice in notices:
         print(f"note: {notice}", flush=True)
-    return [row for clips, _, _ in ordered for row in clips], [row for _, rejects, _ in ordered for row in rejects]
+    ordered = [results[key] for key in chunks] or [empty_found()]
+    return pa.concat_tables([clips for clips, _ in ordered]), pa.concat_tables([rejects for _, rejects in ordered])
 
 
 def encode_clips(staging: Staging, config: Config, vae: Path, device: str, total: int) -> None:
-    """Decode, encode and write every clip of `staging` that is not written yet. Interrupt it at will."""
+    """Decode, caption, encode and write the pending clips of `staging`. Interrupt it at will."""
     data = config.data
-    threads = decoder_threads = data.decode_threads
+    threads = 1
     if device == "cpu":
         # a local Ray may offer more logical CPUs than the machine has
         cpus = min(int(ray.cluster_resources().get("CPU", 1)), os.cpu_count() or 1)
         threads = max(1, cpus // data.encoders)
+    batch: dict[str, Any] = {"batch_size": data.encode_batch, "batch_format": "pyarrow"}
     with (
-        _quiet_context(staging.checkpoint),
+        _quiet_context(),
         Progress("encode", total, "clips") as progress,
         _watched(progress, staging.encoded_rows),
     ):
-        rows = ray.data.read_parquet(str(staging.clips), num_cpus=DECODE_CPUS)
-        decoded = rows.map_batches(
-            partial(_decode_table, threads=decoder_threads),
-            batch_size=data.encode_batch,
-            batch_format="pyarrow",
-            num_cpus=DECODE_CPUS,
-        )
+        # a task for each part: its clips have one shape, and are all that is lost with it
+        parts = min(MOST_TASKS, len(list(staging.pending.iterdir())))
+        rows = ray.data.read_parquet(str(staging.pending), num_cpus=DECODE_CPUS, override_num_blocks=parts)
+        decode = partial(_decode_table, filters=data.filters, threads=data.decode_threads)
+        decoded = rows.map_batches(decode, num_cpus=DECODE_CPUS, **batch)
+        if data.captioner is not None:
+            decoded = decoded.map_batches(
+                ClipCaptioner,
+                compute=ActorPoolStrategy(size=1),
+                fn_constructor_args=(data.captioner, data.captioner_options),
+                fn_constructor_kwargs={"batch_size": data.encode_batch},
+                num_cpus=CAPTION_CPUS,
+                num_gpus=data.captioner_gpus or None,
+                **batch,
+            )
         encoded = decoded.map_batches(
             ClipEncoder,
-            batch_size=data.encode_batch,
-            batch_format="pyarrow",
             compute=ActorPoolStrategy(size=data.encoders),
             fn_constructor_args=(str(vae), config.text),
             fn_constructor_kwargs={
@@ -159,12 +176,13 @@ def encode_clips(staging: Staging, config: Config, vae: Path, device: str, total
             },
             num_cpus=ENCODE_CPUS,
             num_gpus=data.encoder_gpus or None,
+            **batch,
         )
         encoded.write_parquet(str(staging.encoded), partition_cols=["bucket"], ray_remote_args={"num_cpus": WRITE_CPUS})
 
 
-def _decode_table(table: pa.Table, threads: int) -> pa.Table:
-    return pa.Table.from_pylist([decode_row(row, threads) for row in table.to_pylist()], schema=DECODED)
+def _decode_table(table: pa.Table, filters: FilterConfig, threads: int) -> pa.Table:
+    return pa.Table.from_pylist(list(map(Decoder(filters, threads), table.to_pylist())), schema=DECODED)
 
 
 def extract_all_tokens(
@@ -174,7 +192,7 @@ def extract_all_tokens(
     work: list[dict[str, Any]] = [{"latents": str(source), "tokens": str(target)} for source, target in files]
     if not work:
         return
-    with _quiet_context(None), Progress("extract tokens", total, "clips") as progress:
+    with _quiet_context(), Progress("extract tokens", total, "clips") as progress:
         written = ray.data.from_items(work, override_num_blocks=len(work)).map(
             TokenWriter,  # type: ignore[arg-type]  # Ray's stub of map() forgets classes
             compute=ActorPoolStrategy(size=min(config.data.encoders, len(work))),

@@ -9,10 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: One clip: `num_frames` frames of `height` × `width` at `fps`, taken from seconds [start_s, end_s) of the file `uri`.
-#: `source` is the path within the input; `bucket` is the clip's shape, "TxHxW".
+#: `source` is the path within the input; `bucket` is the clip's shape, "TxHxW"; `source_*` are of the whole file, as it
+#: is shown (a rotation applied).
 CLIP = pa.schema(
     [
         pa.field("clip_id", pa.int64(), nullable=False),
@@ -25,7 +26,22 @@ CLIP = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
         pa.field("num_frames", pa.int32(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
+        pa.field("source_height", pa.int32(), nullable=False),
+        pa.field("source_width", pa.int32(), nullable=False),
+        pa.field("source_duration_s", pa.float64(), nullable=False),
         pa.field("bucket", pa.string(), nullable=False),
+    ]
+)
+
+#: What `scores.py` measures of a clip's frames; null where that was not measured. `phash` is 24 bytes.
+SCORES = pa.schema(
+    [
+        pa.field("black", pa.float32()),
+        pa.field("frozen", pa.float32()),
+        pa.field("motion", pa.float32()),
+        pa.field("sharpness", pa.float32()),
+        pa.field("text", pa.float32()),
+        pa.field("phash", pa.binary()),
     ]
 )
 
@@ -39,13 +55,28 @@ REJECT = pa.schema(
         pa.field("stage", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("error", pa.string(), nullable=False),
+        *SCORES,
     ]
 )
+
+#: A file of the input: `identity` is a hash of its size and of both its ends, `caption` the one that came with it.
+SOURCE = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("identity", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+    ]
+)
+
+#: A clip that was decoded, or was to be: `reason` is empty if it is in the dataset.
+SEEN = pa.schema([*CLIP, *SCORES, pa.field("reason", pa.string(), nullable=False)])
 
 #: `latent` is float16 [C,t,h,w] as raw bytes, `text_embedding` float16 [L,D] as raw bytes, L = `text_length`.
 LATENT = pa.schema(
     [
         *(field for field in CLIP if field.name != "bucket"),
+        *SCORES,
         pa.field("latent", pa.binary(), nullable=False),
         pa.field("latent_shape", pa.list_(pa.int32()), nullable=False),
         pa.field("text_embedding", pa.binary(), nullable=False),
@@ -64,11 +95,14 @@ TOKEN = pa.schema(
     ]
 )
 
-#: A clip with its pixels: uint8 [T,H,W,3] as raw bytes; empty, with the reason, where decoding failed.
+#: A clip with its pixels: uint8 [T,H,W,3] as raw bytes; empty, with stage and reason, where decoding failed or a filter
+#: held it back.
 DECODED = pa.schema(
     [
         *CLIP,
+        *SCORES,
         pa.field("frames", pa.large_binary(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("error", pa.string(), nullable=False),
     ]
@@ -92,17 +126,32 @@ TOO_SHORT = "too short"
 MISSING_CAPTION = "missing caption"
 TOO_MANY_CLIPS = "above max_clips_per_video"
 LISTED_TWICE = "listed twice"
-FILTER_REASONS = frozenset({TOO_SHORT, MISSING_CAPTION, TOO_MANY_CLIPS, LISTED_TWICE})
+SHORT_FILE = "file too short"
+LOW_RESOLUTION = "low resolution"
+BLACK = "black"
+FROZEN = "frozen"
+LITTLE_MOTION = "little motion"
+MUCH_MOTION = "much motion"
+BLURRED = "blurred"
+TEXT_HEAVY = "text-heavy"
+NEAR_DUPLICATE = "near-duplicate"
+FILTER_REASONS = frozenset(
+    {TOO_SHORT, MISSING_CAPTION, TOO_MANY_CLIPS, LISTED_TWICE, SHORT_FILE, LOW_RESOLUTION}
+    | {BLACK, FROZEN, LITTLE_MOTION, MUCH_MOTION, BLURRED, TEXT_HEAVY, NEAR_DUPLICATE}
+)
 #: Failures.
 UNREADABLE = "unreadable"
 EMPTY = "empty file"
 NO_VIDEO = "no video stream"
 BAD_CAPTION = "unreadable caption"
 DECODE_FAILED = "decoding failed"
+CAPTION_FAILED = "captioning failed"
 ENCODE_FAILED = "encoding failed"
 
 #: The stages that may reject.
-STAGE_CLIPS, STAGE_DECODE, STAGE_ENCODE = "clips", "decode", "encode"
+STAGE_CLIPS, STAGE_DECODE, STAGE_CAPTION, STAGE_ENCODE = "clips", "decode", "caption", "encode"
+#: `decode` also measures; `filter` looks at what it measured, the last of them at the whole collection.
+STAGE_FILTER = "filter"
 
 Row = dict[str, Any]
 
@@ -131,6 +180,7 @@ def reject_row(
         "stage": stage,
         "reason": reason,
         "error": one_line(error),
+        **dict.fromkeys(SCORES.names),
     }
 
 

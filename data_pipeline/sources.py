@@ -1,6 +1,6 @@
 """Which files the input consists of, and their captions. Reads no video.
 
-An input is a folder, one file, a glob pattern, or a list (`listing.py`).
+An input is a folder, one file, a glob pattern, or a list (`listing.py`); any of them local or remote (`storage.py`).
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import DataConfig
-from data_pipeline import schema
+from data_pipeline import schema, storage
 from data_pipeline.listing import Video, is_list, read_list
 from data_pipeline.schema import one_line
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"})
 #: Bytes at either end of a file that go into its identity: whole small files, header and index of large ones.
 IDENTITY_BYTES = 1 << 16
+#: Remote files that are looked at at the same time.
+REMOTE_THREADS = 16
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One video file. `name` is its path within the input, `identity` a hash of its size and of both its ends.
+    """One video file at the location `path`. `name` is its path within the input, `identity` hashes size and both ends.
 
     `caption` is empty where there is none; `caption_error` and `error` say what could not be read, `reason` what kind
     of reject the latter is.
@@ -43,6 +47,9 @@ class SourceFile:
 
 def is_pattern(source: str | Path) -> bool:
     """Whether an input is a glob pattern: it has wildcards, and nothing has it as its name."""
+    if storage.is_remote(source):
+        # a URI's options come after a question mark, which is no wildcard there
+        return glob.has_magic(str(source).partition("?")[0])
     return glob.has_magic(str(source)) and not Path(source).exists()
 
 
@@ -51,38 +58,52 @@ def find_videos(source: str | Path, data: DataConfig | None = None) -> list[Vide
 
     Of a folder all (recursively, hidden ones left out), of a pattern those that match (`**` for any depth), sorted by
     name; of a list every row, in its order, with its captions (`data` names the columns); else the one file. Raises
-    ArtifactError where a list cannot be read.
+    ArtifactError where a list cannot be read or a remote input cannot be reached.
     """
-    root, data = Path(source), data or DataConfig()
-    if is_pattern(source):
-        above, paths = _above(root), sorted(map(Path, glob.glob(str(source), recursive=True)))
-        return [Video(path.relative_to(above).as_posix(), path) for path in paths if _is_video(path)]
-    if root.is_file():
-        listed = is_list(root)
-        return list(read_list(root, data.path_column, data.caption_column)) if listed else [Video(root.name, root)]
-    return [Video(path.relative_to(root).as_posix(), path) for path in sorted(_videos(root))]
+    location, data = str(source), data or DataConfig()
+    if not storage.is_remote(location):
+        return _find(location, data)
+    try:
+        return _find(location, data)
+    except OSError as error:
+        raise ArtifactError(f"{location}: cannot be read: {one_line(error)}") from None
+
+
+def _find(location: str, data: DataConfig) -> list[Video]:
+    if is_pattern(location):
+        above, pattern = _split(location)
+        if storage.is_remote(location):
+            names = storage.matches(above, pattern)
+        else:
+            names = sorted(glob.glob(pattern, root_dir=above, recursive=True))
+        return [Video(Path(name).as_posix(), storage.child(above, name)) for name in names if _is_video(name)]
+    if storage.is_file(location):
+        if is_list(location):
+            return list(read_list(location, data.path_column, data.caption_column))
+        return [Video(storage.base_name(location), location)]
+    # a folder with a video's name becomes a reject that says so
+    return [Video(name, storage.child(location, name)) for name in storage.walk(location) if _is_video(name)]
 
 
 def find_sources(source: str | Path, data: DataConfig | None = None) -> list[SourceFile]:
     """`find_videos` with identity and caption of each; a list's caption comes before one beside the file."""
-    return [_source(video) for video in find_videos(source, data)]
+    videos = find_videos(source, data)
+    if not any(video.path is not None and storage.is_remote(video.path) for video in videos):
+        return [_source(video) for video in videos]
+    with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+        return list(pool.map(_source, videos))
 
 
-def _above(pattern: Path) -> Path:
-    """The folder above the first part of a pattern that has wildcards."""
-    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+def _split(pattern: str) -> tuple[str, str]:
+    """(the folder above the first part of a pattern that has wildcards, the rest of the pattern)."""
+    path, mark, options = pattern.partition("?") if storage.is_remote(pattern) else (pattern, "", "")
+    parts = path.split("/")
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    return "/".join(parts[:first]) + mark + options or ".", "/".join(parts[first:])
 
 
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def _videos(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in [*files, *folders]:  # a folder with a video's name becomes a reject that says so
-            if not name.startswith(".") and _is_video(Path(name)):
-                yield Path(folder) / name
+def _is_video(name: str) -> bool:
+    return Path(name).suffix.lower() in VIDEO_SUFFIXES
 
 
 def _source(video: Video) -> SourceFile:
@@ -95,30 +116,42 @@ def _source(video: Video) -> SourceFile:
     if printable != name:
         return SourceFile("", printable, 0, "", caption, caption_error, "the name is not UTF-8: rename the file")
     try:
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with path.open("rb") as file:
+        size, digest = 0, hashlib.sha256()
+        with storage.open_input(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest.update(str(size).encode())
             digest.update(file.read(IDENTITY_BYTES))
             if size > IDENTITY_BYTES:
                 file.seek(max(size - IDENTITY_BYTES, IDENTITY_BYTES))
                 digest.update(file.read(IDENTITY_BYTES))
     except OSError as error:
-        return SourceFile(str(path), name, 0, "", caption, caption_error, one_line(error))
-    return SourceFile(str(path), name, size, digest.hexdigest(), caption, caption_error)
+        return SourceFile(path, name, 0, "", caption, caption_error, one_line(error))
+    return SourceFile(path, name, size, digest.hexdigest(), caption, caption_error)
 
 
-def read_caption(path: Path) -> tuple[str, str]:
+def read_caption(path: str) -> tuple[str, str]:
     """(caption, error) of a video: the text of `.txt` beside it, else "caption" of `.json`; both empty if neither."""
-    text_file, json_file = path.with_suffix(".txt"), path.with_suffix(".json")
-    try:
-        if text_file.is_file():
-            return " ".join(text_file.read_text(encoding="utf-8").split()), ""
-        if json_file.is_file():
-            found = json.loads(json_file.read_text(encoding="utf-8"))
-            value = found.get("caption", "") if isinstance(found, dict) else ""
-            if not isinstance(value, str):
-                return "", f"{json_file.name}: caption is {type(value).__name__}, expected text"
-            return " ".join(value.split()), ""
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
-        return "", one_line(error)
+    readers: tuple[tuple[str, Callable[[bytes], object]], ...] = ((".txt", _text), (".json", _json_caption))
+    for suffix, read in readers:
+        location = storage.beside(path, suffix)
+        try:
+            with storage.open_input(location) as file:
+                value = read(file.read())
+        except (FileNotFoundError, IsADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
+            return "", one_line(error)
+        if not isinstance(value, str):
+            return "", f"{storage.base_name(location)}: caption is {type(value).__name__}, expected text"
+        return " ".join(value.split()), ""
     return "", ""
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8")
+
+
+def _json_caption(raw: bytes) -> object:
+    found = json.loads(raw.decode("utf-8"))
+    return found.get("caption", "") if isinstance(found, dict) else ""

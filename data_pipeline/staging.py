@@ -1,10 +1,12 @@
-"""The work folder of a run that is under way, and how its pieces become the finished dataset.
+"""The work folder of a run that is under way. What lies here makes the next run go on where this one stopped.
 
-.work/settings.json                what the run was started with
-.work/clips/part-*.parquet         clip rows, a few dozen each: the units in which the work is handed out
-.work/rejects.parquet              rejects of the clip stage; written last, so where it is, the clips are all there
+.work/settings.json                what the run was started with; written last when a run begins
+.work/found/*.parquet              what the clip stage found in some files: clip rows, and rejects beside them
+.work/clips.parquet                all of it, in the order in which it is worked on; where it is, the search is over
+.work/rejects.parquet              rejects of the clip stage
+.work/pending/part-*.parquet       the clips that were not encoded yet when this run started, a few dozen a file
 .work/encoded/bucket=*/*.parquet   what the encoders wrote, in the order in which they happened to finish
-.work/checkpoint/                  Ray Data's list of finished clips
+.work/ready/                       the finished dataset, whole, before it takes its place (`finish.py`)
 """
 
 from __future__ import annotations
@@ -12,23 +14,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from arlon_ray.artifact import whole_folder, write_json
-from data_pipeline.schema import CLIP, LATENT, REJECT, REJECTED_BUCKET, Row
+from arlon_ray.artifact import write_json
+from data_pipeline.schema import CLIP, REJECT
 
 WORK = ".work"
-#: A bucket up to this size is sorted as a whole; a larger one piece by piece.
-SORT_BYTES = 1 << 30
-#: Row groups of one finished file.
-FILE_ROW_GROUPS = 64
+Found = tuple[pa.Table, pa.Table]
 
 
 class Staging:
@@ -36,8 +36,10 @@ class Staging:
 
     def __init__(self, output: Path) -> None:
         self.root = output / WORK
-        self.clips, self.encoded, self.checkpoint = self.root / "clips", self.root / "encoded", self.root / "checkpoint"
-        self.rejects = self.root / "rejects.parquet"
+        self.found, self.pending, self.encoded = self.root / "found", self.root / "pending", self.root / "encoded"
+        self.ready = self.root / "ready"
+        self.clips, self.rejects = self.root / "clips.parquet", self.root / "rejects.parquet"
+        self._counted: dict[Path, int] = {}
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the run under way; None if there is none."""
@@ -50,48 +52,101 @@ class Staging:
     def start(self, settings: dict[str, Any]) -> None:
         """Begin anew: whatever lay here is removed."""
         self.remove()
-        for folder in (self.clips, self.encoded, self.checkpoint):
+        for folder in (self.found, self.encoded):
             folder.mkdir(parents=True)
+        write_json(self.root / "settings.json", settings)
+
+    def search_again(self, settings: dict[str, Any]) -> None:
+        """The input is another one: forget which clips there are, keep what is found and encoded of those files."""
+        for path in (self.clips, self.rejects):
+            path.unlink(missing_ok=True)
         write_json(self.root / "settings.json", settings)
 
     def remove(self) -> None:
         """Remove the work folder."""
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def write_clips(self, clips: list[Row], rejects: list[Row], rows_per_part: int) -> None:
-        """Write what the clip stage found, ordered by bucket, so that one part has (but for seams) one shape."""
-        ordered = sorted(clips, key=lambda row: (row["num_frames"], row["source"], row["start_s"]))
-        for number, first in enumerate(range(0, len(ordered), rows_per_part)):
-            part = pa.Table.from_pylist(ordered[first : first + rows_per_part], schema=CLIP)
-            pq.write_table(part, self.clips / f"part-{number:06d}.parquet")
-        write_table(pa.Table.from_pylist(rejects, schema=REJECT), self.rejects)
+    def read_found(self, key: str) -> Found | None:
+        """What was found in the files that `key` stands for; None if they were not searched yet."""
+        path = self.found / f"{key}.parquet"
+        if not path.exists():
+            return None
+        return pq.read_table(path), pq.read_table(self._rejects_of(key))
+
+    def write_found(self, key: str, found: Found) -> None:
+        """Note what was found in some files."""
+        write_table(found[1], self._rejects_of(key))
+        write_table(found[0], self.found / f"{key}.parquet")
+
+    def _rejects_of(self, key: str) -> Path:
+        return self.found / f"{key}.rejects.parquet"
+
+    def write_clips(self, found: Found, settled: Collection[int]) -> None:
+        """End the clip stage: what it found but for the clips `settled`.
+
+        Ordered by bucket, so that one part of the work has (but for seams) one shape.
+        """
+        done = pa.array(sorted(settled), pa.int64())
+        clips, rejects = (table.filter(pc.invert(pc.is_in(table["clip_id"], done))) for table in found)
+        write_table(rejects, self.rejects)
+        order = [("bucket", "ascending"), ("source", "ascending"), ("start_s", "ascending")]
+        write_table(clips.sort_by(order), self.clips)
 
     def read_clips(self) -> pa.Table:
         """All clip rows."""
-        parts = [pq.read_table(path) for path in sorted(self.clips.glob("part-*.parquet"))]
-        return pa.concat_tables(parts) if parts else CLIP.empty_table()
+        return pq.read_table(self.clips).cast(CLIP)
 
-    def encoded_files(self, bucket: str) -> list[Path]:
-        """Files that the encoders wrote for `bucket`."""
-        return sorted((self.encoded / f"bucket={bucket}").glob("*.parquet"))
+    def write_pending(self, rows_per_part: int) -> int:
+        """Write the clips that are not encoded yet as the parts in which the work is handed out; how many there are.
+
+        Removes files of the encoders that cannot be read: a killed writer leaves such, and what was in them is pending.
+        """
+        done = [pq.read_table(path, columns=["clip_id"])["clip_id"] for path in self.encoded_files(remove_broken=True)]
+        ids = np.concatenate([column.to_numpy() for column in done]) if done else np.array([], np.int64)
+        clips = self.read_clips()
+        left = clips.filter(pa.array(~np.isin(clips["clip_id"].to_numpy(), ids)))
+        shutil.rmtree(self.pending, ignore_errors=True)
+        self.pending.mkdir(parents=True)
+        for number, first in enumerate(range(0, len(left), rows_per_part)):
+            pq.write_table(left.slice(first, rows_per_part), self.pending / f"part-{number:06d}.parquet")
+        return len(left)
+
+    def encoded_files(self, bucket: str = "*", *, remove_broken: bool = False) -> list[Path]:
+        """Whole files that the encoders wrote, for one bucket or all."""
+        whole = []
+        for path in sorted(self.encoded.glob(f"bucket={bucket}/*.parquet")):
+            try:
+                pq.read_metadata(path)
+                whole.append(path)
+            except (OSError, pa.ArrowInvalid):  # being written, or its writer was killed
+                if remove_broken:
+                    path.unlink(missing_ok=True)
+        return whole
 
     def encoded_rows(self) -> int:
         """Rows that the encoders have written so far, rejected ones included."""
-        rows = 0
         for path in self.encoded.glob("bucket=*/*.parquet"):
-            try:
-                rows += pq.read_metadata(path).num_rows
-            except (OSError, pa.ArrowInvalid):  # being written
-                continue
-        return rows
+            if path not in self._counted:
+                try:
+                    self._counted[path] = pq.read_metadata(path).num_rows
+                except (OSError, pa.ArrowInvalid):  # being written
+                    continue
+        return sum(self._counted.values())
 
-    def all_rejects(self) -> pa.Table:
-        """Rejects of all stages, ordered by source and start."""
-        tables = [pq.read_table(self.rejects)]
-        for path in self.encoded_files(REJECTED_BUCKET):
-            tables.append(pq.ParquetFile(path).read(columns=REJECT.names).select(REJECT.names).cast(REJECT))
-        table = _unique(pa.concat_tables(tables))
-        return table.sort_by([("source", "ascending"), ("start_s", "ascending")])
+
+def read_columns(files: Iterable[Path], schema: pa.Schema, wanted: NDArray[np.int64]) -> pa.Table:
+    """The columns of `schema` of the encoders' files, each of the `wanted` clips once."""
+    # not as a data set: the bucket in the folder's name is not a column of the files
+    tables = [pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema) for path in files]
+    return unique(pa.concat_tables(tables), wanted) if tables else schema.empty_table()
+
+
+def unique(table: pa.Table, wanted: NDArray[np.int64]) -> pa.Table:
+    """The first row of each clip id that is wanted; rows without an id stay out."""
+    ids = table["clip_id"].to_numpy()
+    _, first = np.unique(ids, return_index=True)
+    first = first[np.isin(ids[first], wanted)]
+    return table.take(pa.array(np.sort(first)))
 
 
 def write_table(table: pa.Table, path: Path, row_group: int | None = None) -> None:
@@ -104,54 +159,6 @@ def write_table(table: pa.Table, path: Path, row_group: int | None = None) -> No
         partial.unlink(missing_ok=True)
 
 
-def write_latents(staging: Staging, buckets: Iterable[str], target: Path, row_group: int) -> dict[str, int]:
-    """Write `latents/` from the encoders' files, in an order that depends on the clips alone; rows by bucket.
-
-    A clip written twice (a run that was killed between writing and noting it) is kept once. The folder appears whole.
-    """
-    counts: dict[str, int] = {}
-    with whole_folder(target) as folder:
-        for bucket in sorted(buckets):
-            number = 0
-            for table in _sorted_pieces(staging.encoded_files(bucket)):
-                for first in range(0, len(table), row_group * FILE_ROW_GROUPS):
-                    place = folder / f"bucket={bucket}"
-                    place.mkdir(exist_ok=True)
-                    piece = table.slice(first, row_group * FILE_ROW_GROUPS)
-                    write_table(piece, place / f"part-{number:05d}.parquet", row_group)
-                    counts[bucket] = counts.get(bucket, 0) + len(piece)
-                    number += 1
-    return counts
-
-
-def _sorted_pieces(files: list[Path]) -> Iterator[pa.Table]:
-    """Tables of up to about `SORT_BYTES`, each sorted by clip id, without repetition over all of them."""
-    seen: NDArray[np.int64] = np.array([], np.int64)
-    pending: list[pa.Table] = []
-    for position, path in enumerate(files):
-        table = pq.ParquetFile(path).read(columns=LATENT.names).select(LATENT.names).cast(LATENT)
-        pending.append(table)
-        if sum(part.nbytes for part in pending) < SORT_BYTES and position + 1 < len(files):
-            continue
-        piece = _unique(pa.concat_tables(pending))
-        ids = piece["clip_id"].to_numpy()
-        piece = piece.filter(pa.array(~np.isin(ids, seen)))
-        seen = np.union1d(seen, ids)
-        pending = []
-        yield piece.sort_by("clip_id")
-
-
-def _unique(table: pa.Table) -> pa.Table:
-    """The first row of each clip id; rows without one are all kept."""
-    ids = table["clip_id"]
-    values = ids.to_numpy(zero_copy_only=False) if not ids.null_count else None
-    if values is None:
-        listed = ids.to_pylist()
-        known = [value for value in listed if value is not None]
-        if len(set(known)) == len(known):
-            return table
-        met: set[int] = set()
-        keep = [value is None or not (value in met or met.add(value)) for value in listed]  # type: ignore[func-returns-value]
-        return table.filter(pa.array(keep))
-    _, first = np.unique(values, return_index=True)
-    return table.take(pa.array(np.sort(first)))
+def empty_found() -> Found:
+    """No clips and no rejects."""
+    return CLIP.empty_table(), REJECT.empty_table()

@@ -69,13 +69,21 @@ def existing(path: str, flag: str) -> Path:
     return found
 
 
-def collection(text: str, flag: str) -> Path:
-    """Videos that a flag names: what `find_sources` takes. Raises InputError if there is nothing."""
+def collection(text: str, flag: str) -> str:
+    """Videos that a flag names, here or remote: what `find_sources` takes. Raises InputError if there is nothing."""
     # here: it brings pyarrow, which jobs that read no videos do without
+    from data_pipeline import storage
     from data_pipeline.sources import is_pattern
 
+    if storage.is_remote(text):
+        try:
+            if not is_pattern(text) and not storage.exists(text):
+                raise InputError(f"{flag} {text}: not found")
+        except OSError as error:
+            raise InputError(f"{flag} {text}: cannot be reached: {' '.join(str(error).split())}") from None
+        return text
     pattern = Path(text).expanduser().absolute()
-    return pattern if is_pattern(pattern) else existing(text, flag)
+    return str(pattern if is_pattern(pattern) else existing(text, flag))
 
 
 def vae_folder(flag: str | None, config: Config) -> Path:

@@ -54,7 +54,7 @@ class Ledger:
 class Pipeline:
     """The stages in order, over one output folder."""
 
-    def __init__(self, config: Config, source: Path | None, output: Path) -> None:
+    def __init__(self, config: Config, source: str | None, output: Path) -> None:
         self.config, self.source, self.output = config, source, output
         self.tracking, self.ledger = Tracking(config, output), Ledger()
         self.trained_now = False
@@ -85,12 +85,13 @@ class Pipeline:
     def train(self) -> Path:
         """Videos to a bundle."""
         config, output, stage = self.config, self.output, self.ledger.stage
-        videos = self.source or output / "videos"
+        rendered = output / "videos"
+        videos = self.source or str(rendered)
         if self.source is None:
             stage(
                 "sample videos",
-                lambda: run_render_samples(config, videos),
-                lambda rendered: f"{rendered} rendered" if rendered else "there already",
+                lambda: run_render_samples(config, rendered),
+                lambda count: f"{count} rendered" if count else "there already",
             )
         vae = self._vae(videos)
         dataset = stage(
@@ -116,7 +117,7 @@ class Pipeline:
         }
         return stage("bundle", lambda: self._bundle(parts), lambda path: str(path.name))
 
-    def _vae(self, videos: Path) -> Path:
+    def _vae(self, videos: str) -> Path:
         if self.config.vae.train:
             return self._trained(
                 "vae", lambda: run_vae(self.config, [(videos, 1.0)], self.output / "vae", self.tracking)

@@ -80,7 +80,7 @@ def _run(plan: StagePlan, config: Config, output: Path, tracking: Tracking | Non
 
 
 def run_vae(
-    config: Config, inputs: Sequence[tuple[Path, float]], output: Path, tracking: Tracking | None = None
+    config: Config, inputs: Sequence[tuple[str, float]], output: Path, tracking: Tracking | None = None
 ) -> StageOutcome:
     """Train the small VAE on the videos of weighted folders. Raises InputError if one of them holds no video."""
     if config.vae.kind != "folded":
@@ -92,7 +92,7 @@ def run_vae(
             raise InputError(f"--input {folder}: no video files (.mp4, .mkv, .webm, …)")
         files.append([weight, found])
     settings = {"config": config_fingerprint(config.vae, config.video), "seed": config.seed, "inputs": files}
-    arguments = {"inputs": [(str(folder), weight) for folder, weight in inputs]}
+    arguments = {"inputs": list(inputs)}
     plan = StagePlan("vae", "vae", build_vae, arguments, config.vae.training, settings, {})
     return _run(plan, config, output, tracking)
 
@@ -221,8 +221,7 @@ def _fitting_start(config: Config, parents: dict[str, str]) -> Artifact:
 
 def build_vae(config: Config, inputs: Sequence[tuple[str, float]]) -> Stage:
     """In a worker: the VAE stage over folders of videos."""
-    folders = [(Path(folder), weight) for folder, weight in inputs]
-    source = PixelClips(folders, config.video, config.data, config.vae.training.held_out)
+    source = PixelClips(inputs, config.video, config.data, config.vae.training.held_out)
     return VaeStage(config.vae, source, config.seed)
 
 

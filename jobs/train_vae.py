@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jobs.command_line import InputError, collection, output_folder, parser, read_config, run
 from jobs.stage_runs import report, run_vae
 from jobs.tracking import Tracking
 
 
-def weighted_folder(text: str) -> tuple[Path, float]:
+def weighted_folder(text: str) -> tuple[str, float]:
     """ "FOLDER" or "FOLDER=WEIGHT". Raises InputError."""
     folder, separator, weight = text.rpartition("=")
     if not separator:
@@ -17,6 +15,8 @@ def weighted_folder(text: str) -> tuple[Path, float]:
     try:
         value = float(weight)
     except ValueError:
+        if "?" in folder:  # the end of a URI's options, not a weight
+            return collection(text, "--input"), 1.0
         raise InputError(f"--input {text}: {weight!r} is not a weight; expected FOLDER or FOLDER=WEIGHT") from None
     if value <= 0:
         raise InputError(f"--input {text}: the weight must be above 0")

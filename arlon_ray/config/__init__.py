@@ -1,5 +1,6 @@
 """Typed, frozen configuration. `load_config("tiny", ["dit.training.steps=100"])` is the only way in."""
 
+from arlon_ray.config.data import DataConfig, FilterConfig
 from arlon_ray.config.load import ConfigError, config_fingerprint, load_config, override, preset_names
 from arlon_ray.config.models import (
     GROUP_FRAMES,
@@ -17,7 +18,6 @@ from arlon_ray.config.models import (
 from arlon_ray.config.run import (
     ClusterConfig,
     Config,
-    DataConfig,
     DeploymentConfig,
     GatesConfig,
     SamplingConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "DataConfig",
     "DeploymentConfig",
     "DitConfig",
+    "FilterConfig",
     "FrameMaskConfig",
     "GatesConfig",
     "InjectionConfig",

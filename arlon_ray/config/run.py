@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from arlon_ray.config.base import Section
+from arlon_ray.config.data import DataConfig
 from arlon_ray.config.models import (
     ArConfig,
     DitConfig,
@@ -16,23 +17,6 @@ from arlon_ray.config.models import (
     VqvaeConfig,
 )
 from arlon_ray.config.vae import VaeConfig
-
-
-class DataConfig(Section):
-    """Raw video to latents. `bucket_groups` are the clip lengths kept, in 17-frame groups."""
-
-    sample_videos: int = Field(2000, ge=1, description="videos that the pipeline renders when it is given none")
-    sample_grade: Literal["simple", "rich"] = Field("simple", description="grade of the rendered scenes")
-    path_column: str = Field("path", description="column of paths, where the input is a list of videos")
-    caption_column: str = Field("caption", description="its column of captions, if it has one")
-    bucket_groups: tuple[Annotated[int, Field(ge=1)], ...] = Field((2, 3, 4), min_length=1)
-    max_clips_per_video: int = Field(64, ge=1)
-    decode_threads: int = Field(1, ge=1)
-    encode_batch: int = Field(16, ge=1, description="clips of one VAE batch")
-    encoders: int = Field(1, ge=1, description="encoder actors")
-    encoder_gpus: float = Field(0.0, ge=0, description="GPUs of one encoder actor")
-    row_group: int = Field(64, ge=1, description="clips of one Parquet row group: the unit in which training reads")
-    cache_bytes: int = Field(512 * 2**20, ge=0, description="decoded row groups that a training worker keeps")
 
 
 class ClusterConfig(Section):

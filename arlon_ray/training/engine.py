@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arlon_ray.artifact import Artifact
 from arlon_ray.config import TrainingConfig
+from arlon_ray.precision import arithmetic
 from arlon_ray.training.optimizer import (
     build_optimizers,
     clipped_parameters,
@@ -115,7 +116,8 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def autocast(training: TrainingConfig, device: torch.device) -> Any:
     """Context of the forward pass: bf16 arithmetic on float32 parameters, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if training.precision == "bf16" else nullcontext()
+    dtype = arithmetic(training.precision, device)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
 
 def floats(losses: Losses) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from arlon_ray.artifact import Artifact, whole_folder, write_json
+from arlon_ray.precision import NOTE, falls_back
 from arlon_ray.training.engine import (
     Engine,
     Evaluation,
@@ -244,6 +245,8 @@ def run_stage(
     """
     run, training = _Run(stage, engine, reporter, checkpoints, key), stage.training
     run.report_line(f"{stage.name}: {_parameter_counts(engine.objective)}")
+    if falls_back(training.precision, engine.device):
+        run.report_line(f"note: {NOTE}")
     run.resume()
     if engine.average({"step": float(run.step)})["step"] != run.step:
         raise TrainingError(

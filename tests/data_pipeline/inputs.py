@@ -114,6 +114,9 @@ def write_dataset(folder: Path, buckets: dict[str, int], row_group: int = 4, tok
                     "width": 16,
                     "num_frames": frames,
                     "caption": f"clip {clip_id}",
+                    "source_height": 16,
+                    "source_width": 16,
+                    "source_duration_s": frames / 16,
                     "latent": np.full((2, *grid), clip_id, np.float16).tobytes(),
                     "latent_shape": [2, *grid],
                     "text_embedding": np.full((length, TEXT_DIM), clip_id, np.float16).tobytes(),
@@ -139,7 +142,7 @@ def write_dataset(folder: Path, buckets: dict[str, int], row_group: int = 4, tok
         )
         ids += range(next_id, next_id + count)
         next_id += count
-    fingerprint = dataset_fingerprint(np.array(ids), "a" * 64)
+    fingerprint = dataset_fingerprint(np.array(ids), "a" * 64, [f"clip {number}" for number in ids])
     common = {
         "schema_version": SCHEMA_VERSION,
         "settings": {},
@@ -153,6 +156,7 @@ def write_dataset(folder: Path, buckets: dict[str, int], row_group: int = 4, tok
         DatasetManifest(
             **common,
             fingerprint=fingerprint,
+            input="",
             text_identity="text:1",
             text_dim=TEXT_DIM,
             text_max_tokens=MAX_TOKENS,

@@ -37,13 +37,13 @@ def test_every_broken_file_is_a_reject_with_its_reason(tmp_path: Path) -> None:
 
 def test_captions_from_text_or_json(tmp_path: Path) -> None:
     video = tmp_path / "a.mp4"
-    assert read_caption(video) == ("", "")
+    assert read_caption(str(video)) == ("", "")
     video.with_suffix(".json").write_text(json.dumps({"caption": "from\n json"}))
-    assert read_caption(video) == ("from json", "")
+    assert read_caption(str(video)) == ("from json", "")
     video.with_suffix(".txt").write_text(" from   text\n")
-    assert read_caption(video) == ("from text", "")
+    assert read_caption(str(video)) == ("from text", "")
     video.with_suffix(".txt").write_bytes(b"\xff\xfe\x00bad")
-    caption, error = read_caption(video)
+    caption, error = read_caption(str(video))
     assert caption == "" and "decode" in error
 
 

@@ -10,7 +10,7 @@ import pytest
 from arlon_ray.config import DataConfig, VideoConfig
 from data_pipeline import footage
 from data_pipeline.clips import find_clips
-from data_pipeline.decode import decode_clip, decode_row, fit, frame_indices
+from data_pipeline.decode import decode_clip, decode_row, fit
 from data_pipeline.schema import Row
 from data_pipeline.sources import find_sources
 from tests.data_pipeline.inputs import numbered, numbers_of, write_video
@@ -44,11 +44,6 @@ def test_frames_are_picked_by_time_when_the_rate_differs(tmp_path: Path) -> None
     assert numbers_of(decode_clip(double)) == [number // 2 for number in range(34)]
 
 
-def test_variable_frame_rate_shows_the_frame_of_the_moment() -> None:
-    times = np.array([0.0, 0.1, 0.5, 0.6, 1.0])
-    assert frame_indices(times, 0.0, 5, 5.0).tolist() == [1, 1, 2, 3, 3]
-
-
 def test_fit_keeps_the_aspect_and_the_centre() -> None:
     frames = np.zeros((1, 40, 120, 3), np.uint8)
     frames[:, :, 40:80] = 255
@@ -60,6 +55,13 @@ def test_fit_keeps_the_aspect_and_the_centre() -> None:
     assert cut[0, :8, :, 0].max() < 60 and cut[0, 12:, :, 0].min() > 200
     same = fit(frames, 40, 120)
     assert same is frames
+
+
+def test_fit_shows_pixels_that_are_not_square_at_their_true_width() -> None:
+    frames = np.zeros((1, 20, 20, 3), np.uint8)
+    frames[:, :, 5:15] = 255
+    # shown 40 wide: a square from the middle has nothing but the middle half
+    assert fit(frames, 20, 20, shown=(20, 40))[..., 1:-1, :].min() > 200
 
 
 def test_a_file_that_vanishes_is_a_rejected_row(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_the_stand_in_for_decord_is_announced(tmp_path: Path, monkeypatch: pytes
     footage.open_footage(str(tmp_path / "a.mp4"))
     assert footage.fallback_notice() == ""
 
-    def broken(path: str, threads: int) -> footage.DecordFootage:
+    def broken(path: str, threads: int, pixel_aspect: float) -> footage.DecordFootage:
         raise RuntimeError("no")
 
     monkeypatch.setattr(footage, "DecordFootage", broken)

@@ -83,7 +83,7 @@ def test_mixed_buckets_keep_their_order_and_give_the_vae_s_own_latents(encoder: 
 
 def test_one_bad_row_costs_only_itself(encoder: ClipEncoder) -> None:
     bad = {**decoded(2, 34), "frames": b"too few bytes"}
-    failed = {**decoded(3, 34), "frames": b"", "reason": schema.DECODE_FAILED, "error": "why"}
+    failed = {**decoded(3, 34), "frames": b"", "stage": "decode", "reason": schema.DECODE_FAILED, "error": "why"}
     result = encoder(pa.Table.from_pylist([decoded(1, 34), bad, failed, decoded(4, 34)], schema=DECODED)).to_pylist()
     assert [(row["stage"], row["reason"]) for row in result] == [
         ("", ""),
@@ -143,3 +143,10 @@ def test_latents_of_two_shapes_in_one_bucket_are_refused() -> None:
     table = pa.table({"latent": [b"\0" * 16, b"\0" * 8], "latent_shape": [[1, 2, 2, 2], [1, 1, 2, 2]]})
     with pytest.raises(ValueError, match="expected one"):
         stack_latents(table)
+
+
+def test_a_clip_s_latents_do_not_depend_on_what_it_is_encoded_with(encoder: ClipEncoder) -> None:
+    rows = [decoded(number, 34) for number in range(7)]
+    together = encoder(pa.Table.from_pylist(rows, schema=DECODED))["latent"].to_pylist()
+    alone = [encoder(pa.Table.from_pylist([row], schema=DECODED))["latent"][0].as_py() for row in rows]
+    assert together == alone

@@ -92,8 +92,8 @@ def test_a_file_that_breaks_while_it_is_read_is_replaced(tmp_path: Path, capsys:
 def test_a_file_that_vanishes_is_replaced_and_left_out_of_the_evaluation(tmp_path: Path) -> None:
     write_good(tmp_path, 10)
     source = clips(tmp_path, held_out=2)
-    source._held_out[0].unlink()
-    source._folders[0][0][0].unlink()
+    Path(source._held_out[0]).unlink()
+    Path(source._folders[0][0][0]).unlink()
     assert len(source.held_out(4)) == 1
     assert len(source.training(0, 64)) == 64
 

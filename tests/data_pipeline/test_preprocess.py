@@ -183,26 +183,21 @@ def _check_dataset(folder: Path, expected: dict[str, str], rows: int) -> None:
 
 
 def _stop_half_way(monkeypatch: pytest.MonkeyPatch, config: Config, videos: Path, output: Path, vae: Path) -> None:
-    """A run that sees only the first half of its work and then stops, as Ctrl-C would leave it."""
-    real = preprocess._encode
+    """A run that is handed only the first half of its work and then stops, as Ctrl-C would leave it."""
+    write_pending = Staging.write_pending
 
-    def half(config: Config, staging: Staging, sources: list[preprocess.SourceFile], vae: Path) -> None:
-        from data_pipeline.ray_pipeline import encode_clips, find_all_clips
+    def half(staging: Staging, rows_per_part: int) -> int:
+        if staging.encoded_rows():
+            raise KeyboardInterrupt
+        left = write_pending(staging, rows_per_part)
+        for path in sorted(staging.pending.glob("part-*.parquet"))[2:]:
+            path.unlink()
+        return left
 
-        clips, rejects = find_all_clips(sources, config)
-        staging.write_clips(clips, rejects, preprocess.PART_CLIPS)
-        later = sorted(staging.clips.glob("part-*.parquet"))[2:]
-        for path in later:
-            path.rename(staging.root / path.name)
-        encode_clips(staging, config, vae, "cpu", len(clips))
-        for path in later:
-            (staging.root / path.name).rename(path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(preprocess, "_encode", half)
+    monkeypatch.setattr(Staging, "write_pending", half)
     with pytest.raises(KeyboardInterrupt):
         run_preprocess(config, videos, output, vae=vae)
-    monkeypatch.setattr(preprocess, "_encode", real)
+    monkeypatch.setattr(Staging, "write_pending", write_pending)
 
 
 def _resume_keeping_work(

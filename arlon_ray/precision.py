@@ -1,0 +1,28 @@
+"""Which arithmetic a device can do well."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16"]
+#: What a job says, once, where it computes otherwise than its configuration asks for.
+NOTE = "this CPU has no bfloat16 arithmetic (it would be a hundred times slower): float32 is used instead of bf16"
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    # oneDNN's own answer: AVX-512 or AMX on x86, BF16 on ARM; without it torch multiplies element by element
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def falls_back(precision: Precision, device: torch.device | str) -> bool:
+    """Whether bf16 is asked for on a CPU that has only emulation for it."""
+    return precision == "bf16" and torch.device(device).type == "cpu" and not _cpu_has_bf16()
+
+
+def arithmetic(precision: Precision, device: torch.device | str) -> torch.dtype:
+    """The type to compute in: what `precision` asks for, but float32 where `falls_back`."""
+    return torch.bfloat16 if precision == "bf16" and not falls_back(precision, device) else torch.float32
