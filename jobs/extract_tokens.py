@@ -1,4 +1,7 @@
-"""Tokens of both codecs for every clip of a dataset. Interrupt it at will; rerun to go on."""
+"""Tokens of both codecs for every clip of a dataset.
+
+Interrupt it at will and run it again: it goes on. Of a dataset that has grown, what is new is extracted.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, write_json
@@ -56,7 +60,8 @@ def run_extract_tokens(
         sizes[name] = _check_codec(name, artifact, dataset, manifest)
     settings: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "dataset": manifest.fingerprint,
+        "dataset": manifest.key,
+        "clips": manifest.fingerprint,
         "fine": codecs["fine"].fingerprint,
         "coarse": codecs["coarse"].fingerprint,
     }
@@ -66,7 +71,7 @@ def run_extract_tokens(
     _prepare(output, there, settings, overwrite)
 
     files = [(path, output / token_file(path)) for path in sorted((dataset / "latents").glob("bucket=*/*.parquet"))]
-    missing = [(source, target) for source, target in files if not target.exists()]
+    missing = [(source, target) for source, target in files if not _belongs(target, source)]
     total = sum(pq.read_metadata(source).num_rows for source, _ in missing)
     with connect(config):
         # imported once Ray is there: it takes seconds, and bad input must not wait for it
@@ -98,6 +103,18 @@ def run_extract_tokens(
     return TokenSummary(output, result, skipped=False)
 
 
+def _belongs(tokens: Path, latents: Path) -> bool:
+    """Whether a token file is there and holds the clips of a latent file, in their order."""
+    try:
+        return tokens.exists() and _clip_ids(tokens).equals(_clip_ids(latents))
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
+def _clip_ids(path: Path) -> pa.ChunkedArray:
+    return pq.ParquetFile(path).read(columns=["clip_id"])["clip_id"]
+
+
 def _check_codec(name: str, artifact: Artifact, dataset: Path, manifest: DatasetManifest) -> int:
     """The codebook's size. Raises ArtifactError unless the codec fits the dataset's latents."""
     trained_on = artifact.lineage.parents.get("vae")
@@ -124,8 +141,11 @@ def _prepare(output: Path, there: TokenManifest | None, settings: dict[str, Any]
             other = json.loads(marker.read_text())
         except (OSError, ValueError):
             other = None
-        if other == settings:
-            return
+    if other is not None and _but_clips(other) == _but_clips(settings):
+        # the same run, or a dataset that has grown since: files of clips that are still there stay
+        (output / MANIFEST).unlink(missing_ok=True)
+        write_json(marker, settings)
+        return
     if other is not None and not overwrite:
         raise InputError(
             f"{output}: holds tokens made otherwise: {differences(other, settings)}; "
@@ -137,6 +157,10 @@ def _prepare(output: Path, there: TokenManifest | None, settings: dict[str, Any]
             path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_json(marker, settings)
+
+
+def _but_clips(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "clips"}
 
 
 def main() -> None:
