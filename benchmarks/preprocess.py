@@ -63,8 +63,8 @@ PACKAGES = ("ray", "pyarrow", "decord", "av", "numpy", "opencv-python-headless")
 CAPTION = "a clip"
 #: Clips of the table of stages; the first batch warms up and does not count.
 TIMED_CLIPS = 96
-#: Seconds between two looks at what Ray has written.
-POLL_S = 0.1
+#: Seconds between two looks at what Ray has written, and at its processes.
+POLL_S = 0.2
 #: Seconds in which all bare processes have loaded their models.
 LOAD_S = 300.0
 
@@ -201,13 +201,14 @@ def _ray(work: Work, source: str) -> tuple[float, list[Mark], float]:
 @contextlib.contextmanager
 def _watched(staging: Staging) -> Iterator[list[Mark]]:
     """Marks of what a run writes: the first when its work lies ready, then one whenever there are more rows."""
-    stop, marks = threading.Event(), list[Mark]()
+    stop, marks, cpu_s = threading.Event(), list[Mark](), dict[psutil.Process, float]()
 
     def look() -> None:
         while not stop.wait(POLL_S):
+            _look_at_tree(cpu_s)
             # gone at the end of the run
             if staging.pending.exists() and (not marks or staging.encoded_rows() > marks[-1].rows):
-                marks.append(Mark(time.monotonic(), staging.encoded_rows(), _tree_cpu_s()))
+                marks.append(Mark(time.monotonic(), staging.encoded_rows(), sum(cpu_s.values())))
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -218,13 +219,15 @@ def _watched(staging: Staging) -> Iterator[list[Mark]]:
         watcher.join()
 
 
-def _tree_cpu_s() -> float:
-    """CPU seconds of this process and all below it, ended ones included."""
-    this, total = psutil.Process(), 0.0
+def _look_at_tree(cpu_s: dict[psutil.Process, float]) -> None:
+    """Note the CPU seconds of this process and all below it; what has ended stays as it was last seen.
+
+    Ray ends idle workers, whose time then counts as nobody's.
+    """
+    this = psutil.Process()
     for process in (this, *this.children(recursive=True)):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            total += sum(process.cpu_times()[:4])
-    return total
+            cpu_s[process] = sum(process.cpu_times()[:2])
 
 
 def run_scaling(work: Work) -> dict[str, dict[str, float]]:

@@ -34,9 +34,9 @@ class Captioner(Protocol):
         ...
 
 
-def check_captioner(path: str) -> None:
-    """Import the class "package.module:Class" without making one. Raises ArtifactError if there is none."""
-    _find(path)
+def check_captioner(path: str, options: Mapping[str, Any]) -> None:
+    """Import the class "package.module:Class" without making one. Raises ArtifactError as `load_captioner` does."""
+    _fitting(path, options)
 
 
 def load_captioner(path: str, options: Mapping[str, Any]) -> Captioner:
@@ -45,6 +45,18 @@ def load_captioner(path: str, options: Mapping[str, Any]) -> Captioner:
     Raises ArtifactError if the path is malformed, if the module cannot be imported or has no such class, if the class
     does not take the options, or if it fails.
     """
+    try:
+        return _fitting(path, options)(**options)
+    except ArtifactError:
+        raise
+    except Exception as error:  # anything: the class is the user's
+        raise ArtifactError(
+            f"data.captioner={path} cannot be made: {type(error).__name__}: {one_line(error)}"
+        ) from None
+
+
+def _fitting(path: str, options: Mapping[str, Any]) -> Any:
+    """The class, which takes these options."""
     kind = _find(path)
     try:
         inspect.signature(kind).bind(**options)
@@ -53,14 +65,7 @@ def load_captioner(path: str, options: Mapping[str, Any]) -> Captioner:
         raise ArtifactError(
             f"data.captioner_options do not fit {path}: {one_line(error)} (it takes: {taken})"
         ) from None
-    try:
-        return kind(**options)
-    except ArtifactError:
-        raise
-    except Exception as error:  # anything: the class is the user's
-        raise ArtifactError(
-            f"data.captioner={path} cannot be made: {type(error).__name__}: {one_line(error)}"
-        ) from None
+    return kind
 
 
 def _find(path: str) -> Any:

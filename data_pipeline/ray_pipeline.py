@@ -56,7 +56,7 @@ def _quiet_context() -> Iterator[None]:
     loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in ("ray.data", "ray._private")]
     context.enable_progress_bars = context.print_on_execution_start = False
     for logger, _ in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what breaks a run is raised, and reaches the user as one error
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,10 @@ from arlon_ray.training.loop import TrainingError
 
 #: The bundle in the repository: what is used where no other is named.
 BOX = Path(__file__).resolve().parents[1] / "weights" / "tiny"
+
+
+#: What every layer says of it, whatever the type of its error.
+DISK_FULL = os.strerror(errno.ENOSPC)
 
 
 class InputError(ValueError):
@@ -94,7 +99,9 @@ def vae_folder(flag: str | None, config: Config) -> Path:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a job: exit code 2 and one line for bad input, 1 and one line for a training that broke, 130 for Ctrl-C."""
+    """Run a job. Exit codes: 2 and one line for bad input, 1 and one line for a training that broke or a full disk, 130
+    for Ctrl-C.
+    """
     try:
         main()
     except (ConfigError, ArtifactError, InputError) as error:
@@ -102,6 +109,14 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception as error:
+        # also where a worker met it: Ray's error quotes the cause
+        if not isinstance(error, OSError) or DISK_FULL not in str(error):
+            raise
+        print(
+            f"error: the disk is full ({DISK_FULL}): free some of it, then run the same command again", file=sys.stderr
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\ninterrupted: nothing is lost, run the same command again to go on", file=sys.stderr)

@@ -95,7 +95,7 @@ def run_preprocess(
     text = text_identity(config.text)
     shapes(config.video, config.data)
     if config.data.captioner is not None:
-        check_captioner(config.data.captioner)
+        check_captioner(config.data.captioner, config.data.captioner_options)
     settings = dataset_settings(config, load_artifact(vae_path, "vae").fingerprint, text)
     sources = find_sources(source, config.data)
     if not sources:

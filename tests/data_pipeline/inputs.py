@@ -47,6 +47,16 @@ def numbers_of(frames: NDArray[np.uint8]) -> list[int]:
     return [int(number) for number in (bars << np.arange(8)).sum(1)]
 
 
+class Brightness:
+    """A captioner: says how bright a clip is."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def __call__(self, clips: list[NDArray[np.uint8]]) -> list[str]:
+        return [f"a {'bright' if clip.mean() > 110 else 'dark'} {self.word}" for clip in clips]
+
+
 def write_broken(folder: Path) -> dict[str, str]:
     """One file of every broken kind, captioned but for one; the reason expected for each."""
     good = folder / "good.bytes.mp4"

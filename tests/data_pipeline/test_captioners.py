@@ -200,14 +200,14 @@ def test_a_captioner_cannot_change_the_frames(module: str) -> None:
     ],
 )
 def test_a_path_that_names_no_captioner_is_refused(module: str, path: str, message: str) -> None:
-    for look in (check_captioner, lambda path: load_captioner(path, {})):
+    for look in (lambda path: check_captioner(path, {}), lambda path: load_captioner(path, {})):
         with pytest.raises(ArtifactError, match=message) as caught:
             look(path)
         assert path in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_class_is_found_without_being_made(module: str) -> None:
-    check_captioner(f"{module}:Breaks")
+    check_captioner(f"{module}:Breaks", {})
     with pytest.raises(ArtifactError, match=r"my_captioners:Breaks cannot be made: OSError: no model"):
         load_captioner(f"{module}:Breaks", {})
 

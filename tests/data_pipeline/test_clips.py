@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from arlon_ray.config import DataConfig, VideoConfig
+from arlon_ray.config import ConfigError, DataConfig, FilterConfig, VideoConfig
 from data_pipeline import schema
+from data_pipeline.buckets import nearest, shapes
 from data_pipeline.clips import clip_id, find_clips, split_spans
 from data_pipeline.decode import decode_row
 from data_pipeline.sources import find_sources, read_caption
@@ -22,6 +24,56 @@ def test_spans_take_the_longest_that_fits_and_do_not_overlap() -> None:
     assert list(split_spans(68 + 51 + 5, (34, 51, 68))) == [(0, 68), (68, 51)]
     assert list(split_spans(33, (34,))) == []
     assert list(split_spans(34 * 3, (34,))) == [(0, 34), (34, 34), (68, 34)]
+
+
+def test_strides_make_clips_overlap_or_leave_frames_out() -> None:
+    assert list(split_spans(68, (34,), stride=17)) == [(0, 34), (17, 34), (34, 34)]
+    assert list(split_spans(120, (34,), stride=51)) == [(0, 34), (51, 34)]
+
+
+def test_no_clip_reaches_across_a_cut(tmp_path: Path) -> None:
+    texture = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
+    first, second = (np.repeat(picture[None], count, 0) for picture, count in zip(texture, (50, 80), strict=True))
+    write_video(tmp_path / "a.mp4", np.concatenate([first, second]))
+    (tmp_path / "a.txt").write_text("two scenes")
+    clips, _ = find_clips(find_sources(tmp_path)[0], VIDEO, DataConfig(bucket_groups=(2,), shots="content"))
+    assert [row["start_s"] * 16 for row in clips] == [0, 50, 84]
+    for row in clips:
+        frames = np.frombuffer(decode_row(row)["frames"], np.uint8).reshape(34, -1).astype(int)
+        assert np.abs(np.diff(frames, axis=0)).mean(1).max() < 10
+    clips, rejects = find_clips(find_sources(tmp_path)[0], VIDEO, DataConfig(bucket_groups=(6,), shots="content"))
+    assert not clips and "80 frames at 16 per second in the longest of 2 shots" in rejects[0]["error"]
+
+
+def test_a_clip_goes_to_the_bucket_of_the_nearest_aspect_ratio(tmp_path: Path) -> None:
+    video = VideoConfig(height=256, width=256, fps=16)
+    data = DataConfig(bucket_groups=(2,), aspect_ratios=("16:9", "1:1", "9:16"))
+    assert shapes(video, data) == [(192, 344), (256, 256), (344, 192)]
+    assert shapes(video, DataConfig()) == [(256, 256)]
+    assert [nearest(size, shapes(video, data)) for size in ((360, 640), (480, 640), (500, 500), (640, 400))] == [
+        (192, 344),
+        (256, 256) if 4 / 3 < (344 / 192) ** 0.5 else (192, 344),
+        (256, 256),
+        (344, 192),
+    ]
+    write_video(tmp_path / "a.mp4", numbered(34, 64, 128))
+    (tmp_path / "a.txt").write_text("wide")
+    (row,), _ = find_clips(find_sources(tmp_path)[0], video, data)
+    assert (row["bucket"], row["source_height"], row["source_width"]) == ("34x192x344", 64, 128)
+    with pytest.raises(ConfigError, match="16:9 and 17:9 both come to"):
+        shapes(VideoConfig(height=64, width=64), DataConfig(aspect_ratios=("16:9", "17:9")))
+
+
+def test_files_are_filtered_before_they_are_decoded(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered(40))
+    (tmp_path / "a.txt").write_text("a ramp")
+    for name, value, reason in (
+        ("min_duration_s", 3.0, schema.SHORT_FILE),
+        ("min_short_side", 64, schema.LOW_RESOLUTION),
+    ):
+        data = DataConfig(filters=FilterConfig(**{name: value}))
+        clips, rejects = find_clips(find_sources(tmp_path)[0], VIDEO, data)
+        assert not clips and rejects[0]["reason"] == reason and f"filters.{name}={value:g}" in rejects[0]["error"]
 
 
 def test_every_broken_file_is_a_reject_with_its_reason(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -132,3 +134,48 @@ def test_a_scan_sees_every_frame_small(tmp_path: Path) -> None:
     assert np.allclose(times_s, np.arange(30) / 25)
     assert {frame.shape for frame in frames} == {(16, 32, 3)}
     assert numbers_of(np.stack(frames)) == list(range(30))
+
+
+def hour_long(path: Path) -> str:
+    """An hour of 640×360 at 25 frames a second: one encoded minute, its packets repeated."""
+    minute = path.with_name("minute.mp4")
+    noise = np.random.default_rng(0).integers(0, 255, (25, 45, 80, 3), dtype=np.uint8)
+    frames = np.repeat(np.repeat(noise, 8, 1), 8, 2)
+    write(minute, frames[np.arange(1500) % 25])
+    with av.open(str(minute)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number in range(60):
+            source.seek(0)
+            for packet in source.demux(source.streams.video[0]):
+                if packet.dts is None or packet.pts is None:
+                    continue
+                shift = number * int(60 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                target.mux(packet)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_an_hour_of_footage_stays_below_two_gib(tmp_path: Path) -> None:
+    path = hour_long(tmp_path / "hour.mp4")
+    Path(path).with_suffix(".txt").write_text("noise")
+    # in a process of its own: peak memory is that of a worker that does nothing else
+    code = f"""
+import resource
+from arlon_ray.config import DataConfig, FilterConfig, VideoConfig
+from data_pipeline.clips import find_clips
+from data_pipeline.decode import Decoder
+from data_pipeline.sources import find_sources
+(source,) = find_sources({str(path)!r})
+video = VideoConfig(height=360, width=640, fps=24)
+clips, rejects = find_clips(source, video, DataConfig(bucket_groups=(4,), max_clips_per_video=10_000))
+decoder = Decoder(FilterConfig())
+rows = [decoder(row) for row in clips[:: max(1, len(clips) // 6)]]
+assert len(rows) >= 6 and not any(row["reason"] for row in rows), [row["error"] for row in rows]
+print(len(clips), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr[-2000:]
+    clips, gib = result.stdout.split()
+    print(f"{clips} clips, {float(gib):.2f} GiB")
+    assert int(clips) > 100 and float(gib) < 2

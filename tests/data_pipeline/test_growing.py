@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import Config, FilterConfig, load_config
 from data_pipeline import schema
 from data_pipeline.dataset import LatentDataset
@@ -99,7 +100,9 @@ def test_what_is_new_is_appended_and_failures_are_tried_again(
 def test_filtering_again_gives_what_filtering_at_once_gives(
     tmp_path: Path, videos: Path, config: Config, artefacts: Path
 ) -> None:
-    vae, data = artefacts / "vae", ["data.aspect_ratios=['1:1', '2:1']", "data.max_clips_per_video=2"]
+    vae, data = artefacts / "vae", ["data.aspect_ratios=['1:1', '2:1']", "data.captioner_options.word=wall"]
+    data += ["data.captioner=tests.data_pipeline.inputs:Brightness"]
+    (videos / "calm.txt").unlink()
     render(videos, "wide", "loud", 5, shape=(32, 64))
     shutil.copy(videos / "loud.mp4", videos / "again.mp4")
     (videos / "again.txt").write_text("loud blocks")
@@ -112,11 +115,16 @@ def test_filtering_again_gives_what_filtering_at_once_gives(
     assert everything.manifest.buckets == {"34x24x48": 2, "34x32x32": 8}
     later = run_refilter(strict.data.filters, tmp_path / "all", tmp_path / "later")
     assert rows_of(tmp_path / "later") == rows_of(tmp_path / "once")
+    captions = {source: caption for source, _, caption in rows_of(tmp_path / "all").values()}
+    assert captions["calm.mp4"] == "a bright wall" and captions["loud.mp4"] == "loud blocks"
     assert later.fingerprint == at_once.manifest.fingerprint and later.key == at_once.manifest.key
     reasons = [pq.read_table(tmp_path / name / "rejects.parquet")["reason"].to_pylist() for name in ("later", "once")]
     assert sorted(reasons[0]) == sorted(reasons[1])
     assert {schema.FROZEN, schema.NEAR_DUPLICATE, schema.UNREADABLE} == set(reasons[0])
     LatentDataset(tmp_path / "later")
+    misspelt = load_config("tiny", [*SETTINGS, *data, "data.captioner_options.size=3"])
+    with pytest.raises(ArtifactError, match=r"captioner_options do not fit .*it takes: word"):
+        run_preprocess(misspelt, videos, tmp_path / "none", vae=vae)
     with pytest.raises(InputError, match=r"max_frozen=0\.9 is looser than the dataset's own 0\.5"):
         run_refilter(FilterConfig(max_frozen=0.9), tmp_path / "once", tmp_path / "looser")
     with pytest.raises(InputError, match="its text was not measured"):

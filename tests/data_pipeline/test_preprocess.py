@@ -21,7 +21,7 @@ from data_pipeline.schema import LATENT
 from data_pipeline.staging import Staging
 from data_pipeline.synthetic import write_samples
 from jobs import preprocess
-from jobs.command_line import InputError
+from jobs.command_line import InputError, run
 from jobs.extract_tokens import run_extract_tokens
 from jobs.preprocess import run_preprocess
 from tests.data_pipeline.inputs import write_broken
@@ -217,3 +217,39 @@ def _resume_keeping_work(
     assert not run_preprocess(config, videos, output, vae=vae).skipped
     monkeypatch.setattr(Staging, "remove", remove)
     return files
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_full_disk_ends_a_job_with_one_line(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise kind("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+    # only an error of the operating system, wherever it was met, is one of the disk
+    with pytest.raises(SystemExit if kind is OSError else RuntimeError) as error:
+        run(full)
+    if kind is OSError:
+        assert isinstance(error.value, SystemExit) and error.value.code == 1
+        assert "the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_full_disk_loses_nothing(tmp_path: Path, config: Config, artefacts: Path) -> None:
+    videos, disk = tmp_path / "in", tmp_path / "disk"
+    write_samples(videos, SAMPLES, 0, config.video, (2,))
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    flags = ["--input", str(videos), "--output", str(disk / "set"), "--vae", str(artefacts / "vae")]
+    flags += [part for setting in SETTINGS for part in ("--set", setting)]
+    command = [sys.executable, "jobs/preprocess.py", *flags]
+    try:
+        full = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        assert full.returncode == 1, full.stdout + full.stderr
+        assert full.stderr.splitlines()[-1].startswith("error: the disk is full")
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        again = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert len(table_of(disk / "set")) == SAMPLES
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
