@@ -207,7 +207,7 @@ def _watched(staging: Staging) -> Iterator[list[Mark]]:
         while not stop.wait(POLL_S):
             _look_at_tree(cpu_s)
             # gone at the end of the run
-            if staging.pending.exists() and (not marks or staging.encoded_rows() > marks[-1].rows):
+            if staging.clips.exists() and (not marks or staging.encoded_rows() > marks[-1].rows):
                 marks.append(Mark(time.monotonic(), staging.encoded_rows(), sum(cpu_s.values())))
 
     watcher = threading.Thread(target=look, daemon=True)

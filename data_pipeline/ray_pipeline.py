@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from arlon_ray.config import Config, DataConfig, FilterConfig, VideoConfig
 from data_pipeline.captioners import ClipCaptioner
@@ -41,8 +41,6 @@ SEARCH_HERE = 4096
 DECODE_CPUS, ENCODE_CPUS, WRITE_CPUS, CAPTION_CPUS = 0.5, 0.25, 0.15, 0.1
 #: Bytes of decoded frames handed on at once (Ray's default: 128 MiB): what an interruption costs, and memory held.
 BLOCK_BYTES = 32 * 2**20
-#: Tasks that Ray Data is given; beyond that a task takes several parts.
-MOST_TASKS = 20_000
 #: Seconds between two looks at how far the run is.
 POLL_S = 1.0
 
@@ -135,25 +133,24 @@ def find_all_clips(staging: Staging, sources: list[SourceFile], config: Config) 
     return pa.concat_tables([clips for clips, _ in ordered]), pa.concat_tables([rejects for _, rejects in ordered])
 
 
-def encode_clips(staging: Staging, config: Config, vae: Path, device: str, total: int) -> None:
-    """Decode, caption, encode and write the pending clips of `staging`. Interrupt it at will."""
-    data = config.data
-    threads = 1
-    if device == "cpu":
-        # a local Ray may offer more logical CPUs than the machine has
-        cpus = min(int(ray.cluster_resources().get("CPU", 1)), os.cpu_count() or 1)
-        threads = max(1, cpus // data.encoders)
+def encode_clips(staging: Staging, clips: list[pa.Table], config: Config, vae: Path, device: str, total: int) -> None:
+    """Decode, caption, encode and write `clips`, part by part, to `staging`. Interrupt it at will.
+
+    A part is a task: its clips have one shape, and are all that is lost with it. (Not read from files by Ray: it makes
+    one task of small files, however many.)
+    """
+    data, cpus = config.data, _cpus()
+    threads = max(1, min(cpus, os.cpu_count() or 1) // data.encoders) if device == "cpu" else 1
     batch: dict[str, Any] = {"batch_size": data.encode_batch, "batch_format": "pyarrow"}
     with (
         _quiet_context(),
         Progress("encode", total, "clips") as progress,
         _watched(progress, staging.encoded_rows),
     ):
-        # a task for each part: its clips have one shape, and are all that is lost with it
-        parts = min(MOST_TASKS, len(list(staging.pending.iterdir())))
-        rows = ray.data.read_parquet(str(staging.pending), num_cpus=DECODE_CPUS, override_num_blocks=parts)
         decode = partial(_decode_table, filters=data.filters, threads=data.decode_threads)
-        decoded = rows.map_batches(decode, num_cpus=DECODE_CPUS, **batch)
+        # no more workers than cores: each takes seconds to start
+        pool = TaskPoolStrategy(size=max(1, cpus // data.decode_threads))
+        decoded = ray.data.from_arrow(clips).map_batches(decode, num_cpus=DECODE_CPUS, compute=pool, **batch)
         if data.captioner is not None:
             decoded = decoded.map_batches(
                 ClipCaptioner,
@@ -179,6 +176,12 @@ def encode_clips(staging: Staging, config: Config, vae: Path, device: str, total
             **batch,
         )
         encoded.write_parquet(str(staging.encoded), partition_cols=["bucket"], ray_remote_args={"num_cpus": WRITE_CPUS})
+
+
+def _cpus() -> int:
+    """Cores of the cluster; a local Ray may offer more logical CPUs than its machine has."""
+    offered = int(ray.cluster_resources().get("CPU", 1))
+    return min(offered, os.cpu_count() or 1) if len(ray.nodes()) == 1 else offered
 
 
 def _decode_table(table: pa.Table, filters: FilterConfig, threads: int) -> pa.Table:

@@ -4,7 +4,6 @@
 .work/found/*.parquet              what the clip stage found in some files: clip rows, and rejects beside them
 .work/clips.parquet                all of it, in the order in which it is worked on; where it is, the search is over
 .work/rejects.parquet              rejects of the clip stage
-.work/pending/part-*.parquet       the clips that were not encoded yet when this run started, a few dozen a file
 .work/encoded/bucket=*/*.parquet   what the encoders wrote, in the order in which they happened to finish
 .work/ready/                       the finished dataset, whole, before it takes its place (`finish.py`)
 """
@@ -36,7 +35,7 @@ class Staging:
 
     def __init__(self, output: Path) -> None:
         self.root = output / WORK
-        self.found, self.pending, self.encoded = self.root / "found", self.root / "pending", self.root / "encoded"
+        self.found, self.encoded = self.root / "found", self.root / "encoded"
         self.ready = self.root / "ready"
         self.clips, self.rejects = self.root / "clips.parquet", self.root / "rejects.parquet"
         self._counted: dict[Path, int] = {}
@@ -96,20 +95,16 @@ class Staging:
         """All clip rows."""
         return pq.read_table(self.clips).cast(CLIP)
 
-    def write_pending(self, rows_per_part: int) -> int:
-        """Write the clips that are not encoded yet as the parts in which the work is handed out; how many there are.
+    def pending(self, rows_per_part: int) -> list[pa.Table]:
+        """The clips that are not encoded yet, in the parts in which the work is handed out.
 
         Removes files of the encoders that cannot be read: a killed writer leaves such, and what was in them is pending.
         """
         done = [pq.read_table(path, columns=["clip_id"])["clip_id"] for path in self.encoded_files(remove_broken=True)]
         ids = np.concatenate([column.to_numpy() for column in done]) if done else np.array([], np.int64)
         clips = self.read_clips()
-        left = clips.filter(pa.array(~np.isin(clips["clip_id"].to_numpy(), ids)))
-        shutil.rmtree(self.pending, ignore_errors=True)
-        self.pending.mkdir(parents=True)
-        for number, first in enumerate(range(0, len(left), rows_per_part)):
-            pq.write_table(left.slice(first, rows_per_part), self.pending / f"part-{number:06d}.parquet")
-        return len(left)
+        left = clips.filter(pa.array(~np.isin(clips["clip_id"].to_numpy(), ids))).combine_chunks()
+        return [left.slice(first, rows_per_part) for first in range(0, len(left), rows_per_part)]
 
     def encoded_files(self, bucket: str = "*", *, remove_broken: bool = False) -> list[Path]:
         """Whole files that the encoders wrote, for one bucket or all."""

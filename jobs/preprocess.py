@@ -33,8 +33,8 @@ from data_pipeline.staging import WORK, Staging
 from jobs.command_line import InputError, collection, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.ray_session import connect
 
-#: Clips of one part of the work: what a reader takes at once.
-PART_CLIPS = 64
+#: Clips of one part of the work, which is a task of Ray's; more where there would be more parts than Ray handles well.
+PART_CLIPS, MOST_PARTS = 16, 20_000
 #: Times that the encoders are started for clips that are still missing (a killed writer loses its file).
 ROUNDS = 3
 #: What the work folder notes beside the settings: the files and clips that it is about.
@@ -158,9 +158,10 @@ def _encode(config: Config, staging: Staging, todo: Plan, vae: Path) -> None:
         staging.write_clips(find_all_clips(staging, todo.search, config), todo.settled)
     total = len(staging.read_clips())
     for _ in range(ROUNDS):
-        if not staging.write_pending(PART_CLIPS):
+        pending = staging.pending(max(PART_CLIPS, -(-total // MOST_PARTS)))
+        if not pending:
             return
-        encode_clips(staging, config, vae, _device(config), total)
+        encode_clips(staging, pending, config, vae, _device(config), total)
 
 
 def _refuse_other_settings(output: Path, staging: Staging, settings: dict[str, Any], overwrite: bool) -> None:

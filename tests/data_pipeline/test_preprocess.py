@@ -184,20 +184,17 @@ def _check_dataset(folder: Path, expected: dict[str, str], rows: int) -> None:
 
 def _stop_half_way(monkeypatch: pytest.MonkeyPatch, config: Config, videos: Path, output: Path, vae: Path) -> None:
     """A run that is handed only the first half of its work and then stops, as Ctrl-C would leave it."""
-    write_pending = Staging.write_pending
+    pending = Staging.pending
 
-    def half(staging: Staging, rows_per_part: int) -> int:
+    def half(staging: Staging, rows_per_part: int) -> list[pyarrow.Table]:
         if staging.encoded_rows():
             raise KeyboardInterrupt
-        left = write_pending(staging, rows_per_part)
-        for path in sorted(staging.pending.glob("part-*.parquet"))[2:]:
-            path.unlink()
-        return left
+        return pending(staging, rows_per_part)[:2]
 
-    monkeypatch.setattr(Staging, "write_pending", half)
+    monkeypatch.setattr(Staging, "pending", half)
     with pytest.raises(KeyboardInterrupt):
         run_preprocess(config, videos, output, vae=vae)
-    monkeypatch.setattr(Staging, "write_pending", write_pending)
+    monkeypatch.setattr(Staging, "pending", pending)
 
 
 def _resume_keeping_work(
