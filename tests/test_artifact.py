@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arlon_ray import precision
 from arlon_ray.artifact import ArtifactError, finished, load_artifact, save_artifact, whole_folder
 from arlon_ray.bundle import load_bundle, save_bundle
 from arlon_ray.generation import VideoGenerator
@@ -93,8 +94,9 @@ def test_a_text_only_bundle_needs_nothing_of_guidance_and_half_of_it_is_refused(
         save_bundle(tmp_path / "none", config, {"vae": parts["vae"]}, identity)
 
 
-def test_models_load_in_half_precision(tmp_path: Path) -> None:
-    """Weights in bfloat16, positions exact, and a video comes out of it."""
+def test_models_load_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in bfloat16, positions exact, and a video comes out of it; also on a CPU that only emulates it."""
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
     bundle = load_bundle(make_random_bundle(tmp_path / "bundle", "precision=bf16"))
     assert bundle.dit.x_embedder.proj.weight.dtype == bundle.ar.head.weight.dtype == torch.bfloat16
     exact = load_dit(tmp_path / "bundle" / "dit")
