@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from arlon_ray.artifact import ArtifactError, one_line
 from data_pipeline import schema
+from data_pipeline.batches import in_batches
 from data_pipeline.schema import DECODED, STAGE_CAPTION, Row
 
 Clip = NDArray[np.uint8]
@@ -99,20 +100,13 @@ class ClipCaptioner:
         wanting = [position for position, row in enumerate(rows) if not row["caption"].strip() and not row["reason"]]
         if not wanting:
             return table
-        for first in range(0, len(wanting), self.batch_size):
-            chosen = wanting[first : first + self.batch_size]
-            for position, result in zip(chosen, self._caption([rows[p] for p in chosen]), strict=True):
-                rows[position] = result
+        captioned = in_batches([rows[p] for p in wanting], self.batch_size, self._caption, _rejected)
+        for position, result in zip(wanting, captioned, strict=True):
+            rows[position] = result
         return pa.Table.from_pylist(rows, schema=DECODED)
 
     def _caption(self, rows: list[Row]) -> list[Row]:
-        """Caption rows together; if that fails, one by one, so that only the bad ones are lost."""
-        try:
-            return list(map(_captioned, rows, self._ask(rows)))
-        except Exception as error:  # anything: the captioner is the user's
-            if len(rows) == 1:
-                return [_rejected(rows[0], f"{type(error).__name__}: {error}")]
-            return [result for row in rows for result in self._caption([row])]
+        return list(map(_captioned, rows, self._ask(rows)))
 
     def _ask(self, rows: list[Row]) -> list[object]:
         """As many answers as rows; whether they are captions is not looked at."""

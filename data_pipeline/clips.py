@@ -46,19 +46,16 @@ def find_clips(source: SourceFile, video: VideoConfig, data: DataConfig) -> tupl
     """(clip rows, reject rows) of one file. Raises nothing: what is wrong with the file is a reject row."""
     try:
         footage = _opened(source, data.decode_threads)
-        shots_s = _shots_s(source.path, footage.duration_s, data)
         facts = _facts(footage)
+        refused = _refused(source, facts, data)
+        # every frame is decoded for them: not of a file that is refused anyway
+        shots_s = _shots_s(source.path, footage.duration_s, data) if refused is None else []
     except FootageError as error:
         return [], [reject_row(source.name, STAGE_CLIPS, error.reason, str(error))]
     except Exception as error:
         return [], [reject_row(source.name, STAGE_CLIPS, schema.UNREADABLE, f"{type(error).__name__}: {error}")]
-    if source.caption_error:
-        return [], [reject_row(source.name, STAGE_CLIPS, schema.BAD_CAPTION, source.caption_error)]
-    if not source.caption and data.captioner is None:
-        return [], [reject_row(source.name, STAGE_CLIPS, schema.MISSING_CAPTION, NO_CAPTION)]
-    reason, broken = judge(facts, data.filters, FILE_THRESHOLDS)
-    if reason:
-        return [], [reject_row(source.name, STAGE_CLIPS, reason, broken)]
+    if refused is not None:
+        return [], [refused]
     spans = [span for shot in shots_s for span in _spans(shot, video.fps, data)]
     if not spans:
         return [], [_too_short(source, shots_s, video, data)]
@@ -84,6 +81,16 @@ def _opened(source: SourceFile, threads: int) -> Footage:
     if not source.size:
         raise FootageError(schema.EMPTY, "the file has no bytes")
     return open_footage(source.path, threads)
+
+
+def _refused(source: SourceFile, facts: Row, data: DataConfig) -> Row | None:
+    """Why a file that can be read is not looked into; None if it is."""
+    if source.caption_error:
+        return reject_row(source.name, STAGE_CLIPS, schema.BAD_CAPTION, source.caption_error)
+    if not source.caption and data.captioner is None:
+        return reject_row(source.name, STAGE_CLIPS, schema.MISSING_CAPTION, NO_CAPTION)
+    reason, broken = judge(facts, data.filters, FILE_THRESHOLDS)
+    return reject_row(source.name, STAGE_CLIPS, reason, broken) if reason else None
 
 
 def _facts(footage: Footage) -> Row:

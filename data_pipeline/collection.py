@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ class Collection:
     seen: pa.Table
     rejects: pa.Table
 
-    @property
+    @cached_property
     def kept(self) -> pa.Table:
         """The clips in the dataset, rows of `seen`."""
         return self.seen.filter(pc.equal(self.seen["reason"], ""))

@@ -17,6 +17,7 @@ from arlon_ray.config import TextConfig, VaeConfig
 from arlon_ray.models.text import load_text_encoder
 from arlon_ray.models.vae import load_vae
 from data_pipeline import schema
+from data_pipeline.batches import in_batches
 from data_pipeline.schema import ENCODED, REJECTED_BUCKET, STAGE_ENCODE, Row, one_line
 
 #: Clips that a CPU encodes at once: as fast as more.
@@ -57,20 +58,10 @@ class ClipEncoder:
             if not row["reason"]:
                 buckets[row["bucket"]].append(position)
         for positions in buckets.values():
-            for first in range(0, len(positions), self.batch_size):
-                chosen = positions[first : first + self.batch_size]
-                for position, result in zip(chosen, self._encode([rows[p] for p in chosen]), strict=True):
-                    results[position] = result
+            encoded = in_batches([rows[p] for p in positions], self.batch_size, self._encode_batch, _failed)
+            for position, result in zip(positions, encoded, strict=True):
+                results[position] = result
         return pa.Table.from_pylist(results, schema=ENCODED)
-
-    def _encode(self, rows: list[Row]) -> list[Row]:
-        """Encode rows of one bucket together; if that fails, one by one, so that only the bad ones are lost."""
-        try:
-            return self._encode_batch(rows)
-        except Exception as error:
-            if len(rows) == 1:
-                return [_rejected(rows[0], STAGE_ENCODE, schema.ENCODE_FAILED, f"{type(error).__name__}: {error}")]
-            return [result for row in rows for result in self._encode([row])]
 
     def _encode_batch(self, rows: list[Row]) -> list[Row]:
         shape = (rows[0]["num_frames"], rows[0]["height"], rows[0]["width"], 3)
@@ -109,6 +100,10 @@ class ClipEncoder:
     def _latents(self, frames: NDArray[np.uint8]) -> NDArray[np.float16]:
         pixels = torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
         return self.vae.encode(pixels).to(torch.float16).cpu().numpy()
+
+
+def _failed(row: Row, error: str) -> Row:
+    return _rejected(row, STAGE_ENCODE, schema.ENCODE_FAILED, error)
 
 
 def _rejected(row: Row, stage: str, reason: str, error: str) -> Row:

@@ -61,7 +61,7 @@ class Footage(Protocol):
     def frames_at(self, moments_s: NDArray[np.float64]) -> Iterator[NDArray[np.uint8]]:
         """For each moment (seconds from the first frame, ascending) what is on screen, [H,W,3] RGB.
 
-        A moment beyond the end shows the last frame. Raises on damaged data.
+        A moment a little beyond the end shows the last frame. Raises on damaged data.
         """
         ...
 

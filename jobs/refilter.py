@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from arlon_ray.config import FilterConfig
 from data_pipeline.collection import Collection, read_collection
 from data_pipeline.finish import described, make_ready, publish, reject_duplicates, report_of
-from data_pipeline.manifest import DatasetManifest, read_manifest, settings_key
+from data_pipeline.manifest import MANIFEST, DatasetManifest, read_manifest, settings_key
 from data_pipeline.report import format_report
 from data_pipeline.schema import REJECT, SEEN, STAGE_CLIPS, STAGE_FILTER, Row, reject_row
 from data_pipeline.scores import CLIP_THRESHOLDS, FILE_THRESHOLDS, judge
@@ -33,7 +33,7 @@ def run_refilter(filters: FilterConfig, dataset: Path, output: Path) -> DatasetM
     that was not measured, leaves nothing, or where `output` holds a dataset; ArtifactError where `dataset` is none.
     """
     there = read_manifest(dataset, DatasetManifest)
-    if (output / "manifest.json").exists():
+    if (output / MANIFEST).exists():
         raise InputError(f"{output}: holds a dataset already: choose another --output")
     strict = _with_its_own(filters, there)
     before = read_collection(dataset)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from arlon_ray.artifact import save_artifact
+from arlon_ray.artifact import Artifact, save_artifact
 from arlon_ray.bundle import save_bundle
-from arlon_ray.config import Config, load_config
+from arlon_ray.config import Config, VaeConfig, load_config
 from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.dit import STDiT3
@@ -36,6 +36,13 @@ def randomized(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
         name: torch.randn(value.shape, generator=generator) * 0.1 if name != "scale" and "freqs" not in name else value
         for name, value in model.state_dict().items()
     }
+
+
+def save_random_vae(folder: Path, config: VaeConfig) -> Artifact:
+    """A VAE with the weights of seed 0, as an artefact in `folder`."""
+    torch.manual_seed(0)
+    tensors = FoldedVAE(config).state_dict()
+    return save_artifact(folder, kind="vae", config=config.model_dump(mode="json"), tensors=tensors)
 
 
 def make_random_parts(folder: Path, config: Config) -> dict[str, Path]:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from arlon_ray.artifact import save_artifact
 from arlon_ray.config import load_config
-from arlon_ray.models.vae import FoldedVAE
 from benchmarks import preprocess
 from data_pipeline.synthetic import write_samples
 from jobs.command_line import run
+from tests.bundles import save_random_vae
 
 SETTINGS = ["video.height=32", "video.width=32", "data.bucket_groups=[2]", "data.encode_batch=4",
             "vae.width=16", "vae.deep_width=16", "vae.blocks=1"]  # fmt: skip
@@ -35,13 +34,7 @@ def test_rates_and_shares_are_those_of_real_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config("tiny", SETTINGS)
-    torch.manual_seed(0)
-    vae = save_artifact(
-        tmp_path / "vae",
-        kind="vae",
-        config=config.vae.model_dump(mode="json"),
-        tensors=FoldedVAE(config.vae).state_dict(),
-    )
+    vae = save_random_vae(tmp_path / "vae", config.vae)
     write_samples(tmp_path / "in", FILES, 0, config.video, (2,))
     threads = torch.get_num_threads()
     monkeypatch.setattr(preprocess, "run_ray", lambda work: pytest.fail("Ray was started"))

@@ -13,12 +13,13 @@ import torch
 from arlon_ray.artifact import save_artifact
 from arlon_ray.config import CodecConfig, TextConfig, VaeConfig
 from arlon_ray.models.codec import LatentCodec, load_codec
-from arlon_ray.models.vae import FoldedVAE, load_vae
+from arlon_ray.models.vae import load_vae
 from data_pipeline import schema
 from data_pipeline.encode import ClipEncoder
 from data_pipeline.schema import DECODED, ENCODED, LATENT, Row
 from data_pipeline.staging import write_table
 from data_pipeline.tokens import TokenWriter, stack_latents
+from tests.bundles import save_random_vae
 from tests.data_pipeline.inputs import write_dataset
 
 TEXT = TextConfig(kind="minilm", dim=384, max_tokens=16)
@@ -27,11 +28,8 @@ TEXT = TextConfig(kind="minilm", dim=384, max_tokens=16)
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VAE artefact with random weights."""
-    torch.manual_seed(0)
     config = VaeConfig(latent_channels=4, width=16, deep_width=16, blocks=1)
-    path = tmp_path_factory.mktemp("artefacts") / "vae"
-    save_artifact(path, kind="vae", config=config.model_dump(mode="json"), tensors=FoldedVAE(config).state_dict())
-    return path
+    return save_random_vae(tmp_path_factory.mktemp("artefacts") / "vae", config).path
 
 
 @pytest.fixture(scope="module")

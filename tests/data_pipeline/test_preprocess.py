@@ -10,12 +10,10 @@ from pathlib import Path
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from arlon_ray.artifact import ArtifactError, save_artifact
 from arlon_ray.config import Config, load_config
 from arlon_ray.models.codec import LatentCodec
-from arlon_ray.models.vae import FoldedVAE
 from data_pipeline.reader import BucketBatches, LatentDataset
 from data_pipeline.schema import LATENT
 from data_pipeline.staging import Staging
@@ -24,6 +22,7 @@ from jobs import preprocess
 from jobs.command_line import InputError, run
 from jobs.extract_tokens import run_extract_tokens
 from jobs.preprocess import run_preprocess
+from tests.bundles import save_random_vae
 from tests.data_pipeline.inputs import write_broken
 
 SETTINGS = [
@@ -54,13 +53,7 @@ def config() -> Config:
 def artefacts(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     """A VAE and two codecs with random weights."""
     folder = tmp_path_factory.mktemp("artefacts")
-    torch.manual_seed(0)
-    vae = save_artifact(
-        folder / "vae",
-        kind="vae",
-        config=config.vae.model_dump(mode="json"),
-        tensors=FoldedVAE(config.vae).state_dict(),
-    )
+    vae = save_random_vae(folder / "vae", config.vae)
     for name, settings in (("fine", config.vqvae.fine), ("coarse", config.vqvae.coarse)):
         codec = LatentCodec(settings, 4)
         codec.codebook.normal_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -35,12 +36,17 @@ def options() -> Iterator[str]:
     before = dict(os.environ)
     os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_EC2_METADATA_DISABLED="true")
     host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="footage")
     yield f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
     server.stop()
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def client(options: str) -> Any:
+    """A client of the server, to put files there."""
+    address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
+    return boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +65,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bucket(options: str, local: Path) -> str:
+def bucket(client: Any, local: Path) -> str:
     """The collection in the bucket; the URI without options."""
-    address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
-    client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+    client.create_bucket(Bucket="footage")
     for path in local.rglob("*"):
         if path.is_file():
             client.upload_file(str(path), "footage", f"set/{path.relative_to(local).as_posix()}")
@@ -101,12 +106,10 @@ def test_a_list_here_may_name_videos_there(bucket: str, options: str, tmp_path: 
 
 
 def test_a_span_is_read_without_the_rest(
-    bucket: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, options: str, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (400, 96, 96, 3), dtype=np.uint8)
     write_video(tmp_path / "long.mp4", noise, g="20")
-    address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
-    client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
     client.upload_file(str(tmp_path / "long.mp4"), "footage", "long.mp4")
     size = (tmp_path / "long.mp4").stat().st_size
     read = 0
