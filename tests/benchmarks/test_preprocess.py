@@ -11,6 +11,7 @@ import torch
 
 from arlon_ray.config import load_config
 from benchmarks import preprocess
+from benchmarks.preprocess_stages import CAPTION, STAGES, collect
 from data_pipeline.synthetic import write_samples
 from jobs.command_line import run
 from tests.bundles import save_random_vae
@@ -44,7 +45,7 @@ def test_rates_and_shares_are_those_of_real_rows(
 
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["clips"] == {"34x32x32": FILES * COPIES} and found["vae"] == vae.fingerprint
-    assert set(found["time"]) == set(preprocess.STAGES) and "ray" not in found and "scaling" not in found
+    assert set(found["time"]) == set(STAGES) and "ray" not in found and "scaling" not in found
     assert sum(row["share"] for row in found["time"].values()) == pytest.approx(1)
     assert min(row["seconds_per_clip"] for row in found["time"].values()) > 0
     assert len(found["bare"]["runs"]) == 2
@@ -62,10 +63,10 @@ def test_copies_are_other_clips_with_a_caption_each(tmp_path: Path) -> None:
     (tmp_path / "in" / "scene_000000.txt").unlink()
     (tmp_path / "in" / "scene_000000.json").unlink()
     (tmp_path / "copies").mkdir()
-    work = preprocess.collect(config, str(tmp_path / "in"), 3, tmp_path / "copies", tmp_path / "vae")
+    work = collect(config, str(tmp_path / "in"), 3, tmp_path / "copies", tmp_path / "vae")
     assert len({row["clip_id"] for row in work.clips}) == len(work.clips) == 6
     captions = sorted(row["caption"] for row in work.clips)
-    assert captions.count(preprocess.CAPTION) == 3 and len(set(captions)) == 2
+    assert captions.count(CAPTION) == 3 and len(set(captions)) == 2
     assert [row for batch in work.batches() for row in batch] == work.clips
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from arlon_ray.config import ConfigError, DataConfig, FilterConfig, VideoConfig
@@ -18,6 +23,8 @@ from data_pipeline.sources import find_sources, read_caption
 from tests.data_pipeline.inputs import numbered, write_broken, write_video
 
 VIDEO = VideoConfig(height=32, width=32, fps=16)
+NOBODY = 65534
+UNNAMEABLE = b"not-utf8-\xff\xfe.mp4"
 
 
 def test_spans_take_the_longest_that_fits_and_do_not_overlap() -> None:
@@ -85,6 +92,64 @@ def test_every_broken_file_is_a_reject_with_its_reason(tmp_path: Path) -> None:
         assert len({row["reason"] for row in [*rejects, *rows]}) == 1, source.name
         found[source.name] = [*rejects, *rows][0]["reason"]
     assert found == expected
+
+
+def test_names_of_any_bytes_and_length_are_clips_of_their_own(tmp_path: Path) -> None:
+    limit = os.pathconf(tmp_path, "PC_NAME_MAX")
+    names = [
+        b"a" * (limit - 4) + b".mp4",
+        UNNAMEABLE,
+        "größe \N{CAMERA}\n.mp4".encode(),
+        b"a/same.mp4",
+        b"b/same.mp4",
+    ]
+    for name in names:
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        write_video(tmp_path / "one.mp4", numbered(34))
+        (tmp_path / "one.mp4").rename(path)
+        path.with_suffix(".txt").write_text("a ramp")
+    found = [find_clips(source, VIDEO, DataConfig(bucket_groups=(2,))) for source in find_sources(tmp_path)]
+    clips, (rejected,) = ([row for each in its for row in each] for its in zip(*found, strict=True))
+    assert (rejected["reason"], "not UTF-8: rename" in rejected["error"]) == (schema.UNREADABLE, True)
+    assert len({row["clip_id"] for row in clips}) == len({row["source"] for row in clips}) == len(names) - 1
+    assert not any(decode_row(row)["reason"] for row in clips)
+    # the columns are text: every name, the rejected one too, can be written
+    pa.Table.from_pylist(clips, schema.CLIP), pa.Table.from_pylist([rejected], schema.REJECT)
+
+
+@contextmanager
+def _as_a_stranger() -> Iterator[None]:
+    """Run as a user to whom file permissions apply, which root's files do not admit."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_a_reject() -> None:
+    with tempfile.TemporaryDirectory() as created:  # pytest's folders are closed to others
+        folder = Path(created)
+        folder.chmod(0o755)
+        for name in ("closed.mp4", "caption.mp4", "open.mp4"):
+            write_video(folder / name, numbered(34))
+            (folder / name).with_suffix(".txt").write_text("a ramp")
+        (folder / "closed.mp4").chmod(0)
+        (folder / "caption.txt").chmod(0)
+        (folder / "closed").mkdir(0)
+        with _as_a_stranger():
+            found = {source.name: find_clips(source, VIDEO, DataConfig()) for source in find_sources(folder)}
+        (folder / "closed").chmod(0o755)
+    assert found["open.mp4"][0] and not found["open.mp4"][1]
+    reasons = {name: [(row["reason"], row["error"]) for row in rejects] for name, (_, rejects) in found.items()}
+    ((reason, error),) = reasons["closed.mp4"]
+    assert reason == schema.UNREADABLE and "ermission denied" in error
+    ((reason, error),) = reasons["caption.mp4"]
+    assert reason == schema.BAD_CAPTION and "ermission denied" in error
 
 
 def test_captions_from_text_or_json(tmp_path: Path) -> None:
