@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arlon_ray import precision
-from arlon_ray.config import TextConfig, TrainingConfig
+from arlon_ray.config import TrainingConfig, load_config
 from arlon_ray.models.text import load_text_encoder
 from arlon_ray.training.engine import autocast
 
@@ -39,5 +39,5 @@ def test_the_cpu_s_own_answer_is_one() -> None:
 
 def test_a_text_encoder_in_bf16_computes_in_float32_where_the_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
-    encoder = load_text_encoder(TextConfig(precision="bf16", layers=1))
+    encoder = load_text_encoder(load_config("tiny", ["text.precision=bf16"]).text)
     assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
