@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,21 @@ from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from torch import nn
 
 from arlon_ray.config import TrainingConfig
-from arlon_ray.training.engine import Losses, NonFiniteError, Stage, autocast, build_objective, floats, to_device
-from arlon_ray.training.loop import TrainingError
+from arlon_ray.training.engine import (
+    Losses,
+    NonFiniteError,
+    Stage,
+    autocast,
+    build_objective,
+    floats,
+    mean_values,
+    micro_batches,
+    to_device,
+)
 from arlon_ray.training.optimizer import clipped_parameters, muon_update, parameter_groups, set_learning_rates
+from arlon_ray.training.state import Piece, SavedState, buffers, frozen_parts, write_state
+from jobs.zero_partition import partition_of
 
-TAG = "engine"
 #: Elements of one reduction: DeepSpeed's own default reserves 2 GB in every worker.
 BUCKET_ELEMENTS = 20_000_000
 
@@ -36,7 +47,7 @@ class _Autocast(nn.Module):
 
 
 class DeepSpeedEngine:
-    """Data-parallel training with ZeRO 0, 1 or 2. Needs an initialised torch.distributed group (Ray Train's)."""
+    """Data-parallel training with ZeRO 0 to 3. Needs an initialised torch.distributed group (Ray Train's)."""
 
     def __init__(self, stage: Stage, device: torch.device) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -45,25 +56,31 @@ class DeepSpeedEngine:
         self.objective = build_objective(stage).to(device)
         optimizer = _optimizer(parameter_groups(self.objective, self.training))
         self._clipped = clipped_parameters(self.objective)
+        _hide_frozen_parts(self.objective)
         self._engine, *_ = deepspeed.initialize(
             model=_Autocast(self.objective, self.training, device),
             optimizer=optimizer,
-            config=_settings(self.training, self.world),
+            config=settings(self.training, self.world),
             dist_init_required=False,
         )
         if self.training.zero_stage and self.training.optimizer == "muon":
-            _clip_adamw_only(self._engine.optimizer, self.training.clip_norm)
+            clip = _clip_adamw_only_3 if self.training.zero_stage == 3 else _clip_adamw_only
+            clip(self._engine.optimizer, self.training.clip_norm)
+        self._partition = partition_of(self._engine, self.objective, self.training.zero_stage, self.rank, self.world)
 
     def step(self, batch: dict[str, Any], generator: torch.Generator, learning_rate_scale: float) -> dict[str, float]:
         """See Engine."""
-        losses = self._engine(to_device(batch, self.device), generator)
-        values = floats(losses)
         set_learning_rates(self._engine.optimizer.param_groups, learning_rate_scale)
-        self._engine.backward(losses.loss)
-        norm: Any = None
-        if not self.training.zero_stage:
-            norm = nn.utils.clip_grad_norm_(self._clipped, self.training.clip_norm)
-        self._engine.step()
+        parts = micro_batches(to_device(batch, self.device), self.training.accumulation)
+        found, norm = [], None
+        for number, part in enumerate(parts, start=1):
+            losses = self._engine(part, generator)
+            found.append(floats(losses))
+            self._engine.backward(losses.loss)
+            if number == len(parts) and not self.training.zero_stage:
+                norm = nn.utils.clip_grad_norm_(self._clipped, self.training.clip_norm)
+            self._engine.step()
+        values = mean_values(found)
         values["grad_norm"] = float(self._engine.get_global_grad_norm() if norm is None else norm)
         if not math.isfinite(values["grad_norm"]):
             raise NonFiniteError(f"the gradient norm is {values['grad_norm']}")
@@ -77,39 +94,69 @@ class DeepSpeedEngine:
         means = dict(zip(names, (values / self.world).tolist(), strict=True))
         return {name: means[name] for name in metrics}
 
-    def save(self, folder: Path) -> None:
-        """See Engine. Every rank writes its own partition of the optimizer state."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
+    def parameters(self) -> list[Piece]:
+        """See Engine: without ZeRO every rank has all of them, and the first one saves them."""
+        return self._partition.parameters() if self.training.zero_stage or not self.rank else []
 
-    def load(self, folder: Path) -> None:
-        """See Engine. Raises TrainingError: what DeepSpeed has half loaded must not be trained on."""
-        # Frozen parts are not in the checkpoint, hence not strict; the key of the checkpoint vouches for the rest.
-        try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-        except Exception as error:
-            raise TrainingError(f"the checkpoint {folder} is damaged: {error}; remove it and run again") from None
-        if path is None:
-            raise TrainingError(f"no DeepSpeed checkpoint in {folder}; remove it and run again")
+    def save(self, folder: Path, steps: int, more: Sequence[Piece] = ()) -> None:
+        """See Engine."""
+        first = [] if self.rank else buffers(self.objective)
+        pieces = [*self.parameters(), *self._partition.kept(), *first, *more]
+        write_state(folder, pieces, steps, self.rank, self.world)
+
+    def load(self, saved: SavedState) -> None:
+        """See Engine."""
+        saved.fill(buffers(self.objective))
+        self._partition.load(saved)
 
 
-def _settings(training: TrainingConfig, world: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Parameters stay float32: the forward's bf16 comes from autocast."""
-    zero = {
+def _hide_frozen_parts(objective: nn.Module) -> None:
+    """Make frozen parts plain attributes, which DeepSpeed does not see.
+
+    ZeRO 3 would split them too, and wait for all workers where one uses a part that another does not need.
+    """
+    for name, part in frozen_parts(objective).items():
+        delattr(objective, name)
+        object.__setattr__(objective, name, part)
+
+
+def settings(training: TrainingConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, with what `training.deepspeed` adds.
+
+    Parameters stay float32: the forward's bf16 comes from autocast.
+    """
+    zero: dict[str, Any] = {
         "stage": training.zero_stage,
         "overlap_comm": False,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
     }
-    # ZeRO's own clipping does for AdamW. Without ZeRO, and with Muon, it is done here (see _clip_adamw_only).
+    if training.zero_stage == 3 and training.optimizer == "muon":
+        zero["reduce_scatter"] = False  # DeepSpeed asks for it: Muon needs whole gradients
+    if training.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    # ZeRO's own clipping does for AdamW. Without ZeRO, and with Muon, it is done here (see `_clip_adamw_only`).
     own_clipping = training.zero_stage and training.optimizer == "adamw"
-    return {
-        "train_micro_batch_size_per_gpu": training.batch_size // world,
-        "gradient_accumulation_steps": 1,
+    ours = {
+        "train_micro_batch_size_per_gpu": training.batch_size // world // training.accumulation,
+        "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": training.clip_norm if own_clipping else 0.0,
         "zero_optimization": zero,
+        # torch's AdamW where the state lies in main memory too: the same numbers as everywhere else
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    return _merged(ours, training.deepspeed)
+
+
+def _merged(ours: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """`ours` with the entries of `theirs`, section by section."""
+    result = dict(ours)
+    for name, value in theirs.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(name), dict)
+        result[name] = _merged(result[name], value) if both else value
+    return result
 
 
 def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -126,7 +173,7 @@ def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 def _clip_adamw_only(zero: Any, clip_norm: float) -> None:
-    """Make ZeRO 1 and 2 clip AdamW's gradients by the norm of AdamW's gradients, and leave Muon's updates alone.
+    """Make ZeRO 1 or 2 clip AdamW's gradients by the norm of AdamW's gradients, and leave Muon's updates alone.
 
     ZeRO orthogonalises before it clips, so its norm would be that of Muon's updates: far above any sensible limit
     whatever the gradient is, which would scale every step down by a large and changing factor.
@@ -148,4 +195,24 @@ def _clip_adamw_only(zero: Any, clip_norm: float) -> None:
 
     zero.clip_grad = clip_norm
     zero.scaled_global_norm = norm_of_adamw
+    zero.unscale_and_clip_grads = clip_adamw
+
+
+def _clip_adamw_only_3(zero: Any, clip_norm: float) -> None:
+    """The same for ZeRO 3, whose groups are sub-groups."""
+    muon, clip = zero.sub_groups_using_muon, zero.unscale_and_clip_grads
+
+    def norms_of_adamw() -> list[torch.Tensor]:
+        return [
+            zero.get_grad_norm_direct(zero.averaged_gradients[i], group)
+            for i, group in enumerate(zero.fp16_groups)
+            if not muon[i]
+        ]
+
+    def clip_adamw(sub_group_id: int, total_norm: torch.Tensor) -> None:
+        if not muon[sub_group_id]:
+            clip(sub_group_id, total_norm)
+
+    zero.clip_grad = clip_norm
+    zero._get_norm_groups = norms_of_adamw
     zero.unscale_and_clip_grads = clip_adamw

@@ -53,8 +53,12 @@ def _validated(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
         raise ConfigError(_one_line(error)) from None
 
 
-#: Settings that change no result: bookkeeping, and where a start artefact lies (its fingerprint is a parent).
-WITHOUT_EFFECT = ("log_every", "checkpoint_every", "init", "group_batch", "frame_batch")
+#: Settings that change no result: bookkeeping, how the work and its memory are split, and where a start artefact lies
+#: (its fingerprint is a parent).
+WITHOUT_EFFECT = (
+    "log_every", "checkpoint_every", "init", "group_batch", "frame_batch",
+    "accumulation", "activation_checkpointing", "zero_stage", "offload_optimizer", "deepspeed",
+)  # fmt: skip
 
 
 def config_fingerprint(*sections: BaseModel) -> str:

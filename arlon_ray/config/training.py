@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from arlon_ray.config.base import Section
+
+#: What `TrainingConfig.deepspeed` may not say, because other settings do.
+OWNED = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
+}  # fmt: skip
 
 
 class TrainingConfig(Section):
@@ -24,8 +30,22 @@ class TrainingConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.0, ge=0, lt=1, description="0 switches the moving average of the weights off")
     precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2] = 1
+    accumulation: int = Field(1, ge=1, description="parts in which each worker goes through its share of a batch")
+    activation_checkpointing: bool = Field(False, description="blocks are computed again in the backward pass")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed splits over the workers")
+    offload_optimizer: bool = Field(False, description="the optimizer's state lies in main memory; needs AdamW, ZeRO")
+    deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's own configuration")
     log_every: int = Field(20, ge=1, description="steps")
     checkpoint_every: int = Field(200, ge=1, description="steps")
     data_share: float = Field(1.0, gt=0, le=1, description="share of the clips that are trained on")
     held_out: int = Field(64, ge=0, description="samples kept out of training and used for the evaluation")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer=true needs zero_stage 1, 2 or 3")
+        if self.offload_optimizer and self.optimizer != "adamw":
+            raise ValueError(f"offload_optimizer=true needs optimizer=adamw, not {self.optimizer}")
+        if owned := OWNED.intersection(self.deepspeed):
+            raise ValueError(f"deepspeed: {sorted(owned)[0]} comes from the settings beside it; leave it out")
+        return self

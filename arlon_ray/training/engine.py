@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,7 @@ from arlon_ray.training.optimizer import (
     parameter_groups,
     set_learning_rates,
 )
-
-STATE_FILE = "engine.pt"
+from arlon_ray.training.state import Piece, SavedState, buffers, whole, write_state
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,22 @@ class Engine(Protocol):
     objective: nn.Module
 
     def step(self, batch: dict[str, Any], generator: torch.Generator, learning_rate_scale: float) -> dict[str, float]:
-        """Forward, backward, clip, optimizer step. This rank's loss and metrics, and the grad_norm of all ranks.
+        """Forward and backward of each of `training.accumulation` parts, clip, optimizer step.
 
-        Raises NonFiniteError.
+        This rank's mean loss and metrics, and the grad_norm of all ranks. Raises NonFiniteError.
         """
 
     def average(self, metrics: dict[str, float]) -> dict[str, float]:
         """The mean over the ranks; every rank calls it with the same names."""
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of the state into an existing folder."""
+    def parameters(self) -> list[Piece]:
+        """What this rank has to save of the float32 parameters that train: together with the other ranks', all."""
 
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+    def save(self, folder: Path, steps: int, more: Sequence[Piece] = ()) -> None:
+        """Write this rank's share of the state after `steps` steps, and `more`, into an existing folder."""
+
+    def load(self, saved: SavedState) -> None:
+        """Go on from what `save` wrote, with any number of ranks, of any engine."""
 
 
 def derived_seed(*parts: object) -> int:
@@ -128,6 +131,25 @@ def floats(losses: Losses) -> dict[str, float]:
     return {"loss": loss, **{name: float(value) for name, value in losses.metrics.items()}}
 
 
+def micro_batches(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The batch in `count` equal parts. Raises ValueError if it cannot be split evenly."""
+    size = len(next(iter(batch.values())))
+    if size % count:
+        raise ValueError(f"{size} samples cannot be split evenly into training.accumulation={count} parts")
+    share = size // count
+    parts = range(0, size, share)
+    return [{name: value[first : first + share] for name, value in batch.items()} for first in parts]
+
+
+def mean_values(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the parts of a batch."""
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+
+#: What optimizers keep for each parameter, by `use_muon` of its group.
+OPTIMIZER_KEYS = {True: ("momentum_buffer",), False: ("exp_avg", "exp_avg_sq")}
+
+
 class TorchEngine:
     """Plain PyTorch in one process, on any device."""
 
@@ -141,11 +163,15 @@ class TorchEngine:
 
     def step(self, batch: dict[str, Any], generator: torch.Generator, learning_rate_scale: float) -> dict[str, float]:
         """See Engine."""
-        with autocast(self.training, self.device):
-            losses = self.objective(to_device(batch, self.device), generator)
-        values = floats(losses)
         self.objective.zero_grad(set_to_none=True)
-        losses.loss.backward()
+        parts = micro_batches(to_device(batch, self.device), self.training.accumulation)
+        found = []
+        for part in parts:
+            with autocast(self.training, self.device):
+                losses = self.objective(part, generator)
+            found.append(floats(losses))
+            (losses.loss / len(parts)).backward()
+        values = mean_values(found)
         values["grad_norm"] = float(nn.utils.clip_grad_norm_(self._clipped, self.training.clip_norm))
         if not math.isfinite(values["grad_norm"]):
             raise NonFiniteError(f"the gradient norm is {values['grad_norm']}")
@@ -158,28 +184,57 @@ class TorchEngine:
         """See Engine: one process is its own mean."""
         return dict(metrics)
 
-    def save(self, folder: Path) -> None:
+    def parameters(self) -> list[Piece]:
         """See Engine."""
-        state = {"objective": trained_state(self.objective), "optimizers": [o.state_dict() for o in self.optimizers]}
-        torch.save(state, folder / STATE_FILE)
+        return whole_parameters(self.objective)
 
-    def load(self, folder: Path) -> None:
+    def save(self, folder: Path, steps: int, more: Sequence[Piece] = ()) -> None:
         """See Engine."""
-        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
-        load_trained_state(self.objective, state["objective"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        kept = whole_optimizer_state(self.objective, self.optimizers)
+        write_state(folder, [*self.parameters(), *kept, *buffers(self.objective), *more], steps)
+
+    def load(self, saved: SavedState) -> None:
+        """See Engine."""
+        load_whole(saved, self.objective, self.optimizers)
 
 
-def trained_state(objective: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trainable parameters and buffers. Frozen parts come from their own artefacts."""
-    frozen = {name for name, p in objective.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in objective.state_dict().items() if name not in frozen}
+def whole_parameters(objective: nn.Module) -> list[Piece]:
+    """All that trains, unpartitioned."""
+    return [whole(name, "parameter", value) for name, value in objective.named_parameters() if value.requires_grad]
 
 
-def load_trained_state(objective: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what `trained_state` gave. Raises KeyError where names differ."""
-    expected = set(trained_state(objective))
-    if different := expected.symmetric_difference(state):
-        raise KeyError(f"the checkpoint does not fit the model: {', '.join(sorted(different)[:5])}")
-    objective.load_state_dict(state, strict=False)
+def whole_optimizer_state(objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Piece]:
+    """What optimizers of unpartitioned parameters keep; nothing for a parameter that never had a gradient."""
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    return [
+        whole(names[parameter], key, state[key])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (state := optimizer.state.get(parameter))
+        for key in OPTIMIZER_KEYS[group["use_muon"]]
+    ]
+
+
+@torch.no_grad()
+def load_whole(saved: SavedState, objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Put a saved state into unpartitioned parameters and their optimizers. Raises KeyError if it does not fit."""
+    saved.fill([*whole_parameters(objective), *buffers(objective)])
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            keys = OPTIMIZER_KEYS[group["use_muon"]]
+            for parameter in group["params"]:
+                if saved.has(names[parameter], keys[0]):
+                    prepare_state(optimizer, parameter, keys, saved.steps)
+    saved.fill(whole_optimizer_state(objective, optimizers))
+
+
+def prepare_state(optimizer: torch.optim.Optimizer, parameter: Tensor, keys: Sequence[str], steps: int) -> None:
+    """The state that an optimizer has for a parameter after `steps` steps, its tensors still to be filled."""
+    state = optimizer.state[parameter]
+    for key in keys:
+        state[key] = torch.zeros_like(parameter, requires_grad=False)
+    if "exp_avg" in keys:
+        # torch counts in a tensor, DeepSpeed's Muon with AdamW in a number
+        state["step"] = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW) else steps

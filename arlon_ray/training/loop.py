@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +22,15 @@ from arlon_ray.training.engine import (
     NonFiniteError,
     Stage,
     TorchEngine,
+    build_objective,
     derived_seed,
     seed_everything,
 )
 from arlon_ray.training.optimizer import WeightAverage, learning_rate_scale
 from arlon_ray.training.reporting import ConsoleReporter
+from arlon_ray.training.state import SavedState
 
-PROGRESS_FILE, AVERAGE_FILE = "progress.json", "average.pt"
+PROGRESS_FILE = "progress.json"
 KEPT_CHECKPOINTS = 2
 #: Clip ids named when a batch breaks the training; a batch may hold thousands.
 NAMED_CLIPS = 64
@@ -136,8 +137,9 @@ class _Run:
         self.key, self.step, self.saved_step = key, 0, 0
         self.window, self.timing = Window(), Window()
         self.generator = torch.Generator(device=engine.device)
+        self.folder: Path | None = None
         decay = stage.training.ema_decay
-        self.average = WeightAverage(engine.objective, decay) if decay and engine.rank == 0 else None
+        self.average = WeightAverage(engine.parameters(), decay) if decay else None
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint of this run, if there is one."""
@@ -154,20 +156,12 @@ class _Run:
             return
 
     def _load(self, folder: Path) -> None:
-        progress = read_progress(folder)
-        if progress["world"] != self.engine.world:
-            raise TrainingError(
-                f"{self.stage.name}: the checkpoint {folder} is of {progress['world']} workers, this run has "
-                f"{self.engine.world}: set cluster.num_workers={progress['world']}, or remove the checkpoint"
-            )
+        progress, saved = read_progress(folder), SavedState(folder)
         step, window = int(progress["step"]), Window(**progress["window"])
-        average = None
+        self.engine.load(saved)
         if self.average:
-            average = torch.load(folder / AVERAGE_FILE, map_location=self.engine.device, weights_only=True)
-        self.engine.load(folder)
-        if self.average and average is not None:
-            self.average.load_state_dict(average)
-        self.step, self.saved_step, self.window = step, step, window
+            saved.fill(self.average.pieces)
+        self.step, self.saved_step, self.window, self.folder = step, step, window, folder
 
     def save(self, values: Mapping[str, float]) -> None:
         """Write a checkpoint of this step; `values` are the latest figures."""
@@ -175,17 +169,15 @@ class _Run:
         window = Window(self.window.steps, self.engine.average(self.window.sums)) if self.window.steps else Window()
 
         def fill(folder: Path) -> None:
-            self.engine.save(folder)
+            self.engine.save(folder, self.step, self.average.pieces if self.average else ())
             if self.engine.rank == 0:
-                if self.average:
-                    torch.save(self.average.state_dict(), folder / AVERAGE_FILE)
                 progress = {"step": self.step, "key": self.key, "world": self.engine.world, "window": window.__dict__}
                 write_json(folder / PROGRESS_FILE, progress)
 
-        folder = self.checkpoints.write(self.step, fill, values)
+        self.folder = self.checkpoints.write(self.step, fill, values)
         self.saved_step = self.step
         if self.engine.rank == 0:
-            self.reporter.checkpoint(self.step, folder)
+            self.reporter.checkpoint(self.step, self.folder)
 
     def one_step(self) -> None:
         """Draw the batch of this step, and take the step."""
@@ -200,9 +192,9 @@ class _Run:
             values = engine.step(batch, self.generator, scale)
         except NonFiniteError as error:
             raise TrainingError(self._broken(batch, error)) from None
-        self.step += 1
         if self.average:
-            self.average.update(engine.objective)
+            self.average.update(self.step)
+        self.step += 1
         self.window.add(values)
         self.timing.add({"step_s": time.perf_counter() - begin, "data_s": ready - begin})
 
@@ -270,17 +262,21 @@ def _parameter_counts(objective: nn.Module) -> str:
 
 
 def _finish(run: _Run, output: Path, latest: Mapping[str, float]) -> StageResult:
-    """Evaluate and export, with the averaged weights where there are any."""
-    stage, objective = run.stage, run.engine.objective
+    """Evaluate and export the last checkpoint, with the averaged weights where there are any.
+
+    In a model of its own: the engine's may be split over the workers.
+    """
+    assert run.folder is not None, "the last step is always saved"
+    stage, device = run.stage, run.engine.device
+    objective = build_objective(stage).to(device)
+    SavedState(run.folder).load_into(objective)
     seed_everything(stage.seed, stage.name, "evaluation")
     objective.eval()
-    with run.average.applied(objective) if run.average else nullcontext():
-        evaluation = stage.evaluate(objective, run.engine.device)
-        figures = {name: float(value) for name, value in evaluation.metrics.items()}
-        if "loss" in latest:
-            figures.setdefault("loss", latest["loss"])
-        artifact = stage.export(objective, output, metrics=figures, key=run.key)
-    objective.train()
+    evaluation = stage.evaluate(objective, device)
+    figures = {name: float(value) for name, value in evaluation.metrics.items()}
+    if "loss" in latest:
+        figures.setdefault("loss", latest["loss"])
+    artifact = stage.export(objective, output, metrics=figures, key=run.key)
     run.reporter.metrics(run.step, {f"held_out/{name}": value for name, value in evaluation.metrics.items()})
     for name, picture in evaluation.pictures.items():
         run.reporter.picture(name, picture, run.step)

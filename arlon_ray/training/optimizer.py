@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arlon_ray.config import TrainingConfig
+from arlon_ray.training.state import Piece
 
 MUON_MOMENTUM = 0.95
 ADAM_EPSILON = 1e-8
@@ -162,47 +162,20 @@ def clipped_parameters(objective: nn.Module) -> list[nn.Parameter]:
 
 
 class WeightAverage:
-    """Exponential moving average of the trainable parameters; buffers (codebooks) are used as they are.
+    """Exponential moving average of the pieces of parameters that this worker updates; buffers are used as they are.
 
     The decay of update s (from 0) is min(decay, (1 + s) / (10 + s)), so that the first steps are soon forgotten.
     """
 
-    def __init__(self, objective: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.average = {name: p.detach().clone() for name, p in objective.named_parameters() if p.requires_grad}
+    def __init__(self, parameters: Sequence[Piece], decay: float) -> None:
+        self.decay = decay
+        self._parameters = [piece.values for piece in parameters]
+        self.pieces = [piece.under("average", piece.values.detach().clone()) for piece in parameters]
+        self._average = [piece.values for piece in self.pieces]
 
     @torch.no_grad()
-    def update(self, objective: nn.Module) -> None:
-        """Take in the parameters after an optimizer step."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        for name, parameter in objective.named_parameters():
-            if name in self.average:
-                self.average[name].lerp_(parameter.detach(), 1 - decay)
-
-    @contextmanager
-    def applied(self, objective: nn.Module) -> Iterator[None]:
-        """Within the block the objective has the averaged parameters; afterwards its own again."""
-        own = {name: p.detach().clone() for name, p in objective.named_parameters() if name in self.average}
-        _copy(self.average, objective)
-        try:
-            yield
-        finally:
-            _copy(own, objective)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs."""
-        return {"updates": self.updates, "average": self.average}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state. Raises KeyError if a parameter is missing in it."""
-        self.updates = int(state["updates"])
-        for name, value in self.average.items():
-            value.copy_(state["average"][name])
-
-
-@torch.no_grad()
-def _copy(values: dict[str, Tensor], objective: nn.Module) -> None:
-    for name, parameter in objective.named_parameters():
-        if name in values:
-            parameter.copy_(values[name])
+    def update(self, step: int) -> None:
+        """Take in the parameters after the optimizer's step number `step` (from 0)."""
+        if self._average:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self._average, self._parameters, 1 - decay)

@@ -3,7 +3,7 @@ import torch
 
 from arlon_ray.artifact import load_artifact
 from arlon_ray.config import TrainingConfig
-from arlon_ray.training.engine import STATE_FILE, TorchEngine
+from arlon_ray.training.engine import TorchEngine
 from arlon_ray.training.loop import FolderCheckpoints, TrainingError, run_stage, train_locally
 from arlon_ray.training.reporting import ConsoleReporter, duration
 from tests.training.recording import Recorder
@@ -87,7 +87,7 @@ def test_nan_stops_names_the_clips_and_keeps_the_checkpoint(tmp_path):
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     whole, _ = train(tmp_path / "whole")
     train(tmp_path / "cut", interrupt_at=15)
-    newest = tmp_path / "cut/checkpoints/step-00000015" / STATE_FILE
+    newest = tmp_path / "cut/checkpoints/step-00000015/state-00000-of-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     recorder, _ = train(tmp_path / "cut")
     assert "step-00000015 cannot be read" in recorder.lines[1]

@@ -1,0 +1,194 @@
+"""What one worker holds of the parameters and of the optimizer's state under each stage of ZeRO, by names.
+
+DeepSpeed's own checkpoints fit the number of workers and the stage that wrote them; these pieces fit any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from arlon_ray.training.engine import OPTIMIZER_KEYS, prepare_state, whole_parameters
+from arlon_ray.training.state import Piece, SavedState, whole
+
+MOMENTUM = OPTIMIZER_KEYS[True][0]
+
+
+class Partition(Protocol):
+    """One worker's part of a training's state. Pieces are views."""
+
+    def parameters(self) -> list[Piece]:
+        """Of the float32 parameters that train."""
+
+    def kept(self) -> list[Piece]:
+        """Of what the optimizer keeps; all workers' together are all there is."""
+
+    def load(self, saved: SavedState) -> None:
+        """Take over a saved state. Every worker calls it. Raises KeyError if it does not fit."""
+
+
+def partition_of(engine: Any, objective: nn.Module, stage: int, rank: int, world: int) -> Partition:
+    """The part of worker `rank` of an engine made by `deepspeed.initialize`."""
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    if not stage:
+        return _Unpartitioned(engine.optimizer, objective, names, rank, world)
+    return (_Sharded if stage == 3 else _Flat)(engine.optimizer, names, rank)
+
+
+class _Unpartitioned:
+    """Without ZeRO: every worker has all parameters; DeepSpeed's Muon shares its momentum out among the workers."""
+
+    def __init__(self, optimizer: Any, objective: nn.Module, names: dict[nn.Parameter, str], rank: int, world: int):
+        self.optimizer, self.objective, self.names = optimizer, objective, names
+        self.rank, self.world = rank, world
+
+    def parameters(self) -> list[Piece]:
+        """See Partition."""
+        return whole_parameters(self.objective)
+
+    def _own(self, group: dict[str, Any]) -> list[nn.Parameter]:
+        return group["params"][self.rank :: self.world] if group["use_muon"] else group["params"]
+
+    def kept(self) -> list[Piece]:
+        """See Partition."""
+        return self._kept(everywhere=False)
+
+    def _kept(self, everywhere: bool) -> list[Piece]:
+        groups = [group for group in self.optimizer.param_groups if group["use_muon"] or everywhere or not self.rank]
+        return [
+            whole(self.names[parameter], key, self.optimizer.state[parameter][key])
+            for group in groups
+            for parameter in self._own(group)
+            for key in OPTIMIZER_KEYS[group["use_muon"]]
+            if key in self.optimizer.state.get(parameter, {})
+        ]
+
+    def load(self, saved: SavedState) -> None:
+        """See Partition."""
+        for group in self.optimizer.param_groups:
+            keys = OPTIMIZER_KEYS[group["use_muon"]]
+            for parameter in self._own(group):
+                if saved.has(self.names[parameter], keys[0]):
+                    prepare_state(self.optimizer, parameter, keys, saved.steps)
+        with torch.no_grad():
+            saved.fill([*self.parameters(), *self._kept(everywhere=True)])
+
+
+class _Zero:
+    """Stages 1 to 3: what a worker updates lies in flat tensors, one for each group."""
+
+    def __init__(self, zero: Any, names: dict[nn.Parameter, str], rank: int) -> None:
+        self.zero, self.names, self.rank = zero, names, rank
+
+    def groups(self) -> Iterator[tuple[int, Tensor, bool]]:
+        """(number, flat tensor of parameters, whether Muon updates it)."""
+        raise NotImplementedError
+
+    def places(self, number: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """(parameter, its first element here, where that lies in the flat tensor, how many follow)."""
+        raise NotImplementedError
+
+    def momenta(self, number: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """The same for the momentum of a group that Muon updates."""
+        return self.places(number)
+
+    def momentum_size(self, number: int, flat: Tensor) -> int:
+        """Elements of that momentum."""
+        return flat.numel()
+
+    def updated(self) -> None:
+        """Let the model see changed parameters."""
+        raise NotImplementedError
+
+    def parameters(self) -> list[Piece]:
+        """See Partition."""
+        return [
+            Piece(self.names[parameter], "parameter", start, flat.detach().narrow(0, offset, count))
+            for number, flat, _ in self.groups()
+            for parameter, start, offset, count in self.places(number)
+        ]
+
+    def kept(self) -> list[Piece]:
+        """See Partition."""
+        pieces = []
+        for number, flat, muon in self.groups():
+            state = self.zero.optimizer.state.get(flat, {})
+            places = self.momenta(number) if muon else self.places(number)
+            found = [key for key in OPTIMIZER_KEYS[muon] if key in state]
+            for parameter, start, offset, count in places:
+                name = self.names[parameter]
+                pieces += [Piece(name, key, start, state[key].narrow(0, offset, count)) for key in found]
+        return pieces
+
+    def load(self, saved: SavedState) -> None:
+        """See Partition."""
+        for number, flat, muon in self.groups():
+            prepare_state(self.zero.optimizer, flat, OPTIMIZER_KEYS[muon], saved.steps)
+            if muon:
+                momentum = flat.detach().new_zeros(self.momentum_size(number, flat))
+                self.zero.optimizer.state[flat] = {MOMENTUM: momentum}
+        with torch.no_grad():
+            saved.fill([*self.parameters(), *self.kept()])
+            self.updated()
+
+
+class _Flat(_Zero):
+    """Stages 1 and 2: a group's parameters lie one behind the other, cut into equal runs, one for each worker."""
+
+    def groups(self) -> Iterator[tuple[int, Tensor, bool]]:
+        """See _Zero."""
+        for number, (flat, group) in enumerate(
+            zip(self.zero.single_partition_of_fp32_groups, self.zero.optimizer.param_groups, strict=True)
+        ):
+            yield number, flat, group["use_muon"]
+
+    def places(self, number: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """See _Zero."""
+        for parameter in self.zero.bit16_groups[number]:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                place = mapping.hp_fragment_address
+                yield parameter, mapping.lp_fragment_address.start, place.start, place.numel
+
+    def momenta(self, number: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """Muon needs whole matrices: a worker has the momentum of all that it updates any part of."""
+        offset = 0
+        for parameter in self.zero.params_in_partition[number]:
+            yield parameter, 0, offset, parameter.numel()
+            offset += parameter.numel()
+
+    def momentum_size(self, number: int, flat: Tensor) -> int:
+        """See _Zero."""
+        return sum(parameter.numel() for parameter in self.zero.params_in_partition[number])
+
+    def updated(self) -> None:
+        """See _Zero."""
+        self.zero.update_lp_params()
+
+
+class _Sharded(_Zero):
+    """Stage 3: every parameter is cut into equal runs, one for each worker; the last may be filled up."""
+
+    def groups(self) -> Iterator[tuple[int, Tensor, bool]]:
+        """See _Zero."""
+        for number, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            yield number, flat, bool(self.zero.use_muon and self.zero.sub_groups_using_muon[number])
+
+    def places(self, number: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
+        """See _Zero."""
+        for parameter in self.zero.fp16_groups[number]:
+            offset, share = self.zero.grad_position[self.zero.get_param_id(parameter)][1], parameter.partition_numel()
+            start = self.rank * share
+            if start < parameter.ds_numel:
+                yield parameter, start, offset, min(share, parameter.ds_numel - start)
+
+    def updated(self) -> None:
+        """See _Zero. As at the end of DeepSpeed's own step."""
+        for number in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if persistent := self.zero.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
