@@ -66,7 +66,7 @@ class DeepSpeedEngine:
         if self.training.zero_stage and self.training.optimizer == "muon":
             clip = _clip_adamw_only_3 if self.training.zero_stage == 3 else _clip_adamw_only
             clip(self._engine.optimizer, self.training.clip_norm)
-        self._partition = partition_of(self._engine, self.objective, self.training.zero_stage, self.rank, self.world)
+        self._partition = partition_of(self._engine.optimizer, self.objective, self.training.zero_stage, self.rank)
 
     def step(self, batch: dict[str, Any], generator: torch.Generator, learning_rate_scale: float) -> dict[str, float]:
         """See Engine."""
@@ -95,8 +95,8 @@ class DeepSpeedEngine:
         return {name: means[name] for name in metrics}
 
     def parameters(self) -> list[Piece]:
-        """See Engine: without ZeRO every rank has all of them, and the first one saves them."""
-        return self._partition.parameters() if self.training.zero_stage or not self.rank else []
+        """See Engine."""
+        return self._partition.parameters()
 
     def save(self, folder: Path, steps: int, more: Sequence[Piece] = ()) -> None:
         """See Engine."""

@@ -11,8 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from arlon_ray.training.engine import OPTIMIZER_KEYS, prepare_state, whole_parameters
-from arlon_ray.training.state import Piece, SavedState, whole
+from arlon_ray.training.engine import (
+    OPTIMIZER_KEYS,
+    load_whole,
+    prepare_state,
+    whole_optimizer_state,
+    whole_parameters,
+)
+from arlon_ray.training.state import Piece, SavedState
 
 MOMENTUM = OPTIMIZER_KEYS[True][0]
 
@@ -21,60 +27,40 @@ class Partition(Protocol):
     """One worker's part of a training's state. Pieces are views."""
 
     def parameters(self) -> list[Piece]:
-        """Of the float32 parameters that train."""
+        """Of the float32 parameters that train; all workers' together are all there is."""
 
     def kept(self) -> list[Piece]:
-        """Of what the optimizer keeps; all workers' together are all there is."""
+        """Of what the optimizer keeps, likewise."""
 
     def load(self, saved: SavedState) -> None:
         """Take over a saved state. Every worker calls it. Raises KeyError if it does not fit."""
 
 
-def partition_of(engine: Any, objective: nn.Module, stage: int, rank: int, world: int) -> Partition:
-    """The part of worker `rank` of an engine made by `deepspeed.initialize`."""
-    names = {parameter: name for name, parameter in objective.named_parameters()}
+def partition_of(optimizer: Any, objective: nn.Module, stage: int, rank: int) -> Partition:
+    """The part of worker `rank`; `optimizer` is that of the engine that `deepspeed.initialize` made."""
     if not stage:
-        return _Unpartitioned(engine.optimizer, objective, names, rank, world)
-    return (_Sharded if stage == 3 else _Flat)(engine.optimizer, names, rank)
+        return _Unpartitioned(optimizer, objective, rank)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    return (_Sharded if stage == 3 else _Flat)(optimizer, names, rank)
 
 
 class _Unpartitioned:
-    """Without ZeRO: every worker has all parameters; DeepSpeed's Muon shares its momentum out among the workers."""
+    """Without ZeRO: every worker has all there is, and the first one saves it."""
 
-    def __init__(self, optimizer: Any, objective: nn.Module, names: dict[nn.Parameter, str], rank: int, world: int):
-        self.optimizer, self.objective, self.names = optimizer, objective, names
-        self.rank, self.world = rank, world
+    def __init__(self, optimizer: Any, objective: nn.Module, rank: int) -> None:
+        self.optimizer, self.objective, self.rank = optimizer, objective, rank
 
     def parameters(self) -> list[Piece]:
         """See Partition."""
-        return whole_parameters(self.objective)
-
-    def _own(self, group: dict[str, Any]) -> list[nn.Parameter]:
-        return group["params"][self.rank :: self.world] if group["use_muon"] else group["params"]
+        return [] if self.rank else whole_parameters(self.objective)
 
     def kept(self) -> list[Piece]:
         """See Partition."""
-        return self._kept(everywhere=False)
-
-    def _kept(self, everywhere: bool) -> list[Piece]:
-        groups = [group for group in self.optimizer.param_groups if group["use_muon"] or everywhere or not self.rank]
-        return [
-            whole(self.names[parameter], key, self.optimizer.state[parameter][key])
-            for group in groups
-            for parameter in self._own(group)
-            for key in OPTIMIZER_KEYS[group["use_muon"]]
-            if key in self.optimizer.state.get(parameter, {})
-        ]
+        return [] if self.rank else whole_optimizer_state(self.objective, [self.optimizer])
 
     def load(self, saved: SavedState) -> None:
         """See Partition."""
-        for group in self.optimizer.param_groups:
-            keys = OPTIMIZER_KEYS[group["use_muon"]]
-            for parameter in self._own(group):
-                if saved.has(self.names[parameter], keys[0]):
-                    prepare_state(self.optimizer, parameter, keys, saved.steps)
-        with torch.no_grad():
-            saved.fill([*self.parameters(), *self._kept(everywhere=True)])
+        load_whole(saved, self.objective, [self.optimizer])
 
 
 class _Zero:
@@ -126,10 +112,11 @@ class _Zero:
     def load(self, saved: SavedState) -> None:
         """See Partition."""
         for number, flat, muon in self.groups():
-            prepare_state(self.zero.optimizer, flat, OPTIMIZER_KEYS[muon], saved.steps)
             if muon:
                 momentum = flat.detach().new_zeros(self.momentum_size(number, flat))
                 self.zero.optimizer.state[flat] = {MOMENTUM: momentum}
+            else:
+                prepare_state(self.zero.optimizer, flat, OPTIMIZER_KEYS[muon], saved.steps)
         with torch.no_grad():
             saved.fill([*self.parameters(), *self.kept()])
             self.updated()

@@ -128,6 +128,7 @@ class ArTransformer(nn.Module):
     """Next-token model over a codec's codes. `null_text` stands for no text (classifier-free guidance)."""
 
     muon_excluded = ("text_in", "null_text", "codes", "start", "head", "place", "inside.place")
+    block_lists = ("blocks",)
 
     def __init__(self, config: ArConfig, *, codebook_size: int, text_dim: int, max_text: int) -> None:
         super().__init__()

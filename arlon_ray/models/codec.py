@@ -41,6 +41,7 @@ class LatentCodec(nn.Module):
     """Encoder, codebook, decoder. `encode` and `decode` are the interface; `features` and `rebuild` serve training."""
 
     codebook: Tensor
+    block_lists = ("encoder", "decoder")
 
     def __init__(self, config: CodecConfig, latent_channels: int) -> None:
         super().__init__()

@@ -126,6 +126,7 @@ class STDiT3(nn.Module):
     """The velocity model. `injection` is None in the text-only baseline."""
 
     muon_excluded = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder", "final_layer", "t_block")
+    block_lists = ("spatial_blocks", "temporal_blocks")
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()

@@ -8,12 +8,14 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from arlon_ray.artifact import Artifact
 from arlon_ray.config import TrainingConfig
@@ -109,7 +111,22 @@ def seed_everything(*parts: object) -> None:
 def build_objective(stage: Stage) -> nn.Module:
     """The stage's objective with the same initial weights on every rank and in every engine."""
     seed_everything(stage.seed, stage.name, "init")
-    return stage.objective().train()
+    objective = stage.objective().train()
+    if stage.training.activation_checkpointing:
+        recompute_blocks(objective)
+    return objective
+
+
+def recompute_blocks(objective: nn.Module) -> int:
+    """Keep only the inputs of blocks and compute the rest again in the backward pass; returns how many blocks.
+
+    Models name their lists of blocks in `block_lists`.
+    """
+    lists = [getattr(model, name) for model in objective.modules() for name in getattr(model, "block_lists", ())]
+    blocks = [block for each in lists for block in each if any(p.requires_grad for p in block.parameters())]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class FoldedVAE(VideoVAE):
     """Video VAE on folded frames."""
 
     muon_excluded = ("encode_in", "encode_out", "decode_in", "decode_out")
+    block_lists = ("encode_deep", "decode_deep", "decode_shallow")
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__(config)
