@@ -11,7 +11,7 @@ from pathlib import Path
 
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import Config, ConfigError, load_config, preset_names
-from arlon_ray.training.loop import TrainingError
+from arlon_ray.training.loop import StoppedError, TrainingError
 
 #: The bundle in the repository: what is used where no other is named.
 BOX = Path(__file__).resolve().parents[1] / "weights" / "tiny"
@@ -100,13 +100,16 @@ def vae_folder(flag: str | None, config: Config) -> Path:
 
 def run(main: Callable[[], None]) -> None:
     """Run a job. Exit codes: 2 and one line for bad input, 1 and one line for a training that broke or a full disk, 130
-    for Ctrl-C.
+    for Ctrl-C, 75 (EX_TEMPFAIL: try again) where SIGTERM stopped a training.
     """
     try:
         main()
     except (ConfigError, ArtifactError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedError as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        raise SystemExit(os.EX_TEMPFAIL) from None
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -16,6 +16,7 @@ from torch import nn
 
 from arlon_ray.config import TrainingConfig
 from arlon_ray.training.engine import (
+    Clock,
     Losses,
     NonFiniteError,
     Stage,
@@ -56,6 +57,7 @@ class DeepSpeedEngine:
         self.objective = build_objective(stage).to(device)
         optimizer = _optimizer(parameter_groups(self.objective, self.training))
         self._clipped = clipped_parameters(self.objective)
+        self.clock = Clock()
         _hide_frozen_parts(self.objective)
         self._engine, *_ = deepspeed.initialize(
             model=_Autocast(self.objective, self.training, device),
@@ -74,12 +76,15 @@ class DeepSpeedEngine:
         parts = micro_batches(to_device(batch, self.device), self.training.accumulation)
         found, norm = [], None
         for number, part in enumerate(parts, start=1):
-            losses = self._engine(part, generator)
-            found.append(floats(losses))
-            self._engine.backward(losses.loss)
-            if number == len(parts) and not self.training.zero_stage:
-                norm = nn.utils.clip_grad_norm_(self._clipped, self.training.clip_norm)
-            self._engine.step()
+            with self.clock("forward"):
+                losses = self._engine(part, generator)
+                found.append(floats(losses))
+            with self.clock("backward"):
+                self._engine.backward(losses.loss)
+            with self.clock("optimizer"):
+                if number == len(parts) and not self.training.zero_stage:
+                    norm = nn.utils.clip_grad_norm_(self._clipped, self.training.clip_norm)
+                self._engine.step()
         values = mean_values(found)
         values["grad_norm"] = float(self._engine.get_global_grad_norm() if norm is None else norm)
         if not math.isfinite(values["grad_norm"]):

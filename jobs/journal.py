@@ -26,6 +26,7 @@ class JournalReporter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._waiting: list[str] = []
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """See Reporter."""
@@ -34,7 +35,11 @@ class JournalReporter:
     def picture(self, name: str, array: np.ndarray, step: int) -> None:
         """See Reporter."""
         file = f"picture-{uuid.uuid4().hex}.npy"
-        np.save(self.folder / file, array)
+        try:
+            np.save(self.folder / file, array)
+        except OSError as error:
+            self.line(f"the picture {name} of step {step} is lost: {error}")
+            return
         self._write("picture", step=step, name=name, file=file)
 
     def checkpoint(self, step: int, folder: Path) -> None:
@@ -49,9 +54,20 @@ class JournalReporter:
         """The artefact is written."""
         self._write("done", artifact_kind=artifact_kind)
 
+    def stopped(self, text: str) -> None:
+        """Training ended before its last step because it was asked to."""
+        self._write("stopped", text=text)
+
     def _write(self, kind: str, **values: Any) -> None:
-        with (self.folder / JOURNAL_FILE).open("a") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+        """Add a line; while the storage fails, lines wait for the next one."""
+        self._waiting.append(json.dumps({"kind": kind, **values}) + "\n")
+        try:
+            with (self.folder / JOURNAL_FILE).open("a") as file:
+                file.write("".join(self._waiting))
+        except OSError:
+            self._waiting.insert(0, "\n")  # ends what was half written
+        else:
+            self._waiting.clear()
 
 
 class JournalReader:
@@ -60,6 +76,7 @@ class JournalReader:
     def __init__(self, folder: Path, reporters: Sequence[Reporter]) -> None:
         self.folder, self.reporters = folder, reporters
         self.artifact_kind: str | None = None
+        self.stopped: str | None = None
         path = folder / JOURNAL_FILE
         # What an earlier, interrupted run wrote was passed on then; its last line may be cut short.
         with path.open("a") as file:
@@ -68,10 +85,13 @@ class JournalReader:
             self._position = file.tell()
 
     def drain(self) -> None:
-        """Pass on the whole lines that are new."""
-        with (self.folder / JOURNAL_FILE).open("rb") as file:
-            file.seek(self._position)
-            text = file.read()
+        """Pass on the whole lines that are new; none while the storage fails."""
+        try:
+            with (self.folder / JOURNAL_FILE).open("rb") as file:
+                file.seek(self._position)
+                text = file.read()
+        except OSError:
+            return
         whole = text[: text.rfind(b"\n") + 1]
         self._position += len(whole)
         for line in whole.splitlines():
@@ -91,6 +111,8 @@ class JournalReader:
         kind = event["kind"]
         if kind == "done":
             self.artifact_kind = event["artifact_kind"]
+        if kind == "stopped":
+            self.stopped = event["text"]
         for reporter in self.reporters:
             if kind == "metrics":
                 reporter.metrics(event["step"], event["values"])

@@ -44,7 +44,7 @@ def threads_per_worker(config: Config) -> int:
 
 def local_cpus(config: Config) -> int:
     """Logical CPUs of a local Ray: what training asks for, and some for data and serving beside it."""
-    needed = math.ceil(config.cluster.num_workers * config.cluster.cpus_per_worker) + 1
+    needed = math.ceil(config.cluster.worker_counts[-1] * config.cluster.cpus_per_worker) + 1
     return max(LEAST_LOCAL_CPUS, os.cpu_count() or 1, needed)
 
 

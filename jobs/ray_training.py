@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import tempfile
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from arlon_ray.artifact import Artifact, load_artifact
+from arlon_ray.artifact import Artifact, load_artifact, write_json
 from arlon_ray.config import Config, TrainingConfig
+from arlon_ray.training.checkpoints import KEPT_CHECKPOINTS
 from arlon_ray.training.engine import Stage
-from arlon_ray.training.loop import KEPT_CHECKPOINTS, Reporter, TrainingError, read_progress, run_stage
+from arlon_ray.training.loop import Reporter, StoppedError, TrainingError, run_stage
 from arlon_ray.training.reporting import ConsoleReporter
+from data_pipeline.manifest import differences
 from jobs.command_line import InputError
 from jobs.journal import FailureNote, JournalReader, JournalReporter
+from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file
 from jobs.ray_session import connect, threads_per_worker, worker_environment
 from jobs.tracking import Tracking
 
 StageFactory = Callable[..., Stage]
+SETTINGS_FILE = "settings.json"
 
 
 def check_workers(name: str, training: TrainingConfig, config: Config) -> None:
-    """Raises InputError if the batch cannot be split over the workers."""
-    workers = config.cluster.num_workers
-    if training.batch_size % workers:
-        raise InputError(
-            f"{name}: training.batch_size={training.batch_size} cannot be split evenly over "
-            f"cluster.num_workers={workers}; choose a multiple of {workers}"
-        )
+    """Raises InputError if the batch cannot be split over the workers, whatever their number."""
+    for workers in config.cluster.worker_counts:
+        parts = workers * training.accumulation
+        if training.batch_size % parts:
+            accumulated = f" × training.accumulation={training.accumulation}" if training.accumulation > 1 else ""
+            raise InputError(
+                f"{name}: training.batch_size={training.batch_size} cannot be split evenly over "
+                f"cluster.num_workers={workers}{accumulated}; choose a multiple of {parts}"
+            )
 
 
 def train_stage(
@@ -45,19 +52,22 @@ def train_stage(
     key: str,
     tracking: Tracking | None = None,
     parents: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
     reporters: Sequence[Reporter] | None = None,
     keep_checkpoints: bool = False,
 ) -> Artifact:
     """Train the stage that every worker builds by `stage_factory(**arguments)`; its artefact goes to `output`.
 
     `arguments` are small and picklable: paths and settings, no data. A run of the same `key` goes on from its last
-    checkpoint. `parents` (role → fingerprint) are for the tracking. Raises InputError before Ray starts, and
-    TrainingError (one line) when training ends in an error.
+    checkpoint. `parents` (role → fingerprint) are for the tracking; `settings`, flat, are what `key` stands for. Raises
+    InputError before Ray starts, TrainingError (one line) when training ends in an error, StoppedError after SIGTERM.
     """
     check_workers(name, training, config)
     output = output.absolute()
     folder = storage_folder(output) / f"{name}-{key[:16]}"
+    _refuse_other_settings(folder, settings or {}, output)
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS_FILE, dict(settings or {}))
     run = tracking.stage(name, key=key, training=training, parents=parents or {}) if tracking else nullcontext()
     with run as tracked, connect(config):
         console = [ConsoleReporter(name, training.steps)] if reporters is None else list(reporters)
@@ -79,6 +89,17 @@ def train_stage(
     if not keep_checkpoints:
         shutil.rmtree(storage_folder(output), ignore_errors=True)
     return artifact
+
+
+def _refuse_other_settings(folder: Path, settings: Mapping[str, Any], output: Path) -> None:
+    """Raises InputError if a training with other settings, of which there is a checkpoint, is to become `output`."""
+    for other in folder.parent.glob("*"):
+        if other != folder and any(other.glob("step-*")):
+            theirs = json.loads((other / SETTINGS_FILE).read_text()) if (other / SETTINGS_FILE).exists() else {}
+            raise InputError(
+                f"{output}: a training with other settings is under way there: {differences(theirs, dict(settings))}; "
+                f"go on with those, choose another --output, or remove {folder.parent}"
+            )
 
 
 def storage_folder(output: Path) -> Path:
@@ -104,12 +125,29 @@ def _fit(name: str, task: dict[str, Any], config: Config, reader: JournalReader)
             ended.set()
 
     threading.Thread(target=fit, name=f"train-{name}", daemon=True).start()
-    reader.follow(ended)
+    with _stopping_on_sigterm(stop_file(Path(task["folder"]), task["attempt"])):
+        reader.follow(ended)
+    if reader.stopped:
+        raise StoppedError(reader.stopped)
     if errors:
         log = Path(task["folder"]) / "error.log"
         log.write_text(str(errors[0]))
         noted = FailureNote(Path(task["folder"]), task["attempt"]).read()
         raise TrainingError(noted or f"{name}: {_in_one_line(errors[0])}; details: {log}") from None
+
+
+@contextmanager
+def _stopping_on_sigterm(file: Path) -> Iterator[None]:
+    """Within the block SIGTERM asks the workers for a checkpoint and an end (schedulers send it before SIGKILL)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: file.touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        file.unlink(missing_ok=True)
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -128,11 +166,12 @@ def _trainer(task: dict[str, Any], config: Config) -> Any:
     from ray.train.torch import TorchTrainer
 
     cluster, folder = config.cluster, Path(task["folder"])
+    workers = (cluster.num_workers, cluster.max_workers) if cluster.max_workers else cluster.num_workers
     return TorchTrainer(
         train_worker,
         train_loop_config=task,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class of Ray Train v1, which is not elastic
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
@@ -163,45 +202,19 @@ def train_worker(task: dict[str, Any]) -> None:
         raise TrainingError(known)
     stage: Stage = task["stage_factory"](**task["arguments"])
     engine = DeepSpeedEngine(stage, ray.train.torch.get_device())
+    checkpoints = RayCheckpoints(folder, task["key"], stage.training.steps)
+    watch = RayWatch(stop_file(folder, task["attempt"]), engine, stage.training.log_every)
     try:
         result = run_stage(
-            stage,
-            engine,
-            reporter,
-            output=Path(task["output"]),
-            checkpoints=RayCheckpoints(folder, task["key"], engine.rank),
-            key=task["key"],
+            stage, engine, reporter, output=Path(task["output"]), checkpoints=checkpoints, key=task["key"], watch=watch
         )
+    except StoppedError as stopped:
+        if not engine.rank:
+            reporter.stopped(str(stopped))
+        return
     except TrainingError as error:
         note.write(error)
+        checkpoints.settle()
         raise
     if result.artifact:
         reporter.done(result.artifact.lineage.kind)
-
-
-class RayCheckpoints:
-    """Checkpoints through Ray Train: every rank's files are put together, and the newest two are kept."""
-
-    def __init__(self, folder: Path, key: str, rank: int) -> None:
-        self.folder, self.key, self.rank = folder, key, rank
-
-    def newest_first(self) -> Iterator[Path]:
-        """See Checkpoints. Ray Train gives the newest one only."""
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as path:
-                if read_progress(Path(path)).get("key") == self.key:
-                    yield Path(path)
-
-    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
-        """See Checkpoints. A barrier: all ranks report the same step."""
-        import ray.train
-
-        name = f"step-{step:08d}"
-        with tempfile.TemporaryDirectory(prefix="arlon-checkpoint-") as partial:
-            fill(Path(partial))
-            checkpoint = ray.train.Checkpoint.from_directory(partial)
-            ray.train.report({"step": step, **values}, checkpoint=checkpoint, checkpoint_dir_name=name)
-        return self.folder / name

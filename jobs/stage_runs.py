@@ -5,13 +5,15 @@ Used by `jobs/train_*.py` and by `jobs/pipeline.py`, so that both do the same. W
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from arlon_ray.artifact import Artifact, finished, load_artifact
-from arlon_ray.config import Config, TrainingConfig, config_fingerprint
+from arlon_ray.config import Config, TrainingConfig, config_fingerprint, effective_settings
 from arlon_ray.opensora.importing import DIT_FIELDS
 from arlon_ray.training.engine import Stage
 from arlon_ray.training.stages.ar import ArPaths, ArStage
@@ -52,14 +54,24 @@ class StagePlan:
     factory: StageFactory
     arguments: dict[str, Any]
     training: TrainingConfig
-    #: All that determines the result; its sha256 is the stage's key.
-    settings: dict[str, Any]
+    #: With seed, parents and `more` all that determines the result.
+    sections: Mapping[str, BaseModel]
     parents: dict[str, str]
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def key(self, seed: int) -> str:
+        """sha256 of all that determines the result."""
+        settings = {"config": config_fingerprint(*self.sections.values()), "seed": seed, **self.more}
+        return settings_key({"stage": self.name, "parents": self.parents, **settings})
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """The same for people."""
+        return {**effective_settings(**self.sections), "seed": seed, **self.more, **self.parents}
 
 
 def _run(plan: StagePlan, config: Config, output: Path, tracking: Tracking | None) -> StageOutcome:
     check_workers(plan.name, plan.training, config)
-    key = settings_key({"stage": plan.name, "parents": plan.parents, **plan.settings})
+    key = plan.key(config.seed)
     if there := finished(output, plan.kind, key):
         return StageOutcome(there, skipped=True)
     # what the workers would find wrong with the data is found here first, before anything starts
@@ -75,6 +87,7 @@ def _run(plan: StagePlan, config: Config, output: Path, tracking: Tracking | Non
         key=key,
         tracking=tracking,
         parents=plan.parents,
+        settings=plan.settings(config.seed),
     )
     return StageOutcome(artifact, skipped=False)
 
@@ -91,9 +104,9 @@ def run_vae(
         if not found:
             raise InputError(f"--input {folder}: no video files (.mp4, .mkv, .webm, …)")
         files.append([weight, found])
-    settings = {"config": config_fingerprint(config.vae, config.video), "seed": config.seed, "inputs": files}
+    sections = {"vae": config.vae, "video": config.video}
     arguments = {"inputs": list(inputs)}
-    plan = StagePlan("vae", "vae", build_vae, arguments, config.vae.training, settings, {})
+    plan = StagePlan("vae", "vae", build_vae, arguments, config.vae.training, sections, {}, {"inputs": files})
     return _run(plan, config, output, tracking)
 
 
@@ -103,9 +116,10 @@ def run_codec(
     """Train the fine or the coarse latent VQ-VAE."""
     codec = getattr(config.vqvae, role)
     parents = check_dataset(dataset, vae)
-    settings = {"config": config_fingerprint(codec), "seed": config.seed}
     arguments = {"role": role, "dataset": dataset, "vae": vae, "parents": parents}
-    plan = StagePlan(f"vqvae_{role}", "codec", build_codec, arguments, codec.training, settings, parents)
+    plan = StagePlan(
+        f"vqvae_{role}", "codec", build_codec, arguments, codec.training, {f"vqvae.{role}": codec}, parents
+    )
     return _run(plan, config, output, tracking)
 
 
@@ -131,10 +145,10 @@ def run_ar(
     _expect(codec_fine, "codec", parents["codec_fine"], f"{tokens}: made by the fine codec")
     if config.ar.init:
         parents["ar_init"] = _fitting_ar(config, parents).fingerprint
-    settings = {"config": config_fingerprint(config.ar, config.segment, config.text), "seed": config.seed}
+    sections = {"ar": config.ar, "segment": config.segment, "text": config.text}
     paths = ArPaths(codec_fine, vae)
     arguments = {"dataset": dataset, "tokens": tokens, "paths": paths, "parents": parents}
-    plan = StagePlan("ar", "ar", build_ar, arguments, config.ar.training, settings, parents)
+    plan = StagePlan("ar", "ar", build_ar, arguments, config.ar.training, sections, parents)
     return _run(plan, config, output, tracking)
 
 
@@ -167,10 +181,10 @@ def run_dit(
         raise InputError("dit.train_only=injection needs dit.init: a base with random weights would stay as it is")
     if config.dit.init:
         parents["dit_init"] = _fitting_start(config, parents).fingerprint
-    settings = {"config": config_fingerprint(config.dit, config.segment, config.video), "seed": config.seed}
+    sections = {"dit": config.dit, "segment": config.segment, "video": config.video}
     arguments = {"dataset": dataset, "tokens": tokens if guided else None, "paths": paths, "parents": parents}
     name = "dit" if guided else "dit_base"
-    plan = StagePlan(name, "dit", build_dit, arguments, config.dit.training, settings, parents)
+    plan = StagePlan(name, "dit", build_dit, arguments, config.dit.training, sections, parents)
     return _run(plan, config, output, tracking)
 
 

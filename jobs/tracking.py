@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from arlon_ray import __version__
 from arlon_ray.artifact import Artifact, write_json
 from arlon_ray.config import Config, TrainingConfig
+from arlon_ray.training.loop import StoppedError
 
 RUNS_FILE = "mlflow_runs.json"
 #: MLflow's own limits for one request and one value.
@@ -95,7 +96,7 @@ class Tracking:
         try:
             yield run
             status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, StoppedError):
             status = "KILLED"
             raise
         finally:

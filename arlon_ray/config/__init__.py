@@ -1,7 +1,14 @@
 """Typed, frozen configuration. `load_config("tiny", ["dit.training.steps=100"])` is the only way in."""
 
 from arlon_ray.config.data import DataConfig, FilterConfig
-from arlon_ray.config.load import ConfigError, config_fingerprint, load_config, override, preset_names
+from arlon_ray.config.load import (
+    ConfigError,
+    config_fingerprint,
+    effective_settings,
+    load_config,
+    override,
+    preset_names,
+)
 from arlon_ray.config.models import (
     GROUP_FRAMES,
     GROUP_LATENTS,
@@ -54,6 +61,7 @@ __all__ = [
     "VideoConfig",
     "VqvaeConfig",
     "config_fingerprint",
+    "effective_settings",
     "load_config",
     "override",
     "preset_names",

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,23 @@ def config_fingerprint(*sections: BaseModel) -> str:
     """sha256 (hex) of the resolved sections: equal settings, equal fingerprint, whatever the bookkeeping."""
     text = json.dumps([_effective(section.model_dump(mode="json")) for section in sections], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def effective_settings(**sections: BaseModel) -> dict[str, Any]:
+    """What `config_fingerprint` looks at, flat: {"dit.depth": 3, …}."""
+    return {
+        f"{section}.{name}": value
+        for section, model in sections.items()
+        for name, value in _flat(_effective(model.model_dump(mode="json")))
+    }
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", its) for inner, its in _flat(value))
+        else:
+            yield name, value
 
 
 def _effective(value: Any) -> Any:

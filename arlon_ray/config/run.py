@@ -23,9 +23,23 @@ class ClusterConfig(Section):
     """What a training job asks Ray for."""
 
     num_workers: int = Field(2, ge=1)
+    max_workers: int | None = Field(
+        None, ge=1, description="elastic: training goes on with any number from num_workers to this, as machines allow"
+    )
     cpus_per_worker: float = Field(1.0, gt=0)
     use_gpu: bool = False
     max_failures: int = Field(1, ge=0, description="worker failures after which a job gives up")
+
+    @model_validator(mode="after")
+    def _more_is_more(self) -> ClusterConfig:
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ValueError(f"max_workers={self.max_workers} is below num_workers={self.num_workers}")
+        return self
+
+    @property
+    def worker_counts(self) -> range:
+        """How many workers a training may have."""
+        return range(self.num_workers, (self.max_workers or self.num_workers) + 1)
 
 
 class SamplingConfig(Section):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,27 @@ class Evaluation:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+class Clock:
+    """Seconds of the parts of steps since the last `read`. On a GPU what is launched counts where it is waited for."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the block to `part`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """What was counted; begins anew."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient is not a number any more; nothing was stepped with it."""
 
@@ -76,6 +98,8 @@ class Engine(Protocol):
     world: int
     device: torch.device
     objective: nn.Module
+    #: Of "forward", "backward" and "optimizer"; with ZeRO the communication is in the last two.
+    clock: Clock
 
     def step(self, batch: dict[str, Any], generator: torch.Generator, learning_rate_scale: float) -> dict[str, float]:
         """Forward and backward of each of `training.accumulation` parts, clip, optimizer step.
@@ -177,6 +201,7 @@ class TorchEngine:
         self.objective = build_objective(stage).to(self.device)
         self.optimizers = build_optimizers(parameter_groups(self.objective, self.training))
         self._clipped = clipped_parameters(self.objective)
+        self.clock = Clock()
 
     def step(self, batch: dict[str, Any], generator: torch.Generator, learning_rate_scale: float) -> dict[str, float]:
         """See Engine."""
@@ -184,17 +209,19 @@ class TorchEngine:
         parts = micro_batches(to_device(batch, self.device), self.training.accumulation)
         found = []
         for part in parts:
-            with autocast(self.training, self.device):
+            with self.clock("forward"), autocast(self.training, self.device):
                 losses = self.objective(part, generator)
-            found.append(floats(losses))
-            (losses.loss / len(parts)).backward()
+                found.append(floats(losses))
+            with self.clock("backward"):
+                (losses.loss / len(parts)).backward()
         values = mean_values(found)
-        values["grad_norm"] = float(nn.utils.clip_grad_norm_(self._clipped, self.training.clip_norm))
-        if not math.isfinite(values["grad_norm"]):
-            raise NonFiniteError(f"the gradient norm is {values['grad_norm']}")
-        for optimizer in self.optimizers:
-            set_learning_rates(optimizer.param_groups, learning_rate_scale)
-            optimizer.step()
+        with self.clock("optimizer"):
+            values["grad_norm"] = float(nn.utils.clip_grad_norm_(self._clipped, self.training.clip_norm))
+            if not math.isfinite(values["grad_norm"]):
+                raise NonFiniteError(f"the gradient norm is {values['grad_norm']}")
+            for optimizer in self.optimizers:
+                set_learning_rates(optimizer.param_groups, learning_rate_scale)
+                optimizer.step()
         return values
 
     def average(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from arlon_ray.artifact import Artifact, whole_folder, write_json
+from arlon_ray.artifact import Artifact, write_json
 from arlon_ray.precision import NOTE, falls_back
+from arlon_ray.training.checkpoints import PROGRESS_FILE, Checkpoints, FolderCheckpoints, read_progress
 from arlon_ray.training.engine import (
     Engine,
     Evaluation,
@@ -30,14 +29,23 @@ from arlon_ray.training.optimizer import WeightAverage, learning_rate_scale
 from arlon_ray.training.reporting import ConsoleReporter
 from arlon_ray.training.state import SavedState
 
-PROGRESS_FILE = "progress.json"
-KEPT_CHECKPOINTS = 2
 #: Clip ids named when a batch breaks the training; a batch may hold thousands.
 NAMED_CLIPS = 64
 
 
 class TrainingError(RuntimeError):
     """Training that cannot go on. One line that names the stage, the step and what to look at."""
+
+
+class StoppedError(TrainingError):
+    """Training that was asked to stop, and can go on from the checkpoint of the step where it did."""
+
+
+class Watch(Protocol):
+    """Whether somebody wants something of a running training. Every rank asks after the same steps."""
+
+    def wish(self, step: int) -> Literal["none", "save", "stop"]:
+        """ "save": a checkpoint now (this machine may be taken away); "stop": that, and no more steps."""
 
 
 class Reporter(Protocol):
@@ -54,52 +62,6 @@ class Reporter(Protocol):
 
     def line(self, text: str) -> None:
         """Something worth saying once."""
-
-
-class Checkpoints(Protocol):
-    """Where checkpoints are kept. Every rank calls `write` for the same steps."""
-
-    def newest_first(self) -> Iterable[Path]:
-        """Folders of whole checkpoints of this run, the newest first."""
-
-    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
-        """Keep what `fill` writes into the empty folder that it is given; returns where it lies."""
-
-
-class FolderCheckpoints:
-    """Checkpoints of one process in a folder; each appears whole or not at all, and the newest two are kept."""
-
-    def __init__(self, folder: Path, key: str = "") -> None:
-        self.folder, self.key = folder, key
-
-    def newest_first(self) -> list[Path]:
-        """See Checkpoints. Those of another key (other settings or parents) do not count."""
-        return [path for path in self._all() if read_progress(path).get("key") == self.key]
-
-    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
-        """See Checkpoints."""
-        target = self.folder / f"step-{step:08d}"
-        with whole_folder(target) as partial:
-            fill(partial)
-        for old in self._all()[KEPT_CHECKPOINTS:]:
-            shutil.rmtree(old, ignore_errors=True)
-        return target
-
-    def clear(self) -> None:
-        """Remove them all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
-
-
-def read_progress(folder: Path) -> dict[str, Any]:
-    """What the loop noted in a checkpoint; empty if the folder is no whole checkpoint."""
-    try:
-        progress = json.loads((folder / PROGRESS_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return progress if isinstance(progress, dict) else {}
 
 
 @dataclass
@@ -196,7 +158,8 @@ class _Run:
             self.average.update(self.step)
         self.step += 1
         self.window.add(values)
-        self.timing.add({"step_s": time.perf_counter() - begin, "data_s": ready - begin})
+        seconds = {"step": time.perf_counter() - begin, "data": ready - begin, **engine.clock.read()}
+        self.timing.add({f"{part}_s": its for part, its in seconds.items()})
 
     def _broken(self, batch: Mapping[str, Any], error: NonFiniteError) -> str:
         ids = batch.get("clip_id")
@@ -215,6 +178,8 @@ class _Run:
         means["learning_rate"] = training.learning_rate * learning_rate_scale(self.step - 1, training)
         means["step_s"] = seconds["step_s"]
         means["data_wait"] = seconds["data_s"] / seconds["step_s"]
+        parts = {name: its for name, its in seconds.items() if name not in ("step_s", "data_s")}
+        means |= {f"time/{name}": its for name, its in parts.items()}
         means["samples_per_s"] = training.batch_size / seconds["step_s"]
         self.window, self.timing = Window(), Window()
         if self.engine.rank == 0:
@@ -228,12 +193,20 @@ class _Run:
 
 
 def run_stage(
-    stage: Stage, engine: Engine, reporter: Reporter, *, output: Path, checkpoints: Checkpoints, key: str = ""
+    stage: Stage,
+    engine: Engine,
+    reporter: Reporter,
+    *,
+    output: Path,
+    checkpoints: Checkpoints,
+    key: str = "",
+    watch: Watch | None = None,
 ) -> StageResult:
     """Train `stage` to its last step, from the newest checkpoint of the same `key`, and write its artefact to `output`.
 
     All randomness of a step comes from (seed, stage, step, rank): a resumed run gives the numbers of an unbroken one.
-    Raises TrainingError when the loss or the gradient stops being a number; the last checkpoint stays.
+    Raises TrainingError when the loss or the gradient stops being a number, the last checkpoint stays; StoppedError
+    when `watch` asks for it.
     """
     run, training = _Run(stage, engine, reporter, checkpoints, key), stage.training
     run.report_line(f"{stage.name}: {_parameter_counts(engine.objective)}")
@@ -250,8 +223,14 @@ def run_stage(
         last = run.step == training.steps
         if last or run.step == 1 or run.step % training.log_every == 0:
             latest = run.log()
-        if last or run.step % training.checkpoint_every == 0:
+        wish = "none" if watch is None or last else watch.wish(run.step)
+        if last or wish != "none" or run.step % training.checkpoint_every == 0:
             run.save(latest)
+        if wish == "stop":
+            raise StoppedError(
+                f"{stage.name}: stopped after step {run.step} of {training.steps}, whose checkpoint is kept; "
+                "the same command goes on from there"
+            )
     return _finish(run, output, latest) if engine.rank == 0 else StageResult(run.step)
 
 

@@ -12,6 +12,12 @@ import numpy as np
 
 #: Figures that the line shows in its own way, or that only the tracking needs.
 NOT_REPEATED = {"step_s", "samples_per_s", "data_wait", "learning_rate", "grad_norm"}
+#: Likewise, and what begins with one of these: there are many.
+NOT_SHOWN = ("time/", "gates/")
+
+
+def _hidden(name: str) -> bool:
+    return name in NOT_REPEATED or name.startswith(NOT_SHOWN)
 
 
 def duration(seconds: float) -> str:
@@ -35,7 +41,7 @@ class ConsoleReporter:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line for the steps' figures, or for those of the evaluation."""
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in NOT_REPEATED)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not _hidden(name))
         if "step_s" not in values:
             if shown:
                 self.line(f"{self.name}: {shown}")

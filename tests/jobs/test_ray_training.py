@@ -1,12 +1,18 @@
 """Stages through Ray Train and DeepSpeed, with two real workers."""
 
+import os
+import re
+import signal
+import threading
+
 import pytest
 import torch
 
 from arlon_ray.artifact import load_artifact
 from arlon_ray.config import TrainingConfig, load_config
+from arlon_ray.training.checkpoints import FolderCheckpoints
 from arlon_ray.training.engine import TorchEngine
-from arlon_ray.training.loop import FolderCheckpoints, TrainingError, run_stage
+from arlon_ray.training.loop import StoppedError, TrainingError, run_stage
 from jobs.command_line import InputError
 from jobs.ray_session import connect
 from jobs.ray_training import storage_folder, train_stage
@@ -34,9 +40,9 @@ def ray_here(config):
         yield
 
 
-def distributed(config, folder, settings, *, tracking=None, **stage):
+def distributed(config, folder, settings, *, tracking=None, recorder=None, key="k" * 64, **stage):
     """Train with two workers; returns the artefact and what was reported."""
-    recorder = Recorder()
+    recorder = recorder or Recorder()
     artifact = train_stage(
         "regression",
         regression_stage,
@@ -44,9 +50,10 @@ def distributed(config, folder, settings, *, tracking=None, **stage):
         config=config,
         training=TrainingConfig(**settings),
         output=folder / "out",
-        key="k" * 64,
+        key=key,
         tracking=tracking,
         parents={"dataset": "d" * 64},
+        settings={"learning_rate": settings["learning_rate"]},
         reporters=[recorder],
     )
     return artifact, recorder
@@ -118,8 +125,52 @@ def test_nan_ends_with_one_line_and_keeps_the_checkpoint(ray_here, tmp_path):
     assert "\n" not in str(caught.value)
     assert "step 7" in str(caught.value) and "the loss is nan" in str(caught.value) and "700" in str(caught.value)
     assert "checkpoint of step 5 is kept" in str(caught.value)
-    _, recorder = distributed(config, tmp_path, ADAMW)
+    with pytest.raises(InputError, match=r"other settings is under way there: learning_rate \(0.01 → 0.02\); go on"):
+        distributed(config, tmp_path, {**ADAMW, "learning_rate": 0.02}, key="l" * 64)
+    # with one worker instead of two, and nothing that ZeRO splits
+    alone_there = load_config("tiny", ["cluster.num_workers=1"])
+    artifact, recorder = distributed(alone_there, tmp_path, {**ADAMW, "zero_stage": 0})
     assert "regression: going on after step 5 of 12" in recorder.lines
+    expected = alone(tmp_path, ADAMW)
+    assert all(torch.allclose(artifact.tensors()[n], v, atol=2e-4) for n, v in expected[0].tensors().items())
+
+
+class Disturbing(Recorder):
+    """Does something once, in the driver's main thread, when it hears of a step."""
+
+    def __init__(self, step, action):
+        super().__init__()
+        self.step, self.action = step, action
+
+    def metrics(self, step, values):
+        super().metrics(step, values)
+        if step >= self.step and self.action:
+            action, self.action = self.action, None
+            action()
+
+
+def without_storage(folder, seconds):
+    """The storage is gone for a while."""
+    hidden = folder.with_name("hidden")
+    folder.rename(hidden)
+    threading.Timer(seconds, hidden.rename, [folder]).start()
+
+
+@pytest.mark.ray
+def test_sigterm_stops_after_a_checkpoint_and_lost_storage_is_waited_for(config, ray_here, tmp_path):
+    stopping = Disturbing(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    slow = {"seconds": 0.3}
+    with pytest.raises(StoppedError, match=r"stopped after step [3-9] of 12, whose checkpoint is kept") as stop:
+        distributed(config, tmp_path, ADAMW, recorder=stopping, **slow)
+    done = int(re.search("after step ([0-9]+)", str(stop.value))[1])
+    storage = storage_folder(tmp_path / "out")
+    disturbed = Disturbing(done + 1, lambda: without_storage(storage, 4.0))
+    artifact, recorder = distributed(config, tmp_path, ADAMW, recorder=disturbed, **slow)
+    assert f"regression: going on after step {done} of 12" in recorder.lines
+    assert sorted(step for step in recorder.values if "step_s" in recorder.values[step]) == list(range(done + 1, 13))
+    assert "going on" not in "".join(recorder.lines[2:])
+    recorder.values = {**stopping.values, **recorder.values}
+    assert_equal_training((artifact, recorder), alone(tmp_path, ADAMW))
 
 
 def test_uneven_batch_is_refused_before_ray(config, tmp_path):

@@ -43,7 +43,9 @@ class Regression(nn.Module):
 
 
 class RegressionStage:
-    """Trains `Regression`. `break_at` gives a batch of NaN; `kill_at` ends rank 1's process once, by SIGKILL."""
+    """Trains `Regression`. `break_at` gives a batch of NaN; `kill_at` ends rank 1's process once, by SIGKILL;
+    `seconds` a step takes at least.
+    """
 
     name = "regression"
 
@@ -57,8 +59,10 @@ class RegressionStage:
         break_at: int | None = None,
         kill_at: int | None = None,
         flag: Path | None = None,
+        seconds: float = 0.0,
     ) -> None:
         self.training, self.seed, self.dropout, self.noise = training, seed, dropout, noise
+        self.seconds = seconds
         self.break_at, self.kill_at, self.flag = break_at, kill_at, flag
 
     def objective(self) -> nn.Module:
@@ -69,6 +73,7 @@ class RegressionStage:
             self.flag.write_text("killed")
             time.sleep(3)  # Ray Train's controller takes in a reported checkpoint a moment later
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.seconds)
         generator = torch.Generator().manual_seed(1000 + step)
         x = torch.randn(self.training.batch_size, 4, 6, 6, generator=generator)
         y = torch.stack([x[:, :2].mean((1, 2, 3)), *x.mean((2, 3)).unbind(1)], 1) * 3.0

@@ -3,8 +3,9 @@ import torch
 
 from arlon_ray.artifact import load_artifact
 from arlon_ray.config import TrainingConfig
+from arlon_ray.training.checkpoints import FolderCheckpoints
 from arlon_ray.training.engine import TorchEngine
-from arlon_ray.training.loop import FolderCheckpoints, TrainingError, run_stage, train_locally
+from arlon_ray.training.loop import TrainingError, run_stage, train_locally
 from arlon_ray.training.reporting import ConsoleReporter, duration
 from tests.training.recording import Recorder
 from tests.training.regression_stage import RegressionStage

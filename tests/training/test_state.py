@@ -20,7 +20,7 @@ def test_a_state_of_several_files_is_put_together(tmp_path):
         piece = Piece("w:1", "parameter", start, torch.zeros(end - start))
         saved.fill([piece])
         assert torch.equal(piece.values, values[start:end])
-    with pytest.raises(KeyError, match="w:1: parameter is not in .*, or not all of it"):
+    with pytest.raises(KeyError, match="w:1: parameter is not in "):
         saved.fill([Piece("w:1", "parameter", 5, torch.zeros(6))])
     (tmp_path / "state-00001-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="1 of 2 files"):
@@ -36,5 +36,5 @@ def test_a_gap_between_files_is_noticed(tmp_path):
 
 def test_a_state_of_another_model_is_refused(tmp_path):
     write_state(tmp_path, whole_parameters(torch.nn.Linear(2, 2)), 1)
-    with pytest.raises(KeyError, match="does not fit the model: entry.bias"):
+    with pytest.raises(KeyError, match="does not fit the model: bias, entry"):
         SavedState(tmp_path).load_into(Regression())

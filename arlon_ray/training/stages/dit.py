@@ -56,7 +56,7 @@ class DitObjective(nn.Module):
         self.ar = load_ar(paths.ar) if paths.ar else None
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
-        """Squared error of the velocity at drawn times, over frames that carry noise; the mean gate as a figure."""
+        """Squared error of the velocity at drawn times, over frames that carry noise; the gates as figures."""
         x0, tokens = self._segment(batch, generator)
         count, _, frames = x0.shape[:3]
         device, settings, video = x0.device, self.config.dit, self.config.video
@@ -83,7 +83,7 @@ class DitObjective(nn.Module):
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
-        return Losses((error * noisy).sum() / noisy.sum().clamp(min=1), {"gate": self._gate(condition.injection, x0)})
+        return Losses((error * noisy).sum() / noisy.sum().clamp(min=1), gates(condition.injection))
 
     def _segment(
         self, batch: dict[str, Any], generator: torch.Generator | None
@@ -121,10 +121,15 @@ class DitObjective(nn.Module):
         order = torch.cat([torch.nonzero(~use_coarse_B), torch.nonzero(use_coarse_B)]).flatten()
         return torch.cat(parts)[order.argsort()]
 
-    @staticmethod
-    def _gate(injection: Mapping[str, Modulation], x0: Tensor) -> Tensor:
-        gates = [first.detach().float().abs().mean() for first, *_ in injection.values()]
-        return torch.stack(gates).mean() if gates else x0.new_zeros(())
+
+def gates(injection: Mapping[str, Modulation]) -> dict[str, Tensor]:
+    """How strongly each layer listens to the tokens: the mean size of its gate, and `gate`, the mean over all layers.
+
+    Nothing without injection.
+    """
+    found = {name: first.detach().float().abs().mean() for name, (first, *_) in injection.items()}
+    mean = {"gate": torch.stack(list(found.values())).mean()} if found else {}
+    return mean | {f"gates/{name.zfill(2)}": value for name, value in found.items()}
 
 
 class DitStage:

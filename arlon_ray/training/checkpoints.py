@@ -1,0 +1,60 @@
+"""Where the checkpoints of a training lie."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from arlon_ray.artifact import whole_folder
+
+PROGRESS_FILE = "progress.json"
+KEPT_CHECKPOINTS = 2
+
+
+class Checkpoints(Protocol):
+    """Where checkpoints are kept. Every rank calls `write` for the same steps."""
+
+    def newest_first(self) -> Iterable[Path]:
+        """Folders of whole checkpoints of this run, the newest first."""
+
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+        """Keep what `fill` writes into the empty folder that it is given; returns where it lies."""
+
+
+class FolderCheckpoints:
+    """Checkpoints of one process in a folder; each appears whole or not at all, and the newest two are kept."""
+
+    def __init__(self, folder: Path, key: str = "") -> None:
+        self.folder, self.key = folder, key
+
+    def newest_first(self) -> list[Path]:
+        """See Checkpoints. Those of another key (other settings or parents) do not count."""
+        return [path for path in self._all() if read_progress(path).get("key") == self.key]
+
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+        """See Checkpoints."""
+        target = self.folder / f"step-{step:08d}"
+        with whole_folder(target) as partial:
+            fill(partial)
+        for old in self._all()[KEPT_CHECKPOINTS:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def clear(self) -> None:
+        """Remove them all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What the loop noted in a checkpoint; empty if the folder is no whole checkpoint."""
+    try:
+        progress = json.loads((folder / PROGRESS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return progress if isinstance(progress, dict) else {}

@@ -1,0 +1,128 @@
+"""Checkpoints of Ray Train's workers, and what is asked of them while they train."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from arlon_ray.training.checkpoints import PROGRESS_FILE, read_progress
+from arlon_ray.training.engine import Engine
+
+#: Seconds for which a storage that fails is tried again before the workers give up.
+STORAGE_PATIENCE_S = 300.0
+RETRY_S = 2.0
+#: Seconds that a training which broke waits for a checkpoint that is still on its way.
+SETTLE_S = 60.0
+
+
+class RayCheckpoints:
+    """Checkpoints through Ray Train: every rank's files are put together, and the newest two are kept.
+
+    They are copied to the storage while the training goes on; only the last one is waited for.
+    """
+
+    def __init__(self, folder: Path, key: str, last_step: int) -> None:
+        self.folder, self.key, self.last_step = folder, key, last_step
+        self._on_its_way: Path | None = None
+
+    def newest_first(self) -> Iterator[Path]:
+        """See Checkpoints. The one that Ray Train took in last, then what else is there, should that be damaged."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        newest = Path(checkpoint.path)
+        older = sorted((path for path in self.folder.glob("step-*") if path.name < newest.name), reverse=True)
+        yield from (path for path in (newest, *older) if read_progress(path).get("key") == self.key)
+
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+        """See Checkpoints. Ray takes a checkpoint in when all ranks' files are there."""
+        import ray.train
+
+        name, last = f"step-{step:08d}", step == self.last_step
+        partial = Path(tempfile.mkdtemp(prefix="arlon-checkpoint-"))
+        try:
+            fill(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        mode = ray.train.CheckpointUploadMode
+        ray.train.report(
+            {"step": step, **values},
+            checkpoint=ray.train.Checkpoint.from_directory(str(partial)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=mode.SYNC if last else mode.ASYNC,
+            checkpoint_upload_fn=self._upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+        self._on_its_way = self.folder / name
+        return self._on_its_way
+
+    def settle(self) -> None:
+        """Wait until the latest checkpoint lies whole in the storage, or for `SETTLE_S`."""
+        end = time.monotonic() + SETTLE_S
+        while self._on_its_way and not read_progress(self._on_its_way) and time.monotonic() < end:
+            time.sleep(0.1)
+
+    def _upload(self, checkpoint: Any, name: str) -> Any:
+        """Copy this rank's files to the storage, again and again while it fails. Raises OSError in the end."""
+        import ray.train
+
+        source, target, begin = Path(checkpoint.path), self.folder / name, time.monotonic()
+        while True:
+            try:
+                copy_whole(source, target)
+                return ray.train.Checkpoint.from_directory(str(target))
+            except OSError as error:
+                if error.errno == errno.ENOSPC or time.monotonic() - begin > STORAGE_PATIENCE_S:
+                    raise
+                time.sleep(RETRY_S)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a checkpoint's files; what says that they are whole comes last, and nothing appears under its name in part.
+
+    Raises OSError; also where the folder that holds `target` is gone.
+    """
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == PROGRESS_FILE):
+        partial = target / f".{path.name}.partial"
+        shutil.copyfile(path, partial)
+        if partial.stat().st_size != path.stat().st_size:
+            raise OSError(errno.EIO, f"{partial} has {partial.stat().st_size} of {path.stat().st_size} bytes")
+        partial.replace(target / path.name)
+
+
+def stop_file(folder: Path, attempt: str) -> Path:
+    """Where it is, the workers of this attempt end after a checkpoint."""
+    return folder / f"stop-{attempt}"
+
+
+class RayWatch:
+    """Asked by all ranks after every step; they all get the same answer.
+
+    "stop" where the driver was told to end; "save" once where Ray says that a machine will be taken away.
+    """
+
+    def __init__(self, file: Path, engine: Engine, look_every: int) -> None:
+        """`look_every`: steps between two questions to Ray, each of which all ranks wait for."""
+        self.file, self.engine, self.look_every = file, engine, look_every
+        self._saved = False
+
+    def wish(self, step: int) -> Literal["none", "save", "stop"]:
+        """See Watch."""
+        here = float(self.engine.rank == 0 and self.file.exists())
+        if self.engine.average({"stop": here})["stop"]:
+            return "stop"
+        if self._saved or step % self.look_every:
+            return "none"
+        import ray.train
+
+        self._saved = ray.train.get_preemption_info() is not None
+        return "save" if self._saved else "none"
