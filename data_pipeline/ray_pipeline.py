@@ -140,7 +140,8 @@ def encode_clips(staging: Staging, clips: list[pa.Table], config: Config, vae: P
     one task of small files, however many.)
     """
     data, cpus = config.data, _cpus()
-    threads = max(1, min(cpus, os.cpu_count() or 1) // data.encoders) if device == "cpu" else 1
+    encoders = min(data.encoders, len(clips))
+    threads = max(1, min(cpus, os.cpu_count() or 1) // encoders) if device == "cpu" else 1
     batch: dict[str, Any] = {"batch_size": data.encode_batch, "batch_format": "pyarrow"}
     with (
         _quiet_context(),
@@ -149,7 +150,7 @@ def encode_clips(staging: Staging, clips: list[pa.Table], config: Config, vae: P
     ):
         decode = partial(_decode_table, filters=data.filters, threads=data.decode_threads)
         # no more workers than cores: each takes seconds to start
-        pool = TaskPoolStrategy(size=max(1, cpus // data.decode_threads))
+        pool = TaskPoolStrategy(size=max(1, min(cpus // data.decode_threads, len(clips))))
         decoded = ray.data.from_arrow(clips).map_batches(decode, num_cpus=DECODE_CPUS, compute=pool, **batch)
         if data.captioner is not None:
             decoded = decoded.map_batches(
@@ -163,7 +164,7 @@ def encode_clips(staging: Staging, clips: list[pa.Table], config: Config, vae: P
             )
         encoded = decoded.map_batches(
             ClipEncoder,
-            compute=ActorPoolStrategy(size=data.encoders),
+            compute=ActorPoolStrategy(size=encoders),
             fn_constructor_args=(str(vae), config.text),
             fn_constructor_kwargs={
                 "bounds": config.vae,

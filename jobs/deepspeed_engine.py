@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from torch import nn
 
 from arlon_ray.config import TrainingConfig
+from arlon_ray.models.sequence import SequenceParallel
 from arlon_ray.training.engine import (
     Clock,
     Losses,
@@ -54,7 +55,11 @@ class DeepSpeedEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.training, self.device = stage.training, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        size = self.training.sequence_parallel
+        self.data_rank, self.data_world = self.rank // size, self.world // size
         self.objective = build_objective(stage).to(device)
+        if size > 1:
+            _share_frames(self.objective, size, self.rank, self.world)
         optimizer = _optimizer(parameter_groups(self.objective, self.training))
         self._clipped = clipped_parameters(self.objective)
         self.clock = Clock()
@@ -115,6 +120,16 @@ class DeepSpeedEngine:
         self._partition.load(saved)
 
 
+def _share_frames(objective: nn.Module, size: int, rank: int, world: int) -> None:
+    """Give the frames of a sample to `size` neighbouring ranks. Raises ValueError if the model cannot be shared."""
+    models = [module for module in objective.modules() if hasattr(module, "parallel")]
+    if not models:
+        raise ValueError(f"sequence_parallel={size}: this stage has no model that shares its frames")
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+    for model in models:
+        model.parallel = SequenceParallel(groups[rank // size])  # type: ignore[assignment]
+
+
 def _hide_frozen_parts(objective: nn.Module) -> None:
     """Make frozen parts plain attributes, which DeepSpeed does not see.
 
@@ -143,7 +158,8 @@ def settings(training: TrainingConfig, world: int) -> dict[str, Any]:
     # ZeRO's own clipping does for AdamW. Without ZeRO, and with Muon, it is done here (see `_clip_adamw_only`).
     own_clipping = training.zero_stage and training.optimizer == "adamw"
     ours = {
-        "train_micro_batch_size_per_gpu": training.batch_size // world // training.accumulation,
+        # of what DeepSpeed takes for data parallelism: all workers
+        "train_micro_batch_size_per_gpu": max(1, training.batch_size // world // training.accumulation),
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": training.clip_norm if own_clipping else 0.0,
         "zero_optimization": zero,

@@ -107,6 +107,11 @@ class JournalReader:
             self.drain()
         self.drain()
 
+    def line(self, text: str) -> None:
+        """Tell the reporters something that no worker knows."""
+        for reporter in self.reporters:
+            reporter.line(text)
+
     def _pass_on(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "done":

@@ -99,6 +99,18 @@ def copy_whole(source: Path, target: Path) -> None:
         partial.replace(target / path.name)
 
 
+def storage_is_back(folder: Path) -> bool:
+    """Wait until the folder can be written to again; False if that takes longer than `STORAGE_PATIENCE_S`."""
+    end = time.monotonic() + STORAGE_PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder):
+                return True
+        except OSError:
+            time.sleep(RETRY_S)
+    return False
+
+
 def stop_file(folder: Path, attempt: str) -> Path:
     """Where it is, the workers of this attempt end after a checkpoint."""
     return folder / f"stop-{attempt}"

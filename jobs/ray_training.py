@@ -8,7 +8,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,36 @@ from arlon_ray.training.reporting import ConsoleReporter
 from data_pipeline.manifest import differences
 from jobs.command_line import InputError
 from jobs.journal import FailureNote, JournalReader, JournalReporter
-from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file
+from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_session import connect, threads_per_worker, worker_environment
 from jobs.tracking import Tracking
 
 StageFactory = Callable[..., Stage]
 SETTINGS_FILE = "settings.json"
+#: Times that Ray Train's controller is started again in one job.
+CONTROLLER_RESTARTS = 5
 
 
 def check_workers(name: str, training: TrainingConfig, config: Config) -> None:
     """Raises InputError if the batch cannot be split over the workers, whatever their number."""
+    shared = training.sequence_parallel
+    if shared > 1 and not name.startswith("dit"):
+        raise InputError(
+            f"{name}: training.sequence_parallel={shared}: only the DiT's frames can be shared; set it to 1"
+        )
     for workers in config.cluster.worker_counts:
-        parts = workers * training.accumulation
+        if workers % shared:
+            raise InputError(
+                f"{name}: training.sequence_parallel={shared} does not divide cluster.num_workers={workers}; "
+                f"choose a multiple of {shared} workers"
+            )
+        parts = workers // shared * training.accumulation
         if training.batch_size % parts:
-            accumulated = f" × training.accumulation={training.accumulation}" if training.accumulation > 1 else ""
+            more = [("training.sequence_parallel", shared, "÷"), ("training.accumulation", training.accumulation, "×")]
+            terms = "".join(f" {sign} {setting}={value}" for setting, value, sign in more if value > 1)
             raise InputError(
                 f"{name}: training.batch_size={training.batch_size} cannot be split evenly over "
-                f"cluster.num_workers={workers}{accumulated}; choose a multiple of {parts}"
+                f"cluster.num_workers={workers}{terms}; choose a multiple of {parts}"
             )
 
 
@@ -108,10 +121,30 @@ def storage_folder(output: Path) -> Path:
 
 
 def _fit(name: str, task: dict[str, Any], config: Config, reader: JournalReader) -> None:
+    """Train to the end. Ray Train starts workers anew; its controller, which dies with the storage, is started here."""
+    folder = Path(task["folder"])
+    restarts = 0
+    while error := _fit_once(name, task, config, reader):
+        if type(error).__name__ != "ControllerError" or restarts == CONTROLLER_RESTARTS or not storage_is_back(folder):
+            break
+        restarts += 1
+        reader.line(f"{name}: {_in_one_line(error)}; the storage works again, going on from the last checkpoint")
+    if reader.stopped:
+        raise StoppedError(reader.stopped)
+    if error is None:
+        return
+    log = folder / "error.log"
+    with suppress(OSError):
+        log.write_text(str(error))
+    noted = FailureNote(folder, task["attempt"]).read()
+    raise TrainingError(noted or f"{name}: {_in_one_line(error)}; details: {log}") from None
+
+
+def _fit_once(name: str, task: dict[str, Any], config: Config, reader: JournalReader) -> BaseException | None:
     """Run Ray Train in a thread, so that this one can follow the journal and take Ctrl-C as any program does.
 
     (In the main thread Ray Train installs a handler of its own, which ends with exit code 0.) After Ctrl-C the
-    workers end with the Ray session; a checkpoint counts only once it is whole.
+    workers end with the Ray session; a checkpoint counts only once it is whole. Returns the error.
     """
     trainer = _trainer(task, config)
     ended, errors = threading.Event(), []
@@ -127,13 +160,7 @@ def _fit(name: str, task: dict[str, Any], config: Config, reader: JournalReader)
     threading.Thread(target=fit, name=f"train-{name}", daemon=True).start()
     with _stopping_on_sigterm(stop_file(Path(task["folder"]), task["attempt"])):
         reader.follow(ended)
-    if reader.stopped:
-        raise StoppedError(reader.stopped)
-    if errors:
-        log = Path(task["folder"]) / "error.log"
-        log.write_text(str(errors[0]))
-        noted = FailureNote(Path(task["folder"]), task["attempt"]).read()
-        raise TrainingError(noted or f"{name}: {_in_one_line(errors[0])}; details: {log}") from None
+    return errors[0] if errors else None
 
 
 @contextmanager

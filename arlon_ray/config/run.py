@@ -148,6 +148,12 @@ class Config(Section):
                 f"ar.context_groups={self.ar.context_groups} must cover segment.overlap_groups="
                 f"{self.segment.overlap_groups}"
             )
+        shared = self.dit.training.sequence_parallel
+        if self.dit.num_heads % shared:
+            raise ValueError(
+                f"dit.training.sequence_parallel={shared} must divide dit.num_heads={self.dit.num_heads}: workers that "
+                "share frames share the heads of attention over time"
+            )
         for name, size in (("video.height", self.video.height), ("video.width", self.video.width)):
             if size % 8:
                 raise ValueError(f"{name}={size} must be a multiple of 8 (one latent is 8×8 pixels)")

@@ -32,6 +32,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulation: int = Field(1, ge=1, description="parts in which each worker goes through its share of a batch")
     activation_checkpointing: bool = Field(False, description="blocks are computed again in the backward pass")
+    sequence_parallel: int = Field(1, ge=1, description="workers that share the frames of a sample; for the DiT")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed splits over the workers")
     offload_optimizer: bool = Field(False, description="the optimizer's state lies in main memory; needs AdamW, ZeRO")
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's own configuration")

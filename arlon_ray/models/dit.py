@@ -6,6 +6,7 @@ Time runs from 0 (data) to 1000 (noise). Without injection this is the public mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from arlon_ray.models.layers import (
     SelfAttention,
     position_table,
 )
+from arlon_ray.models.sequence import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,22 @@ class STDiT3Block(nn.Module):
         text: tuple[Tensor, Tensor],
         text_mask_BL: Tensor | None,
         rotary: tuple[Tensor, Tensor],
+        parallel: SequenceParallel | None = None,
+        frames: int | None = None,
     ) -> Tensor:
-        """[B, T, S, D] to [B, T, S, D]; `time` [B, T or 1, 6, D] is added to the block's own table."""
+        """[B, T, S, D] to [B, T, S, D]; `time` [B, T or 1, 6, D] is added to the block's own table.
+
+        `parallel`: T is a share of the frames, of which there are `frames`.
+        """
         batch, _, places, _ = x_BTSD.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D)[:, :, None].unbind(3)
         y = self.norm1(x_BTSD) * (1 + scale1) + shift1
         if self.joint:
             cos, sin = (angle.repeat_interleave(places, 0) for angle in rotary)
-            y = self.attn(y.flatten(1, 2), (cos, sin)).view_as(x_BTSD)
+            tokens = None if frames is None else frames * places
+            y = self.attn(y.flatten(1, 2), (cos, sin), parallel, tokens).view_as(x_BTSD)
         elif self.temporal:
-            y = self.attn(rearrange(y, "b t s d -> (b s) t d"), rotary)
+            y = self.attn(rearrange(y, "b t s d -> (b s) t d"), rotary, parallel, frames)
             y = rearrange(y, "(b s) t d -> b t s d", b=batch)
         else:
             y = self.attn(y.flatten(0, 1)).view_as(x_BTSD)
@@ -131,6 +139,8 @@ class STDiT3(nn.Module):
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
         self.config = config
+        #: Set by an engine whose ranks share the frames of a sample.
+        self.parallel: SequenceParallel | None = None
         dim = config.hidden_size
         self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         self.rope = RotaryEmbedding(dim // config.num_heads)
@@ -198,7 +208,7 @@ class STDiT3(nn.Module):
             if self.injection is None:
                 raise ValueError("this DiT was built without semantic injection: it cannot be guided by tokens")
             keep = keep_tokens_B if keep_tokens_B is not None else text.new_ones(len(text), dtype=torch.bool)
-            injection = self.injection.prepare(coarse_BCthw.to(dtype), keep, generator)
+            injection = self.injection.prepare(coarse_BCthw.to(dtype), keep, generator, self._share(height * width))
         return Condition(
             text=[block.cross_attn.keys_values(text) for pair in self._all_pairs() for block in pair],
             text_mask_BL=text_mask_BL,
@@ -206,6 +216,13 @@ class STDiT3(nn.Module):
             positions_SD=position_table(height, width, self.config.hidden_size, scale, text.device).to(dtype),
             injection=injection,
         )
+
+    def _share(self, places: int) -> Callable[[Tensor], Tensor] | None:
+        """Picks this rank's tokens [B, t·S, E] of [B, T·S, E]."""
+        parallel = self.parallel
+        if parallel is None:
+            return None
+        return lambda x: parallel.split(x.unflatten(1, (-1, places)), 1).flatten(1, 2)
 
     def _layers(self) -> list[Pair]:
         return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))  # type: ignore[arg-type]
@@ -234,12 +251,17 @@ class STDiT3(nn.Module):
         noisy_BT = None if noisy_Bt is None else noisy_Bt[:, :: patch[0]]
         times_BD, time_BT6D = self._time(time_B, condition.fps_BD, noisy_BT)
         rotary = self.rope.angles(torch.arange(frames, device=x.device))
+        parallel = self.parallel
+        if parallel is not None:
+            x, rotary = parallel.split(x, 1), (parallel.split(rotary[0], 0), parallel.split(rotary[1], 0))
+            if noisy_BT is not None:
+                noisy_BT, time_BT6D = parallel.split(noisy_BT, 1), parallel.split(time_BT6D, 1)
         text = list(zip(condition.text[::2], condition.text[1::2], strict=True))
         pairs = self._all_pairs()
 
         def through(number: int, x: Tensor) -> Tensor:
             for block, words in zip(pairs[number], text[number], strict=True):
-                x = block(x, time_BT6D, words, condition.text_mask_BL, rotary)
+                x = block(x, time_BT6D, words, condition.text_mask_BL, rotary, parallel, parallel and frames)
             return x
 
         copies = listening_layers(self.config) if BRANCH in condition.injection else range(0)
@@ -253,8 +275,9 @@ class STDiT3(nn.Module):
                 number = copies.index(i)
                 branch = through(self.config.depth + number, branch)
                 x = x + self._branch.leave(number, branch, condition.injection[BRANCH][1])
+        patches = self.final_layer(x, times_BD, noisy_BT)
         out = rearrange(
-            self.final_layer(x, times_BD, noisy_BT),
+            patches if parallel is None else parallel.gather(patches, 1, frames),
             "b t (h w) (u p q c) -> b c (t u) (h p) (w q)",
             h=rows, w=columns, u=patch[0], p=patch[1], q=patch[2],
         )  # fmt: skip

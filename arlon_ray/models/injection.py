@@ -152,10 +152,18 @@ class SemanticInjection(nn.Module):
             self.layers.update({str(i): made(width, config.hidden_size) for i in layers})
 
     def prepare(
-        self, coarse_BCthw: Tensor, keep_B: Tensor, generator: torch.Generator | None = None
+        self,
+        coarse_BCthw: Tensor,
+        keep_B: Tensor,
+        generator: torch.Generator | None = None,
+        share: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Modulation]:
-        """Modulation of every listening layer. Samples with `keep_B` False stay exactly the base DiT's."""
+        """Modulation of every listening layer. Samples with `keep_B` False stay exactly the base DiT's.
+
+        `share` [B, N, E] to [B, n, E] picks the tokens that are modulated here.
+        """
         features = self.uncertainty(self.adapter(coarse_BCthw), generator)
+        features = features if share is None else share(features)
         keep = keep_B[:, None, None]
         if self.branch is not None:
             return {BRANCH: (self.branch.entry(features), keep)}

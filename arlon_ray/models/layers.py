@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arlon_ray.models.sequence import SequenceParallel
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last axis, computed in float32."""
@@ -84,12 +86,23 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BNC: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BNC: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        parallel: SequenceParallel | None = None,
+        tokens: int | None = None,
+    ) -> Tensor:
+        """`parallel`: the N tokens are a share of a sequence, of which only the first `tokens` are attended to."""
         q, k, v = rearrange(self.qkv(x_BNC), "b n (three a d) -> three b a n d", three=3, a=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return self.proj(rearrange(attend(q, k, v), "b a n d -> b n (a d)"))
+        if parallel is None:
+            return self.proj(rearrange(attend(q, k, v), "b a n d -> b n (a d)"))
+        q, k, v = (parallel.to_heads(part) for part in (q, k, v))
+        attended = parallel.to_tokens(attend(q, k[:, :, :tokens], v[:, :, :tokens]))
+        return self.proj(rearrange(attended, "b a n d -> b n (a d)"))
 
 
 class CrossAttention(nn.Module):

@@ -96,6 +96,9 @@ class Engine(Protocol):
 
     rank: int
     world: int
+    #: Which share of a batch this rank has, and of how many: those of a sequence-parallel group have the same.
+    data_rank: int
+    data_world: int
     device: torch.device
     objective: nn.Module
     #: Of "forward", "backward" and "optimizer"; with ZeRO the communication is in the last two.
@@ -195,6 +198,7 @@ class TorchEngine:
     """Plain PyTorch in one process, on any device."""
 
     rank, world = 0, 1
+    data_rank, data_world = 0, 1
 
     def __init__(self, stage: Stage, device: str | torch.device = "cpu") -> None:
         self.training, self.device = stage.training, torch.device(device)

@@ -145,10 +145,10 @@ class _Run:
         """Draw the batch of this step, and take the step."""
         stage, engine = self.stage, self.engine
         begin = time.perf_counter()
-        batch = stage.batch(self.step, engine.rank, engine.world)
+        batch = stage.batch(self.step, engine.data_rank, engine.data_world)
         ready = time.perf_counter()
-        seed_everything(stage.seed, stage.name, self.step, engine.rank)
-        self.generator.manual_seed(derived_seed(stage.seed, stage.name, self.step, engine.rank))
+        seed_everything(stage.seed, stage.name, self.step, engine.data_rank)
+        self.generator.manual_seed(derived_seed(stage.seed, stage.name, self.step, engine.data_rank))
         scale = learning_rate_scale(self.step, stage.training)
         try:
             values = engine.step(batch, self.generator, scale)

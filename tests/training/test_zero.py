@@ -97,6 +97,8 @@ def all_cases(parts: dict[str, Path], folder: Path) -> dict[str, Any]:
         stage = dit_stage(parts, settings)
         engine = DeepSpeedEngine(stage, torch.device("cpu"))
         found[name] = train(stage, engine, folder / f"case-{number}", folder / f"case-out-{number}")
+    stage = dit_stage(parts, SHARED)
+    found["shared"] = train(stage, engine_of(stage, 1), folder / "shared", folder / "shared-out")
     for number in range(len(MOVES)):
         half(number, folder, begin=True)
     found["moves"] = [half(number, folder, begin=False) for number in range(len(MOVES))]
@@ -162,6 +164,19 @@ def test_every_stage_agrees_with_plain_pytorch(case: str, found: dict[str, Any],
     if not coarse:
         for name, value in theirs.weights.items():
             assert torch.allclose(ours.weights[name], value, rtol=0, atol=2e-5), name
+
+
+#: Both workers share the frames of every sample.
+SHARED = {"sequence_parallel": 2, "zero_stage": 1}
+
+
+def test_frames_shared_by_workers_train_the_same(found: dict[str, Any], parts: dict[str, Path], tmp_path: Path) -> None:
+    stage = dit_stage(parts, SHARED)
+    alone = train(stage, TorchEngine(stage), tmp_path / "checkpoints", tmp_path / "out")
+    assert found["shared"].losses == pytest.approx(alone.losses, rel=1e-5)
+    assert found["shared"].norms == pytest.approx(alone.norms, rel=1e-3)
+    for name, value in alone.weights.items():
+        assert torch.allclose(found["shared"].weights[name], value, rtol=0, atol=2e-5), name
 
 
 #: (optimizer, stages of ZeRO that two workers begin and go on with; None: plain PyTorch in one process).
