@@ -26,6 +26,7 @@ from arlon_ray.training.engine import (
     floats,
     mean_values,
     micro_batches,
+    parameter_counts,
     to_device,
 )
 from arlon_ray.training.optimizer import clipped_parameters, muon_update, parameter_groups, set_learning_rates
@@ -62,7 +63,7 @@ class DeepSpeedEngine:
             _share_frames(self.objective, size, self.rank, self.world)
         optimizer = _optimizer(parameter_groups(self.objective, self.training))
         self._clipped = clipped_parameters(self.objective)
-        self.clock = Clock()
+        self.counts, self.clock = parameter_counts(self.objective), Clock()
         _hide_frozen_parts(self.objective)
         self._engine, *_ = deepspeed.initialize(
             model=_Autocast(self.objective, self.training, device),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from arlon_ray.training.checkpoints import PROGRESS_FILE, read_progress
+from arlon_ray.training.checkpoints import PROGRESS_FILE, is_whole, read_progress
 from arlon_ray.training.engine import Engine
 
 #: Seconds for which a storage that fails is tried again before the workers give up.
@@ -67,7 +67,7 @@ class RayCheckpoints:
     def settle(self) -> None:
         """Wait until the latest checkpoint lies whole in the storage, or for `SETTLE_S`."""
         end = time.monotonic() + SETTLE_S
-        while self._on_its_way and not read_progress(self._on_its_way) and time.monotonic() < end:
+        while self._on_its_way and not is_whole(self._on_its_way) and time.monotonic() < end:
             time.sleep(0.1)
 
     def _upload(self, checkpoint: Any, name: str) -> Any:

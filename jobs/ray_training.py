@@ -236,6 +236,7 @@ def train_worker(task: dict[str, Any]) -> None:
             stage, engine, reporter, output=Path(task["output"]), checkpoints=checkpoints, key=task["key"], watch=watch
         )
     except StoppedError as stopped:
+        checkpoints.settle()
         if not engine.rank:
             reporter.stopped(str(stopped))
         return

@@ -16,6 +16,7 @@ from arlon_ray.artifact import Artifact, finished, load_artifact
 from arlon_ray.config import Config, TrainingConfig, config_fingerprint, effective_settings
 from arlon_ray.opensora.importing import DIT_FIELDS
 from arlon_ray.training.engine import Stage
+from arlon_ray.training.loop import Reporter
 from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage
 from arlon_ray.training.stages.dit import DitPaths, DitStage, initial_dit
@@ -69,7 +70,13 @@ class StagePlan:
         return {**effective_settings(**self.sections), "seed": seed, **self.more, **self.parents}
 
 
-def _run(plan: StagePlan, config: Config, output: Path, tracking: Tracking | None) -> StageOutcome:
+def _run(
+    plan: StagePlan,
+    config: Config,
+    output: Path,
+    tracking: Tracking | None,
+    reporters: Sequence[Reporter] | None = None,
+) -> StageOutcome:
     check_workers(plan.name, plan.training, config)
     key = plan.key(config.seed)
     if there := finished(output, plan.kind, key):
@@ -88,6 +95,7 @@ def _run(plan: StagePlan, config: Config, output: Path, tracking: Tracking | Non
         tracking=tracking,
         parents=plan.parents,
         settings=plan.settings(config.seed),
+        reporters=reporters,
     )
     return StageOutcome(artifact, skipped=False)
 
@@ -111,7 +119,14 @@ def run_vae(
 
 
 def run_codec(
-    config: Config, role: Role, dataset: Path, vae: Path, output: Path, tracking: Tracking | None = None
+    config: Config,
+    role: Role,
+    dataset: Path,
+    vae: Path,
+    output: Path,
+    tracking: Tracking | None = None,
+    *,
+    reporters: Sequence[Reporter] | None = None,
 ) -> StageOutcome:
     """Train the fine or the coarse latent VQ-VAE."""
     codec = getattr(config.vqvae, role)
@@ -120,7 +135,7 @@ def run_codec(
     plan = StagePlan(
         f"vqvae_{role}", "codec", build_codec, arguments, codec.training, {f"vqvae.{role}": codec}, parents
     )
-    return _run(plan, config, output, tracking)
+    return _run(plan, config, output, tracking, reporters)
 
 
 def fitting_codec(path: str | Path, role: Role, vae: Path) -> Path:
@@ -139,6 +154,8 @@ def run_ar(
     codec_fine: Path,
     output: Path,
     tracking: Tracking | None = None,
+    *,
+    reporters: Sequence[Reporter] | None = None,
 ) -> StageOutcome:
     """Train the AR on the fine tokens."""
     parents = check_dataset(dataset, vae) | _token_parents(tokens)
@@ -149,7 +166,7 @@ def run_ar(
     paths = ArPaths(codec_fine, vae)
     arguments = {"dataset": dataset, "tokens": tokens, "paths": paths, "parents": parents}
     plan = StagePlan("ar", "ar", build_ar, arguments, config.ar.training, sections, parents)
-    return _run(plan, config, output, tracking)
+    return _run(plan, config, output, tracking, reporters)
 
 
 def run_dit(
@@ -161,6 +178,8 @@ def run_dit(
     codecs: tuple[Path, Path] | None = None,
     tracking: Tracking | None = None,
     ar: Path | None = None,
+    *,
+    reporters: Sequence[Reporter] | None = None,
 ) -> StageOutcome:
     """Train the DiT, guided by tokens; with `dit.injection.enabled=false` the text-only one, which needs no tokens.
 
@@ -185,7 +204,7 @@ def run_dit(
     arguments = {"dataset": dataset, "tokens": tokens if guided else None, "paths": paths, "parents": parents}
     name = "dit" if guided else "dit_base"
     plan = StagePlan(name, "dit", build_dit, arguments, config.dit.training, sections, parents)
-    return _run(plan, config, output, tracking)
+    return _run(plan, config, output, tracking, reporters)
 
 
 def _token_giver(config: Config, ar: Path | None, parents: dict[str, str]) -> Path | None:

@@ -22,6 +22,8 @@ from arlon_ray.config import Config, TrainingConfig
 from arlon_ray.training.loop import StoppedError
 
 RUNS_FILE = "mlflow_runs.json"
+#: Alias of a model's newest version (MLflow keeps "latest" for itself).
+NEWEST = "newest"
 #: MLflow's own limits for one request and one value.
 BATCH_METRICS, BATCH_PARAMS, VALUE_CHARACTERS = 1000, 100, 500
 RETRY_AFTER_S = 60.0
@@ -188,7 +190,23 @@ class TrackedRun:
             client.log_artifact(self.run_id, str(artifact.path / "lineage.json"))
 
         self._do(log)
+        if self.tracking.config.tracking.register_models:
+            self._do(partial(self._register, artifact=artifact))
         self.metrics(self._last_step, {f"artifact/{name}": value for name, value in artifact.lineage.metrics.items()})
+
+    def _register(self, client: Any, artifact: Artifact) -> None:
+        """A version of the stage's model, once for each artefact."""
+        run = client.get_run(self.run_id)
+        name = f"{self.tracking.config.tracking.experiment}-{run.data.tags['stage']}"
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        known = client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
+        if any(version.tags.get("fingerprint") == artifact.fingerprint for version in known):
+            return
+        client.log_artifacts(self.run_id, str(artifact.path), "model")
+        tags = {"fingerprint": artifact.fingerprint, "kind": artifact.lineage.kind}
+        made = client.create_model_version(name, f"{run.info.artifact_uri}/model", self.run_id, tags=tags)
+        client.set_registered_model_alias(name, NEWEST, made.version)
 
     def configuration(self, config: BaseModel, **sections: BaseModel) -> None:
         """All settings, as searchable parameters and as one file."""

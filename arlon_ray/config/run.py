@@ -96,6 +96,9 @@ class TrackingConfig(Section):
 
     uri: str | None = None
     experiment: str = "arlon-ray"
+    register_models: bool = Field(
+        True, description="finished artefacts are uploaded and registered as EXPERIMENT-STAGE, with the alias `newest`"
+    )
 
 
 class GatesConfig(Section):

@@ -8,10 +8,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
+
 from arlon_ray.artifact import whole_folder
+from arlon_ray.training.state import SavedState
 
 PROGRESS_FILE = "progress.json"
 KEPT_CHECKPOINTS = 2
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every worker's file is there and can be opened."""
+    try:
+        SavedState(folder)
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return bool(read_progress(folder))
 
 
 class Checkpoints(Protocol):

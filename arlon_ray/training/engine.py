@@ -101,6 +101,8 @@ class Engine(Protocol):
     data_world: int
     device: torch.device
     objective: nn.Module
+    #: Parameters that train, and frozen ones.
+    counts: tuple[int, int]
     #: Of "forward", "backward" and "optimizer"; with ZeRO the communication is in the last two.
     clock: Clock
 
@@ -142,6 +144,13 @@ def build_objective(stage: Stage) -> nn.Module:
     if stage.training.activation_checkpointing:
         recompute_blocks(objective)
     return objective
+
+
+def parameter_counts(objective: nn.Module) -> tuple[int, int]:
+    """(parameters that train, frozen parameters)."""
+    parameters = list(objective.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return trained, sum(p.numel() for p in parameters) - trained
 
 
 def recompute_blocks(objective: nn.Module) -> int:
@@ -205,7 +214,7 @@ class TorchEngine:
         self.objective = build_objective(stage).to(self.device)
         self.optimizers = build_optimizers(parameter_groups(self.objective, self.training))
         self._clipped = clipped_parameters(self.objective)
-        self.clock = Clock()
+        self.counts, self.clock = parameter_counts(self.objective), Clock()
 
     def step(self, batch: dict[str, Any], generator: torch.Generator, learning_rate_scale: float) -> dict[str, float]:
         """See Engine."""

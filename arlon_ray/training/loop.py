@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from arlon_ray.artifact import Artifact, write_json
 from arlon_ray.precision import NOTE, falls_back
@@ -209,7 +208,9 @@ def run_stage(
     when `watch` asks for it.
     """
     run, training = _Run(stage, engine, reporter, checkpoints, key), stage.training
-    run.report_line(f"{stage.name}: {_parameter_counts(engine.objective)}")
+    trained, frozen = engine.counts
+    more = f", {frozen:,} are frozen" if frozen else ""
+    run.report_line(f"{stage.name}: {trained:,} parameters train{more}")
     if falls_back(training.precision, engine.device):
         run.report_line(f"note: {NOTE}")
     run.resume()
@@ -232,12 +233,6 @@ def run_stage(
                 "the same command goes on from there"
             )
     return _finish(run, output, latest) if engine.rank == 0 else StageResult(run.step)
-
-
-def _parameter_counts(objective: nn.Module) -> str:
-    """How many parameters train, and how many are frozen."""
-    counts = [sum(p.numel() for p in objective.parameters() if p.requires_grad is trained) for trained in (True, False)]
-    return f"{counts[0]:,} parameters train" + (f", {counts[1]:,} are frozen" if counts[1] else "")
 
 
 def _finish(run: _Run, output: Path, latest: Mapping[str, float]) -> StageResult:

@@ -107,6 +107,9 @@ def test_a_killed_worker_changes_nothing_and_all_of_it_is_tracked(config, ray_he
     assert {"time/forward_s", "time/backward_s", "time/optimizer_s", "data_wait"} <= run.data.metrics.keys()
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 36
     assert [file.path for file in client.list_artifacts(run.info.run_id, "pictures")] == ["pictures/square-000012.png"]
+    newest = client.get_model_version_by_alias("arlon-ray-regression", "newest")
+    assert (newest.run_id, newest.tags["fingerprint"]) == (run.info.run_id, artifact.fingerprint)
+    assert load_artifact(client.download_artifacts(run.info.run_id, "model"), "regression").tensors().keys()
 
 
 @pytest.mark.ray

@@ -1,7 +1,17 @@
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
+import torch
 
+from arlon_ray.artifact import load_artifact, save_artifact
 from arlon_ray.config import TrainingConfig, load_config
+from jobs import tracking
 from jobs.tracking import Tracking, tracking_uri
 
 TRAINING = TrainingConfig(steps=4)
@@ -65,3 +75,63 @@ def test_where_it_is_kept(config, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
     assert tracking_uri(config, tmp_path) == "http://server"
     assert tracking_uri(load_config("tiny", ["tracking.uri=http://named"]), tmp_path) == "http://named"
+
+
+@contextmanager
+def mlflow_server(folder, port):
+    """A real server, SQLite and files in `folder`."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
+    with (folder / "log").open("a") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_lost_gets_all_figures_when_it_is_back(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracking, "RETRY_AFTER_S", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri, announced = f"http://127.0.0.1:{port}", []
+    config = load_config("tiny", [f"tracking.uri={uri}"])
+    artifact = save_artifact(
+        tmp_path / "s", kind="ar", config={}, tensors={"w": torch.ones(3)}, metrics={"loss": 0.5}, key="k"
+    )
+    with mlflow_server(tmp_path, port):
+        stage = Tracking(config, tmp_path, announced.append).stage(
+            "s", key="k", training=TRAINING, parents={"data": "d" * 64}
+        )
+        run = stage.__enter__()
+        run.metrics(1, {"loss": 1.0, "step_s": 0.1})
+    for step in (2, 3):
+        run.metrics(step, {"loss": 1.0 / step, "step_s": 0.1})
+    assert len(announced) == 1
+    with mlflow_server(tmp_path, port):
+        time.sleep(1)
+        run.metrics(4, {"loss": 0.25, "step_s": 0.1})
+        run.artifact(artifact)
+        run.artifact(artifact)
+        stage.__exit__(None, None, None)
+        client = MlflowClient(uri)
+        (found,) = client.search_runs([client.get_experiment_by_name("arlon-ray").experiment_id])
+        assert found.info.status == "FINISHED" and found.data.metrics["artifact/loss"] == 0.5
+        assert [metric.step for metric in client.get_metric_history(found.info.run_id, "loss")] == [1, 2, 3, 4]
+        assert found.inputs.dataset_inputs[0].dataset.digest == "d" * 36
+        newest = client.get_model_version_by_alias("arlon-ray-s", "newest")
+        assert (newest.version, newest.run_id) == ("1", found.info.run_id)
+        copy = client.download_artifacts(found.info.run_id, "model", str(tmp_path))
+        assert load_artifact(copy, "ar").fingerprint == artifact.fingerprint
