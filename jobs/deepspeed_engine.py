@@ -29,12 +29,10 @@ from arlon_ray.training.engine import (
     parameter_counts,
     to_device,
 )
+from arlon_ray.training.memory import BUCKET_ELEMENTS
 from arlon_ray.training.optimizer import clipped_parameters, muon_update, parameter_groups, set_learning_rates
 from arlon_ray.training.state import Piece, SavedState, buffers, frozen_parts, write_state
 from jobs.zero_partition import partition_of
-
-#: Elements of one reduction: DeepSpeed's own default reserves 2 GB in every worker.
-BUCKET_ELEMENTS = 20_000_000
 
 
 class _Autocast(nn.Module):

@@ -7,6 +7,7 @@ With `--set dit.injection.enabled=false` it is the text-only baseline, which nee
 from __future__ import annotations
 
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
+from jobs.memory_plan import add_dry_run, planning, print_plan
 from jobs.stage_runs import report, run_dit
 from jobs.tracking import Tracking
 
@@ -14,14 +15,18 @@ from jobs.tracking import Tracking
 def main() -> None:
     """Command line."""
     flags = parser("Train the diffusion transformer.", output="runs/dit")
-    flags.add_argument("--dataset", required=True, metavar="DIR", help="latents, by jobs/preprocess.py")
+    flags.add_argument("--dataset", required=not planning(), metavar="DIR", help="latents, by jobs/preprocess.py")
     flags.add_argument("--tokens", metavar="DIR", help="tokens, by jobs/extract_tokens.py (default: DATASET/tokens)")
     flags.add_argument("--codec-fine", metavar="DIR", help="the codec that made the fine tokens")
     flags.add_argument("--codec-coarse", metavar="DIR", help="the codec that made the coarse tokens")
     flags.add_argument("--ar", metavar="DIR", help="the AR whose tokens dit.ar_token_probability asks for")
     flags.add_argument("--vae", metavar="DIR", help="VAE artefact (default: vae.init)")
+    add_dry_run(flags)
     arguments = flags.parse_args()
     config = read_config(arguments)
+    if arguments.dry_run:
+        print_plan(config, "dit", arguments.memory_gib)
+        return
     dataset = existing(arguments.dataset, "--dataset")
     vae = vae_folder(arguments.vae, config)
     tokens = codecs = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jobs.command_line import InputError, collection, output_folder, parser, read_config, run
+from jobs.memory_plan import add_dry_run, planning, print_plan
 from jobs.stage_runs import report, run_vae
 from jobs.tracking import Tracking
 
@@ -26,9 +27,15 @@ def weighted_folder(text: str) -> tuple[str, float]:
 def main() -> None:
     """Command line."""
     flags = parser("Train the small video VAE.", output="runs/vae")
-    flags.add_argument("--input", action="append", required=True, metavar="INPUT[=WEIGHT]", help="videos; repeatable")
+    flags.add_argument(
+        "--input", action="append", required=not planning(), metavar="INPUT[=WEIGHT]", help="videos; repeatable"
+    )
+    add_dry_run(flags)
     arguments = flags.parse_args()
     config = read_config(arguments)
+    if arguments.dry_run:
+        print_plan(config, "vae", arguments.memory_gib)
+        return
     inputs = [weighted_folder(text) for text in arguments.input]
     output = output_folder(arguments)
     outcome = run_vae(config, inputs, output / "vae", Tracking(config, output))

@@ -1,0 +1,234 @@
+"""How much memory a worker needs to train a stage, found without any of it: shapes go through the model, not numbers.
+
+Forward and backward run on fake tensors while torch's own tracker follows what is alive; what ZeRO splits is reckoned
+from the numbers of parameters. Bytes of float32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+
+from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, CodecConfig, Config, TrainingConfig
+from arlon_ray.models.ar import ArTransformer
+from arlon_ray.models.codec import LatentCodec
+from arlon_ray.models.dit import STDiT3
+from arlon_ray.models.vae import FoldedVAE
+from arlon_ray.training.engine import parameter_counts, recompute_blocks
+from arlon_ray.training.optimizer import parameter_groups
+
+FLOAT = 4
+#: Elements of one of DeepSpeed's reductions: its own default reserves 2 GB in every worker.
+BUCKET_ELEMENTS = 20_000_000
+PLANNED = ("vae", "vqvae_fine", "vqvae_coarse", "ar", "dit")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one worker, beside those of the process itself; `offloaded` lies in main memory."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    communication: int
+    offloaded: int
+
+    @property
+    def total(self) -> int:
+        """On the device at the peak."""
+        return sum(asdict(self).values()) - self.offloaded
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The model of a stage, the loss of one micro-batch, and frozen parts beside it (parameters)."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    frozen: int = 0
+
+
+def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
+    """The plan of a worker for `stage` (one of `PLANNED`), by its training settings.
+
+    Captions are taken to be as long as they may be. Raises ValueError for another stage.
+    """
+    training = training_of(config, stage)
+    shared = training.sequence_parallel
+    batch = max(1, training.batch_size * shared // workers // training.accumulation)
+    with FakeTensorMode():
+        probe = _PROBES[stage](config, batch)
+        if config.dit.train_only == "injection" and stage == "dit":
+            _train_injection_only(probe.model)
+        counts = parameter_counts(probe.model)
+        muon = sum(
+            parameter.numel()
+            for group in parameter_groups(probe.model, training)
+            if group["use_muon"]
+            for parameter in group["params"]
+        )
+        largest = max((sum(p.numel() for p in block.parameters()) for block in _blocks(probe.model)), default=0)
+        activations = _activations(probe, training)
+    return _plan(training, workers, counts, probe.frozen, muon, largest, activations)
+
+
+def training_of(config: Config, stage: str) -> TrainingConfig:
+    """The settings of the stage's training. Raises ValueError for a stage that there is not."""
+    if stage not in PLANNED:
+        raise ValueError(f"stage {stage}: expected one of {', '.join(PLANNED)}")
+    section = (
+        getattr(config.vqvae, stage.removeprefix("vqvae_")) if stage.startswith("vqvae") else getattr(config, stage)
+    )
+    return section.training
+
+
+def _plan(
+    training: TrainingConfig,
+    workers: int,
+    counts: tuple[int, int],
+    frozen: int,
+    muon: int,
+    largest: int,
+    activations: int,
+) -> MemoryPlan:
+    """`counts`: parameters that train, and frozen ones; `largest`: those of the largest block."""
+    trained, zero = counts[0], training.zero_stage
+    share = -(-trained // workers)
+    kept = 2 * (trained - muon) + muon
+    # DeepSpeed's optimizers of ZeRO step copies of the parameters
+    states = (kept if not zero else -(-kept // workers) + share) * FLOAT
+    split = {0: (trained, trained), 1: (trained, trained + share), 2: (trained, share), 3: (share + 2 * largest, share)}
+    parameters, gradients = split[zero]
+    return MemoryPlan(
+        parameters=(parameters + counts[1] + frozen) * FLOAT,
+        gradients=gradients * FLOAT,
+        optimizer=0 if training.offload_optimizer else states,
+        average=(share if zero else trained) * FLOAT if training.ema_decay else 0,
+        activations=activations,
+        communication=BUCKET_ELEMENTS * FLOAT if zero and workers > 1 else 0,
+        offloaded=states if training.offload_optimizer else 0,
+    )
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [
+        block
+        for module in model.modules()
+        for name in getattr(module, "block_lists", ())
+        for block in getattr(module, name)
+    ]
+
+
+def _train_injection_only(dit: nn.Module) -> None:
+    dit.requires_grad_(False)
+    dit.injection.requires_grad_(True)  # type: ignore[union-attr, operator]
+
+
+def _activations(probe: _Probe, training: TrainingConfig) -> int:
+    """What is alive at the peak of forward and backward beside parameters and gradients."""
+    for parameter in probe.model.parameters():
+        parameter.requires_grad_(True)  # the tracker asks for it
+    if training.activation_checkpointing:
+        recompute_blocks(probe.model)
+    tracker: Any = MemTracker()
+    tracker.track_external(probe.model)
+    arithmetic = torch.autocast("cpu", torch.bfloat16) if training.precision == "bf16" else nullcontext()
+    with tracker:
+        with arithmetic:
+            loss = probe.loss()
+        loss.backward()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    apart = ("PARAM", "GRAD", "Total")
+    return sum(its for kind, its in peak.items() if str(kind).rpartition(".")[2] not in apart)
+
+
+def _vae(config: Config, batch: int) -> _Probe:
+    vae = FoldedVAE(config.vae).train()
+
+    def loss() -> Tensor:
+        video = torch.empty(batch, 3, GROUP_FRAMES, config.video.height, config.video.width)
+        posterior = vae.posterior(video)
+        return (vae.reconstruct(posterior.mean) - video).square().mean()
+
+    return _Probe(vae, loss)
+
+
+def _codec(role: str) -> Callable[[Config, int], _Probe]:
+    def probe(config: Config, batch: int) -> _Probe:
+        codec = LatentCodec(getattr(config.vqvae, role), config.vae.latent_channels).train()
+
+        def loss() -> Tensor:
+            latents = torch.empty(batch, config.vae.latent_channels, _frames(config), *config.latent_grid)
+            features = codec.features(latents)
+            rebuilt = codec.rebuild(features, batch, config.latent_grid)
+            return F.mse_loss(rebuilt, latents)
+
+        return _Probe(codec, loss)
+
+    return probe
+
+
+def _frames(config: Config) -> int:
+    """Latent frames of the longest clips."""
+    return max(config.data.bucket_groups) * GROUP_LATENTS
+
+
+def _text(config: Config, batch: int) -> tuple[Tensor, Tensor]:
+    length = config.text.max_tokens
+    return torch.empty(batch, length, config.text.dim), torch.ones(batch, length, dtype=torch.bool)
+
+
+def _tokens(config: Config, codec: CodecConfig, groups: int) -> tuple[int, int, int]:
+    """Grid of the tokens of so many groups."""
+    sizes = (groups * GROUP_LATENTS, *config.latent_grid)
+    t, h, w = (-(-size // patch) for size, patch in zip(sizes, codec.patch, strict=True))
+    return t, h, w
+
+
+def _ar(config: Config, batch: int) -> _Probe:
+    codec, text = config.vqvae.fine, config.text
+    model = ArTransformer(config.ar, codebook_size=codec.codebook_size, text_dim=text.dim, max_text=text.max_tokens)
+    longest = max(
+        config.segment.groups, config.ar.context_groups + config.segment.groups - config.segment.overlap_groups
+    )
+    groups = min(longest, max(config.data.bucket_groups))
+
+    def loss() -> Tensor:
+        tokens = torch.zeros(batch, *_tokens(config, codec, groups), dtype=torch.int64)
+        logits = model(*_text(config, batch), tokens).float().flatten(0, 3)
+        return F.cross_entropy(logits, tokens.flatten())
+
+    return _Probe(model.train(), loss)
+
+
+def _dit(config: Config, batch: int) -> _Probe:
+    dit, guided = STDiT3(config.dit).train(), config.dit.injection.enabled
+    frames = -(-min(config.segment.groups * GROUP_LATENTS, _frames(config)) // config.dit.training.sequence_parallel)
+    codecs = (config.vqvae.fine, config.vqvae.coarse) if guided else ()
+    frozen = sum(parameter_counts(LatentCodec(codec, config.vae.latent_channels))[0] for codec in codecs)
+
+    def loss() -> Tensor:
+        x = torch.empty(batch, config.dit.in_channels, frames, *config.latent_grid)
+        text, mask = _text(config, batch)
+        size = (config.video.height, config.video.width)
+        guide = torch.empty_like(x) if guided else None
+        condition = dit.condition((frames, *config.latent_grid), text, mask, torch.empty(batch), size, guide)
+        noisy = torch.ones(batch, frames, dtype=torch.bool)
+        return (dit.velocity(dit(x, torch.empty(batch), condition, noisy)) - x).square().mean()
+
+    return _Probe(dit, loss, frozen)
+
+
+_PROBES: dict[str, Callable[[Config, int], _Probe]] = {
+    "vae": _vae, "vqvae_fine": _codec("fine"), "vqvae_coarse": _codec("coarse"), "ar": _ar, "dit": _dit,
+}  # fmt: skip
