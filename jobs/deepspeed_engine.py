@@ -15,7 +15,6 @@ from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from torch import nn
 
 from arlon_ray.config import TrainingConfig
-from arlon_ray.models.sequence import SequenceParallel
 from arlon_ray.training.engine import (
     Clock,
     Losses,
@@ -31,6 +30,7 @@ from arlon_ray.training.engine import (
 )
 from arlon_ray.training.memory import BUCKET_ELEMENTS
 from arlon_ray.training.optimizer import clipped_parameters, muon_update, parameter_groups, set_learning_rates
+from arlon_ray.training.sequence import SequenceParallel
 from arlon_ray.training.state import Piece, SavedState, buffers, frozen_parts, write_state
 from jobs.zero_partition import partition_of
 

@@ -20,13 +20,13 @@ from arlon_ray.config import DitConfig
 from arlon_ray.models.injection import BRANCH, ControlBranch, Modulation, SemanticInjection, listening_layers
 from arlon_ray.models.layers import (
     CrossAttention,
+    FrameSharing,
     Mlp,
     RotaryEmbedding,
     ScalarEmbedder,
     SelfAttention,
     position_table,
 )
-from arlon_ray.models.sequence import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class STDiT3Block(nn.Module):
         text: tuple[Tensor, Tensor],
         text_mask_BL: Tensor | None,
         rotary: tuple[Tensor, Tensor],
-        parallel: SequenceParallel | None = None,
+        parallel: FrameSharing | None = None,
         frames: int | None = None,
     ) -> Tensor:
         """[B, T, S, D] to [B, T, S, D]; `time` [B, T or 1, 6, D] is added to the block's own table.
@@ -140,7 +140,7 @@ class STDiT3(nn.Module):
         super().__init__()
         self.config = config
         #: Set by an engine whose ranks share the frames of a sample.
-        self.parallel: SequenceParallel | None = None
+        self.parallel: FrameSharing | None = None
         dim = config.hidden_size
         self.out_channels = config.in_channels * (2 if config.pred_sigma else 1)
         self.rope = RotaryEmbedding(dim // config.num_heads)

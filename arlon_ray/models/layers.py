@@ -6,13 +6,12 @@ Legend: B batch, N tokens, L text tokens, C channels, A heads, D channels of a h
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from arlon_ray.models.sequence import SequenceParallel
 
 
 class RMSNorm(nn.Module):
@@ -75,6 +74,22 @@ def attend(q_BAND: Tensor, k_BALD: Tensor, v_BALD: Tensor, mask: Tensor | None =
     return scores.softmax(-1, dtype=torch.float32).to(v_BALD.dtype) @ v_BALD
 
 
+class FrameSharing(Protocol):
+    """How ranks that share the frames of a sample exchange them (`arlon_ray.training.sequence`)."""
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's equal share along `dim`, which is filled up with zeros where it cannot be divided."""
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """All shares, without what filled them up: `length` along `dim`."""
+
+    def to_heads(self, x_BAND: Tensor) -> Tensor:
+        """[B, A, N, D] of this rank's tokens to [B, A/ranks, N·ranks, D]: all tokens for some heads."""
+
+    def to_tokens(self, x_BAND: Tensor) -> Tensor:
+        """What `to_heads` did, undone."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with RMS-normed queries and keys (before the rotary positions)."""
 
@@ -90,7 +105,7 @@ class SelfAttention(nn.Module):
         self,
         x_BNC: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
-        parallel: SequenceParallel | None = None,
+        parallel: FrameSharing | None = None,
         tokens: int | None = None,
     ) -> Tensor:
         """`parallel`: the N tokens are a share of a sequence, of which only the first `tokens` are attended to."""

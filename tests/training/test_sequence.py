@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from arlon_ray.config import ConfigError, load_config
 from arlon_ray.models.dit import STDiT3
-from arlon_ray.models.sequence import SequenceParallel
+from arlon_ray.training.sequence import SequenceParallel
 from tests.bundles import small_config
 from tests.training.workers import run_workers
 
