@@ -11,6 +11,7 @@ figures that the driver sees, over the steps between them; that Ray starts is no
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -144,6 +145,8 @@ def main() -> None:
     config = override(read_config(options), [*more, f"dit.training.checkpoint_every={max(2, options.steps // 2)}"])
     assert threads_per_worker(config) == cores
     vae = vae_folder(options.vae, config)
+    # Ray has its workers give way to others, the bare loop does not: on a busy machine that would be measured
+    os.environ.setdefault("RAY_worker_niceness", "0")
     bare: list[float] = []
     ray: list[dict[str, Any]] = []
     with connect(config):

@@ -28,6 +28,8 @@ from arlon_ray.training.optimizer import parameter_groups
 FLOAT = 4
 #: Elements of one of DeepSpeed's reductions: its own default reserves 2 GB in every worker.
 BUCKET_ELEMENTS = 20_000_000
+#: Layers of the two models that a deeper one is reckoned from.
+SHALLOW = (4, 8)
 PLANNED = ("vae", "vqvae_fine", "vqvae_coarse", "ar", "dit")
 
 
@@ -50,10 +52,11 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class _Probe:
-    """The model of a stage, the loss of one micro-batch, and frozen parts beside it (parameters)."""
+class Probe:
+    """The model of a stage, its training, the loss of one micro-batch, and frozen parts beside it (parameters)."""
 
     model: nn.Module
+    training: TrainingConfig
     loss: Callable[[], Tensor]
     frozen: int = 0
 
@@ -67,7 +70,7 @@ def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
     shared = training.sequence_parallel
     batch = max(1, training.batch_size * shared // workers // training.accumulation)
     with FakeTensorMode():
-        probe = _PROBES[stage](config, batch)
+        probe = probe_of(config, stage, batch)
         if config.dit.train_only == "injection" and stage == "dit":
             _train_injection_only(probe.model)
         counts = parameter_counts(probe.model)
@@ -78,8 +81,13 @@ def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
             for parameter in group["params"]
         )
         largest = max((sum(p.numel() for p in block.parameters()) for block in _blocks(probe.model)), default=0)
-        activations = _activations(probe, training)
+    activations = _activations(config, stage, batch)
     return _plan(training, workers, counts, probe.frozen, muon, largest, activations)
+
+
+def probe_of(config: Config, stage: str, batch: int) -> Probe:
+    """The model of a stage with inputs of zeros, or of nothing in particular: for memory and time, not for training."""
+    return _PROBES[stage](config, batch)
 
 
 def training_of(config: Config, stage: str) -> TrainingConfig:
@@ -134,25 +142,45 @@ def _train_injection_only(dit: nn.Module) -> None:
     dit.injection.requires_grad_(True)  # type: ignore[union-attr, operator]
 
 
-def _activations(probe: _Probe, training: TrainingConfig) -> int:
-    """What is alive at the peak of forward and backward beside parameters and gradients."""
-    for parameter in probe.model.parameters():
-        parameter.requires_grad_(True)  # the tracker asks for it
-    if training.activation_checkpointing:
-        recompute_blocks(probe.model)
-    tracker: Any = MemTracker()
-    tracker.track_external(probe.model)
-    arithmetic = torch.autocast("cpu", torch.bfloat16) if training.precision == "bf16" else nullcontext()
-    with tracker:
-        with arithmetic:
-            loss = probe.loss()
-        loss.backward()
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
+def _activations(config: Config, stage: str, batch: int) -> int:
+    """What is alive at the peak of forward and backward beside parameters and gradients.
+
+    Of a deep model it is reckoned from two shallow ones: layers are alike, and following all takes minutes.
+    """
+    name = {"dit": "depth", "ar": "layers"}.get(stage)
+    depth = getattr(getattr(config, stage), name) if name else 0
+    if name is None or depth <= SHALLOW[1]:
+        return _followed(config, stage, batch)
+    part = getattr(config, stage)
+    less, more = (
+        _followed(config.model_copy(update={stage: part.model_copy(update={name: layers})}), stage, batch)
+        for layers in SHALLOW
+    )
+    return more + (depth - SHALLOW[1]) * (more - less) // (SHALLOW[1] - SHALLOW[0])
+
+
+def _followed(config: Config, stage: str, batch: int) -> int:
+    """The peak of one forward and backward, followed tensor by tensor."""
+    training = training_of(config, stage)
+    with FakeTensorMode():
+        probe = probe_of(config, stage, batch)
+        for parameter in probe.model.parameters():
+            parameter.requires_grad_(True)  # the tracker asks for it
+        if training.activation_checkpointing:
+            recompute_blocks(probe.model)
+        tracker: Any = MemTracker()
+        tracker.track_external(probe.model)
+        arithmetic = torch.autocast("cpu", torch.bfloat16) if training.precision == "bf16" else nullcontext()
+        with tracker:
+            with arithmetic:
+                loss = probe.loss()
+            loss.backward()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
     apart = ("PARAM", "GRAD", "Total")
     return sum(its for kind, its in peak.items() if str(kind).rpartition(".")[2] not in apart)
 
 
-def _vae(config: Config, batch: int) -> _Probe:
+def _vae(config: Config, batch: int) -> Probe:
     vae = FoldedVAE(config.vae).train()
 
     def loss() -> Tensor:
@@ -160,11 +188,11 @@ def _vae(config: Config, batch: int) -> _Probe:
         posterior = vae.posterior(video)
         return (vae.reconstruct(posterior.mean) - video).square().mean()
 
-    return _Probe(vae, loss)
+    return Probe(vae, config.vae.training, loss)
 
 
-def _codec(role: str) -> Callable[[Config, int], _Probe]:
-    def probe(config: Config, batch: int) -> _Probe:
+def _codec(role: str) -> Callable[[Config, int], Probe]:
+    def probe(config: Config, batch: int) -> Probe:
         codec = LatentCodec(getattr(config.vqvae, role), config.vae.latent_channels).train()
 
         def loss() -> Tensor:
@@ -173,7 +201,7 @@ def _codec(role: str) -> Callable[[Config, int], _Probe]:
             rebuilt = codec.rebuild(features, batch, config.latent_grid)
             return F.mse_loss(rebuilt, latents)
 
-        return _Probe(codec, loss)
+        return Probe(codec, getattr(config.vqvae, role).training, loss)
 
     return probe
 
@@ -195,7 +223,7 @@ def _tokens(config: Config, codec: CodecConfig, groups: int) -> tuple[int, int, 
     return t, h, w
 
 
-def _ar(config: Config, batch: int) -> _Probe:
+def _ar(config: Config, batch: int) -> Probe:
     codec, text = config.vqvae.fine, config.text
     model = ArTransformer(config.ar, codebook_size=codec.codebook_size, text_dim=text.dim, max_text=text.max_tokens)
     longest = max(
@@ -208,10 +236,10 @@ def _ar(config: Config, batch: int) -> _Probe:
         logits = model(*_text(config, batch), tokens).float().flatten(0, 3)
         return F.cross_entropy(logits, tokens.flatten())
 
-    return _Probe(model.train(), loss)
+    return Probe(model.train(), config.ar.training, loss)
 
 
-def _dit(config: Config, batch: int) -> _Probe:
+def _dit(config: Config, batch: int) -> Probe:
     dit, guided = STDiT3(config.dit).train(), config.dit.injection.enabled
     frames = -(-min(config.segment.groups * GROUP_LATENTS, _frames(config)) // config.dit.training.sequence_parallel)
     codecs = (config.vqvae.fine, config.vqvae.coarse) if guided else ()
@@ -226,9 +254,9 @@ def _dit(config: Config, batch: int) -> _Probe:
         noisy = torch.ones(batch, frames, dtype=torch.bool)
         return (dit.velocity(dit(x, torch.empty(batch), condition, noisy)) - x).square().mean()
 
-    return _Probe(dit, loss, frozen)
+    return Probe(dit, config.dit.training, loss, frozen)
 
 
-_PROBES: dict[str, Callable[[Config, int], _Probe]] = {
+_PROBES: dict[str, Callable[[Config, int], Probe]] = {
     "vae": _vae, "vqvae_fine": _codec("fine"), "vqvae_coarse": _codec("coarse"), "ar": _ar, "dit": _dit,
 }  # fmt: skip
