@@ -16,18 +16,18 @@ from arlon_ray.training.engine import Engine
 #: Seconds for which a storage that fails is tried again before the workers give up.
 STORAGE_PATIENCE_S = 300.0
 RETRY_S = 2.0
-#: Seconds that a training which broke waits for a checkpoint that is still on its way.
+#: Seconds for which a checkpoint that is on its way is waited for.
 SETTLE_S = 60.0
 
 
 class RayCheckpoints:
     """Checkpoints through Ray Train: every rank's files are put together, and the newest two are kept.
 
-    They are copied to the storage while the training goes on; only the last one is waited for.
+    They are copied to the storage while the training goes on, but for those that are waited for.
     """
 
-    def __init__(self, folder: Path, key: str, last_step: int) -> None:
-        self.folder, self.key, self.last_step = folder, key, last_step
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
         self._on_its_way: Path | None = None
 
     def newest_first(self) -> Iterator[Path]:
@@ -41,11 +41,11 @@ class RayCheckpoints:
         older = sorted((path for path in self.folder.glob("step-*") if path.name < newest.name), reverse=True)
         yield from (path for path in (newest, *older) if read_progress(path).get("key") == self.key)
 
-    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float], *, wait: bool) -> Path:
         """See Checkpoints. Ray takes a checkpoint in when all ranks' files are there."""
         import ray.train
 
-        name, last = f"step-{step:08d}", step == self.last_step
+        name = f"step-{step:08d}"
         partial = Path(tempfile.mkdtemp(prefix="arlon-checkpoint-"))
         try:
             fill(partial)
@@ -57,15 +57,17 @@ class RayCheckpoints:
             {"step": step, **values},
             checkpoint=ray.train.Checkpoint.from_directory(str(partial)),
             checkpoint_dir_name=name,
-            checkpoint_upload_mode=mode.SYNC if last else mode.ASYNC,
+            checkpoint_upload_mode=mode.SYNC if wait else mode.ASYNC,
             checkpoint_upload_fn=self._upload,
             delete_local_checkpoint_after_upload=True,
         )
         self._on_its_way = self.folder / name
+        if wait:
+            self.settle()
         return self._on_its_way
 
     def settle(self) -> None:
-        """Wait until the latest checkpoint lies whole in the storage, or for `SETTLE_S`."""
+        """Wait until all ranks' files of the latest checkpoint lie in the storage, or for `SETTLE_S`."""
         end = time.monotonic() + SETTLE_S
         while self._on_its_way and not is_whole(self._on_its_way) and time.monotonic() < end:
             time.sleep(0.1)

@@ -22,6 +22,7 @@ from data_pipeline.manifest import differences
 from jobs.command_line import InputError
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
+from jobs.ray_metrics import RayMetrics
 from jobs.ray_session import connect, threads_per_worker, worker_environment
 from jobs.tracking import Tracking
 
@@ -84,7 +85,7 @@ def train_stage(
     run = tracking.stage(name, key=key, training=training, parents=parents or {}) if tracking else nullcontext()
     with run as tracked, connect(config):
         console = [ConsoleReporter(name, training.steps)] if reporters is None else list(reporters)
-        reader = JournalReader(folder, [*console, *([tracked] if tracked else [])])
+        reader = JournalReader(folder, [*console, *([tracked] if tracked else []), RayMetrics(name)])
         task = {
             "stage_factory": stage_factory,
             "arguments": dict(arguments),
@@ -229,7 +230,7 @@ def train_worker(task: dict[str, Any]) -> None:
         raise TrainingError(known)
     stage: Stage = task["stage_factory"](**task["arguments"])
     engine = DeepSpeedEngine(stage, ray.train.torch.get_device())
-    checkpoints = RayCheckpoints(folder, task["key"], stage.training.steps)
+    checkpoints = RayCheckpoints(folder, task["key"])
     watch = RayWatch(stop_file(folder, task["attempt"]), engine, stage.training.log_every)
     try:
         result = run_stage(

@@ -56,7 +56,7 @@ def _validated(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
 #: Settings that change no result: bookkeeping, how the work and its memory are split, and where a start artefact lies
 #: (its fingerprint is a parent).
 WITHOUT_EFFECT = (
-    "log_every", "checkpoint_every", "init", "group_batch", "frame_batch",
+    "log_every", "checkpoint_every", "evaluate_every", "init", "group_batch", "frame_batch",
     "accumulation", "activation_checkpointing", "sequence_parallel", "zero_stage", "offload_optimizer", "deepspeed",
 )  # fmt: skip
 

@@ -38,6 +38,9 @@ class TrainingConfig(Section):
     deepspeed: dict[str, Any] = Field({}, description="merged into DeepSpeed's own configuration")
     log_every: int = Field(20, ge=1, description="steps")
     checkpoint_every: int = Field(200, ge=1, description="steps")
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between evaluations on held-out samples, with pictures; 0: at the end alone"
+    )
     data_share: float = Field(1.0, gt=0, le=1, description="share of the clips that are trained on")
     held_out: int = Field(64, ge=0, description="samples kept out of training and used for the evaluation")
 

@@ -32,8 +32,11 @@ class Checkpoints(Protocol):
     def newest_first(self) -> Iterable[Path]:
         """Folders of whole checkpoints of this run, the newest first."""
 
-    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
-        """Keep what `fill` writes into the empty folder that it is given; returns where it lies."""
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float], *, wait: bool) -> Path:
+        """Keep what `fill` writes into the empty folder that it is given; returns where it lies.
+
+        With `wait` it lies there when this returns; else it may still be on its way.
+        """
 
 
 class FolderCheckpoints:
@@ -46,7 +49,7 @@ class FolderCheckpoints:
         """See Checkpoints. Those of another key (other settings or parents) do not count."""
         return [path for path in self._all() if read_progress(path).get("key") == self.key]
 
-    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float], *, wait: bool = True) -> Path:
         """See Checkpoints."""
         target = self.folder / f"step-{step:08d}"
         with whole_folder(target) as partial:

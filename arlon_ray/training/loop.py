@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from arlon_ray.artifact import Artifact, write_json
 from arlon_ray.precision import NOTE, falls_back
@@ -124,8 +125,8 @@ class _Run:
             saved.fill(self.average.pieces)
         self.step, self.saved_step, self.window, self.folder = step, step, window, folder
 
-    def save(self, values: Mapping[str, float]) -> None:
-        """Write a checkpoint of this step; `values` are the latest figures."""
+    def save(self, values: Mapping[str, float], *, wait: bool) -> None:
+        """Write a checkpoint of this step; `values` are the latest figures. `wait`: until it lies where it is kept."""
         # Every rank goes on from the ranks' mean, so that figures of a resumed run equal those of an unbroken one.
         window = Window(self.window.steps, self.engine.average(self.window.sums)) if self.window.steps else Window()
 
@@ -135,7 +136,7 @@ class _Run:
                 progress = {"step": self.step, "key": self.key, "world": self.engine.world, "window": window.__dict__}
                 write_json(folder / PROGRESS_FILE, progress)
 
-        self.folder = self.checkpoints.write(self.step, fill, values)
+        self.folder = self.checkpoints.write(self.step, fill, values, wait=wait)
         self.saved_step = self.step
         if self.engine.rank == 0:
             self.reporter.checkpoint(self.step, self.folder)
@@ -225,8 +226,11 @@ def run_stage(
         if last or run.step == 1 or run.step % training.log_every == 0:
             latest = run.log()
         wish = "none" if watch is None or last else watch.wish(run.step)
-        if last or wish != "none" or run.step % training.checkpoint_every == 0:
-            run.save(latest)
+        look = training.evaluate_every > 0 and run.step % training.evaluate_every == 0 and not last
+        if last or look or wish != "none" or run.step % training.checkpoint_every == 0:
+            run.save(latest, wait=last or look or wish == "stop")
+        if look and engine.rank == 0:
+            _evaluate(run)
         if wish == "stop":
             raise StoppedError(
                 f"{stage.name}: stopped after step {run.step} of {training.steps}, whose checkpoint is kept; "
@@ -235,25 +239,31 @@ def run_stage(
     return _finish(run, output, latest) if engine.rank == 0 else StageResult(run.step)
 
 
-def _finish(run: _Run, output: Path, latest: Mapping[str, float]) -> StageResult:
-    """Evaluate and export the last checkpoint, with the averaged weights where there are any.
+def _evaluate(run: _Run) -> tuple[nn.Module, Evaluation]:
+    """Measure the last checkpoint, with the averaged weights where there are any, and report it. Returns its model.
 
-    In a model of its own: the engine's may be split over the workers.
+    That is a model of its own: the engine's may be split over the workers.
     """
-    assert run.folder is not None, "the last step is always saved"
+    assert run.folder is not None, "what is evaluated was saved before"
     stage, device = run.stage, run.engine.device
     objective = build_objective(stage).to(device)
     SavedState(run.folder).load_into(objective)
     seed_everything(stage.seed, stage.name, "evaluation")
     objective.eval()
     evaluation = stage.evaluate(objective, device)
-    figures = {name: float(value) for name, value in evaluation.metrics.items()}
-    if "loss" in latest:
-        figures.setdefault("loss", latest["loss"])
-    artifact = stage.export(objective, output, metrics=figures, key=run.key)
     run.reporter.metrics(run.step, {f"held_out/{name}": value for name, value in evaluation.metrics.items()})
     for name, picture in evaluation.pictures.items():
         run.reporter.picture(name, picture, run.step)
+    return objective, evaluation
+
+
+def _finish(run: _Run, output: Path, latest: Mapping[str, float]) -> StageResult:
+    """Evaluate and export what the training came to."""
+    objective, evaluation = _evaluate(run)
+    figures = {name: float(value) for name, value in evaluation.metrics.items()}
+    if "loss" in latest:
+        figures.setdefault("loss", latest["loss"])
+    artifact = run.stage.export(objective, output, metrics=figures, key=run.key)
     return StageResult(run.step, artifact, evaluation)
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from arlon_ray.generation.video import read_video
-from tests.bundles import make_random_bundle
+from tests.bundles import SMALL, make_random_bundle
 from tests.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = [
     "preprocess", "render_samples", "train_vae", "train_vqvae", "extract_tokens", "train_ar", "train_dit", "generate",
     "pipeline", "serve_bundle", "import_opensora",
-    "evaluate",
+    "evaluate", "tune",
 ]  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def test_help_names_the_flags(name: str) -> None:
         ("train_ar", ["--dataset", "DIR", "--codec-fine", "DIR", "--vae", "DIR"], "--tokens"),
         ("train_dit", ["--dataset", "DIR", "--vae", "DIR"], "--codec-fine and --codec-coarse are needed"),
         ("train_dit", ["--dataset", "DIR", "--vae", "DIR", "--set", "dit.injection.enabled=false"], "manifest.json"),
+        ("train_dit", ["--dry-run", "--set", "dit.training.batch_size=7"], "cannot be split evenly"),
+        ("tune", ["--stage", "ar", "--space", "/no/space", "--dataset", "DIR"], "--space /no/space: not found"),
         ("generate", ["--bundle", "DIR", "--prompt", "x"], "not a bundle"),
         ("generate", ["--bundle", "DIR", "--prompt", " "], "--prompt: empty"),
     ],
@@ -51,6 +53,15 @@ def test_bad_input_is_one_line_and_exit_code_2(name: str, arguments: list[str], 
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert "ray" not in result.stdout.lower()
+
+
+@pytest.mark.parametrize("name, parts", [("vae", 1), ("vqvae", 2), ("ar", 1), ("dit", 1)])
+def test_a_dry_run_needs_no_data_and_says_what_fits(name: str, parts: int) -> None:
+    smaller = [word for setting in SMALL for word in ("--set", setting)]
+    result = run_script(f"train_{name}", "--dry-run", "--memory-gib", "0.01", *smaller)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 workers, ZeRO 1") == parts == result.stdout.count("does not fit into 10.2 MiB")
+    assert "activations at the peak" in result.stdout
 
 
 def test_an_output_that_cannot_be_made_is_named(tmp_path: Path) -> None:

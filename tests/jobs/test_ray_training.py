@@ -4,6 +4,9 @@ import os
 import re
 import signal
 import threading
+import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,9 +110,28 @@ def test_a_killed_worker_changes_nothing_and_all_of_it_is_tracked(config, ray_he
     assert {"time/forward_s", "time/backward_s", "time/optimizer_s", "data_wait"} <= run.data.metrics.keys()
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 36
     assert [file.path for file in client.list_artifacts(run.info.run_id, "pictures")] == ["pictures/square-000012.png"]
+    _check_metrics()
     newest = client.get_model_version_by_alias("arlon-ray-regression", "newest")
     assert (newest.run_id, newest.tags["fingerprint"]) == (run.info.run_id, artifact.fingerprint)
     assert load_artifact(client.download_artifacts(run.info.run_id, "model"), "regression").tensors().keys()
+
+
+def _check_metrics():
+    """What the dashboard shows is there for Prometheus."""
+    import ray
+
+    board = (Path(__file__).parents[2] / "docs" / "grafana" / "training.json").read_text()
+    shown = set(re.findall(r"ray_arlon_train_\w+", board)) - {"ray_arlon_train_gates_"}
+    assert len(shown) >= 9
+    (node,) = ray.nodes()
+    place = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    for _ in range(30):  # Ray exports every few seconds
+        exported = urllib.request.urlopen(place, timeout=10).read().decode()
+        missing = {name for name in shown if f"{name}{{" not in exported}
+        if not missing:
+            break
+        time.sleep(1)
+    assert not missing
 
 
 @pytest.mark.ray

@@ -64,6 +64,15 @@ def test_loss_falls_and_everything_is_reported(tmp_path):
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000115", "step-00000120"]
 
 
+def test_evaluations_on_the_way_change_nothing(tmp_path):
+    plain, _ = train(tmp_path / "plain")
+    looked, _ = train(tmp_path / "looked", MUON.model_copy(update={"evaluate_every": 8}))
+    assert looked.losses() == plain.losses()
+    evaluated = [step for step, values in looked.values.items() if "held_out/held_out_loss" in values]
+    assert evaluated == [8, 16, 20] and looked.values[16] != looked.values[20]
+    assert looked.values[20]["held_out/held_out_loss"] == plain.values[20]["held_out/held_out_loss"]
+
+
 def test_artefact_has_the_averaged_weights(tmp_path):
     slow, _ = train(tmp_path / "a", MUON.model_copy(update={"ema_decay": 0.999}))
     off, _ = train(tmp_path / "b", MUON.model_copy(update={"ema_decay": 0.0}))

@@ -60,7 +60,7 @@ class SharedCheckpoints:
     def newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
-    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float]) -> Path:
+    def write(self, step: int, fill: Callable[[Path], None], values: Mapping[str, float], *, wait: bool) -> Path:
         target = self.folder / f"step-{step:08d}"
         target.mkdir(parents=True, exist_ok=True)
         fill(target)

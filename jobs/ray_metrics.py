@@ -1,0 +1,44 @@
+"""Figures of a training as Ray metrics, which Prometheus finds where it finds Ray's own; `docs/grafana` shows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PREFIX = "arlon_train_"
+
+
+def metric_name(figure: str) -> str:
+    """`time/forward_s` → `arlon_train_time_forward_s`; Prometheus puts `ray_` before it."""
+    return PREFIX + re.sub(r"\W+", "_", figure)
+
+
+class RayMetrics:
+    """A Reporter: one gauge a figure, with the stage as tag. Needs a Ray that runs."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self._gauges: dict[str, Any] = {}
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """See Reporter."""
+        from ray.util.metrics import Gauge
+
+        for figure, value in {"step": float(step), **values}.items():
+            name = metric_name(figure)
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(name, description=f"{figure} of a training stage", tag_keys=("stage",))
+            self._gauges[name].set(value, tags={"stage": self.stage})
+
+    def picture(self, name: str, array: np.ndarray, step: int) -> None:
+        """See Reporter. Prometheus keeps no pictures."""
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """See Reporter."""
+
+    def line(self, text: str) -> None:
+        """See Reporter."""
