@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from arlon_ray.artifact import Artifact, write_json
+from arlon_ray.artifact import Artifact, one_line, write_json
 from arlon_ray.precision import NOTE, falls_back
 from arlon_ray.training.checkpoints import PROGRESS_FILE, Checkpoints, FolderCheckpoints, read_progress
 from arlon_ray.training.engine import (
@@ -107,22 +107,26 @@ class _Run:
         """Go on from the newest whole checkpoint of this run, if there is one."""
         for folder in self.checkpoints.newest_first():
             try:
-                self._load(folder)
-            except TrainingError:
-                raise
+                progress, saved = read_progress(folder), SavedState(folder)
             # A damaged file shows itself as one of many errors, depending on where it was cut.
             except Exception as error:
                 self.report_line(f"checkpoint {folder} cannot be read ({error}); trying the one before")
                 continue
+            self._load(folder, progress, saved)
             self.report_line(f"{self.stage.name}: going on after step {self.step} of {self.stage.training.steps}")
             return
 
-    def _load(self, folder: Path) -> None:
-        progress, saved = read_progress(folder), SavedState(folder)
+    def _load(self, folder: Path, progress: dict[str, Any], saved: SavedState) -> None:
+        """Raises TrainingError where it does not fit: what is half loaded must not be trained on."""
         step, window = int(progress["step"]), Window(**progress["window"])
-        self.engine.load(saved)
-        if self.average:
-            saved.fill(self.average.pieces)
+        try:
+            self.engine.load(saved)
+            if self.average:
+                saved.fill(self.average.pieces)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise TrainingError(
+                f"{self.stage.name}: the checkpoint {folder} does not fit: {one_line(error)}; remove it and run again"
+            ) from None
         self.step, self.saved_step, self.window, self.folder = step, step, window, folder
 
     def save(self, values: Mapping[str, float], *, wait: bool) -> None:

@@ -105,6 +105,13 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert recorder.losses()[20] == whole.losses()[20]
 
 
+def test_what_does_not_fit_is_not_half_loaded(tmp_path):
+    train(tmp_path, MUON.model_copy(update={"ema_decay": 0.0}), interrupt_at=10)
+    with pytest.raises(TrainingError, match=r"step-00000010 does not fit: .*average is not in .*; remove it") as error:
+        train(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_checkpoint_of_other_settings_is_not_resumed(tmp_path):
     train(tmp_path, interrupt_at=10)
     recorder, _ = train(tmp_path, key="other")
