@@ -26,3 +26,15 @@ def falls_back(precision: Precision, device: torch.device | str) -> bool:
 def arithmetic(precision: Precision, device: torch.device | str) -> torch.dtype:
     """The type to compute in: what `precision` asks for, but float32 where `falls_back`."""
     return torch.bfloat16 if precision == "bf16" and not falls_back(precision, device) else torch.float32
+
+
+#: Dense bf16 operations a second, by a part of the GPU's name (makers' data sheets).
+BF16_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+
+
+def peak_flops_per_s(precision: Precision, device: torch.device | str) -> float | None:
+    """What the device can do at best in this precision; None where that is not known."""
+    if precision != "bf16" or torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in BF16_PEAKS.items() if part in name), None)

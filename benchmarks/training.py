@@ -32,6 +32,7 @@ from arlon_ray.training.optimizer import (
     parameter_groups,
     set_learning_rates,
 )
+from arlon_ray.training.reporting import QuietReporter
 from arlon_ray.training.stages.dit import DitPaths, DitStage, text_only
 from benchmarks.machine import machine
 from benchmarks.train_box import LatentScenes
@@ -74,7 +75,7 @@ def bare_steps(config: Config, vae: Path, steps: int) -> list[float]:
     return seconds[WARM_UP:]
 
 
-class _Times:
+class _Times(QuietReporter):
     """A Reporter that notes when it hears of each step, and the parts of a step as the worker times them."""
 
     def __init__(self) -> None:
@@ -87,15 +88,6 @@ class _Times:
             self.heard.append((step, time.perf_counter()))
             times = {name.removeprefix("time/"): its for name, its in values.items() if name.startswith("time/")}
             self.parts.append({"step_s": values["step_s"], **times})
-
-    def picture(self, name: str, array: Any, step: int) -> None:
-        """See Reporter."""
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """See Reporter."""
-
-    def line(self, text: str) -> None:
-        """See Reporter."""
 
     def seconds(self) -> float:
         """Of a step, all that happens between two of them included."""

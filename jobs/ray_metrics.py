@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from arlon_ray.training.reporting import QuietReporter
 
 PREFIX = "arlon_train_"
 
@@ -17,7 +16,7 @@ def metric_name(figure: str) -> str:
     return PREFIX + re.sub(r"\W+", "_", figure)
 
 
-class RayMetrics:
+class RayMetrics(QuietReporter):
     """A Reporter: one gauge a figure, with the stage as tag. Needs a Ray that runs."""
 
     def __init__(self, stage: str) -> None:
@@ -33,12 +32,3 @@ class RayMetrics:
             if name not in self._gauges:
                 self._gauges[name] = Gauge(name, description=f"{figure} of a training stage", tag_keys=("stage",))
             self._gauges[name].set(value, tags={"stage": self.stage})
-
-    def picture(self, name: str, array: np.ndarray, step: int) -> None:
-        """See Reporter. Prometheus keeps no pictures."""
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """See Reporter."""
-
-    def line(self, text: str) -> None:
-        """See Reporter."""

@@ -68,13 +68,15 @@ def train_stage(
     parents: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
     reporters: Sequence[Reporter] | None = None,
+    flops: float = 0.0,
     keep_checkpoints: bool = False,
 ) -> Artifact:
     """Train the stage that every worker builds by `stage_factory(**arguments)`; its artefact goes to `output`.
 
     `arguments` are small and picklable: paths and settings, no data. A run of the same `key` goes on from its last
-    checkpoint. `parents` (role → fingerprint) are for the tracking; `settings`, flat, are what `key` stands for. Raises
-    InputError before Ray starts, TrainingError (one line) when training ends in an error, StoppedError after SIGTERM.
+    checkpoint. `parents` (role → fingerprint) are for the tracking; `settings`, flat, are what `key` stands for;
+    `flops`, of a step over all workers, are for figures. Raises InputError before Ray starts, TrainingError (one line)
+    when training ends in an error, StoppedError after SIGTERM.
     """
     check_workers(name, training, config)
     output = output.absolute()
@@ -94,6 +96,7 @@ def train_stage(
             "key": key,
             "attempt": uuid.uuid4().hex,
             "threads": threads_per_worker(config),
+            "flops": flops,
         }
         _fit(name, task, config, reader)
         assert reader.artifact_kind is not None, "rank 0 ended without an artefact"
@@ -234,7 +237,14 @@ def train_worker(task: dict[str, Any]) -> None:
     watch = RayWatch(stop_file(folder, task["attempt"]), engine, stage.training.log_every)
     try:
         result = run_stage(
-            stage, engine, reporter, output=Path(task["output"]), checkpoints=checkpoints, key=task["key"], watch=watch
+            stage,
+            engine,
+            reporter,
+            output=Path(task["output"]),
+            checkpoints=checkpoints,
+            key=task["key"],
+            watch=watch,
+            flops=task["flops"],
         )
     except StoppedError as stopped:
         checkpoints.settle()

@@ -17,6 +17,7 @@ from arlon_ray.config import Config, TrainingConfig, config_fingerprint, effecti
 from arlon_ray.opensora.importing import DIT_FIELDS
 from arlon_ray.training.engine import Stage
 from arlon_ray.training.loop import Reporter
+from arlon_ray.training.memory import step_flops
 from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage
 from arlon_ray.training.stages.dit import DitPaths, DitStage, initial_dit
@@ -96,6 +97,7 @@ def _run(
         parents=plan.parents,
         settings=plan.settings(config.seed),
         reporters=reporters,
+        flops=step_flops(config, "dit" if plan.kind == "dit" else plan.name),
     )
     return StageOutcome(artifact, skipped=False)
 

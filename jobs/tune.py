@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import yaml
 
 from arlon_ray.artifact import write_json
 from arlon_ray.config import Config, ConfigError, config_fingerprint, override
 from arlon_ray.training.loop import TrainingError
+from arlon_ray.training.reporting import QuietReporter
 from data_pipeline.manifest import settings_key
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
 from jobs.ray_session import connect
@@ -36,7 +36,7 @@ DRAWN_BY = ("choice", "uniform", "loguniform", "quniform", "qloguniform", "randi
 RESULTS = "trials.json"
 
 
-class TuneReporter:
+class TuneReporter(QuietReporter):
     """Tells Ray Tune of a trial's losses, so that a scheduler can end it early."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -45,15 +45,6 @@ class TuneReporter:
 
         if "step_s" in values:
             tune.report({"step": step, "training_loss": values["loss"]})
-
-    def picture(self, name: str, array: np.ndarray, step: int) -> None:
-        """See Reporter."""
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """See Reporter."""
-
-    def line(self, text: str) -> None:
-        """See Reporter."""
 
 
 def read_space(path: Path, config: Config) -> dict[str, dict[str, list[Any]]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from arlon_ray.artifact import Artifact, one_line, write_json
-from arlon_ray.precision import NOTE, falls_back
+from arlon_ray.precision import NOTE, falls_back, peak_flops_per_s
 from arlon_ray.training.checkpoints import PROGRESS_FILE, Checkpoints, FolderCheckpoints, read_progress
 from arlon_ray.training.engine import (
     Engine,
@@ -94,7 +94,10 @@ class StageResult:
 class _Run:
     """The loop's own state: the step, the sums, the average weights."""
 
-    def __init__(self, stage: Stage, engine: Engine, reporter: Reporter, checkpoints: Checkpoints, key: str) -> None:
+    def __init__(
+        self, stage: Stage, engine: Engine, reporter: Reporter, checkpoints: Checkpoints, key: str, flops: float
+    ) -> None:
+        self.flops = flops
         self.stage, self.engine, self.reporter, self.checkpoints = stage, engine, reporter, checkpoints
         self.key, self.step, self.saved_step = key, 0, 0
         self.window, self.timing = Window(), Window()
@@ -185,6 +188,11 @@ class _Run:
         parts = {name: its for name, its in seconds.items() if name not in ("step_s", "data_s")}
         means |= {f"time/{name}": its for name, its in parts.items()}
         means["samples_per_s"] = training.batch_size / seconds["step_s"]
+        if self.flops:
+            flops_per_s = self.flops / self.engine.world / seconds["step_s"]
+            means["tflops_per_s"] = flops_per_s / 1e12
+            if peak := peak_flops_per_s(training.precision, self.engine.device):
+                means["mfu"] = flops_per_s / peak
         self.window, self.timing = Window(), Window()
         if self.engine.rank == 0:
             self.reporter.metrics(self.step, means)
@@ -205,14 +213,15 @@ def run_stage(
     checkpoints: Checkpoints,
     key: str = "",
     watch: Watch | None = None,
+    flops: float = 0.0,
 ) -> StageResult:
     """Train `stage` to its last step, from the newest checkpoint of the same `key`, and write its artefact to `output`.
 
     All randomness of a step comes from (seed, stage, step, rank): a resumed run gives the numbers of an unbroken one.
     Raises TrainingError when the loss or the gradient stops being a number, the last checkpoint stays; StoppedError
-    when `watch` asks for it.
+    when `watch` asks for it. `flops`: of a step over all workers, for figures of how well machines are used.
     """
-    run, training = _Run(stage, engine, reporter, checkpoints, key), stage.training
+    run, training = _Run(stage, engine, reporter, checkpoints, key, flops), stage.training
     trained, frozen = engine.counts
     more = f", {frozen:,} are frozen" if frozen else ""
     run.report_line(f"{stage.name}: {trained:,} parameters train{more}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, CodecConfig, Config, TrainingConfig
 from arlon_ray.models.ar import ArTransformer
@@ -83,6 +84,21 @@ def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
         largest = max((sum(p.numel() for p in block.parameters()) for block in _blocks(probe.model)), default=0)
     activations = _activations(config, stage, batch)
     return _plan(training, workers, counts, probe.frozen, muon, largest, activations)
+
+
+def step_flops(config: Config, stage: str) -> int:
+    """Floating-point operations of forward and backward of one batch of the largest clips, over all workers.
+
+    Without those of frozen parts and of blocks that are computed again: what model FLOPs utilisation is reckoned from.
+    """
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode():
+        probe = probe_of(config, stage, 1)
+        if config.dit.train_only == "injection" and stage == "dit":
+            _train_injection_only(probe.model)
+        with counter:
+            probe.loss().backward()
+    return counter.get_total_flops() * training_of(config, stage).batch_size
 
 
 def probe_of(config: Config, stage: str, batch: int) -> Probe:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 #: Figures that the line shows in its own way, or that only the tracking needs.
-NOT_REPEATED = {"step_s", "samples_per_s", "data_wait", "learning_rate", "grad_norm"}
+NOT_REPEATED = {"step_s", "samples_per_s", "data_wait", "learning_rate", "grad_norm", "tflops_per_s"}
 #: Likewise, and what begins with one of these: there are many.
 NOT_SHOWN = ("time/", "gates/")
 
@@ -25,6 +25,22 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class QuietReporter:
+    """A Reporter that does nothing with what it is told: for those that listen to a part of it."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """See Reporter."""
+
+    def picture(self, name: str, array: np.ndarray, step: int) -> None:
+        """See Reporter."""
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """See Reporter."""
+
+    def line(self, text: str) -> None:
+        """See Reporter."""
 
 
 class ConsoleReporter:

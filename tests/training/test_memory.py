@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from arlon_ray.config import load_config
-from arlon_ray.training.memory import plan_memory
+from arlon_ray.training.memory import plan_memory, probe_of, step_flops
 from benchmarks.memory import compare
 from tests.bundles import small_config
 
@@ -50,6 +50,17 @@ def test_a_deep_model_is_reckoned_from_shallow_ones(monkeypatch: pytest.MonkeyPa
     reckoned = plan_memory(config, "dit", 2).activations
     monkeypatch.setattr("arlon_ray.training.memory.SHALLOW", (6, 6))
     assert reckoned == pytest.approx(plan_memory(config, "dit", 2).activations, rel=0.02)
+
+
+def test_flops_of_a_step_are_three_forwards_of_each_sample() -> None:
+    config = small_config("ar.training.batch_size=4")
+    forward = sum(p.numel() for p in probe_of(config, "ar", 1).model.blocks.parameters())  # type: ignore[union-attr]
+    tokens = config.text.max_tokens + 1  # and the visual ones, whose number is below
+    found = step_flops(config, "ar") / 4
+    assert found > 6 * forward * tokens
+    assert step_flops(small_config("ar.training.batch_size=8"), "ar") == 2 * 4 * found
+    again = small_config("ar.training.batch_size=4", "ar.training.activation_checkpointing=true")
+    assert step_flops(again, "ar") == 4 * found
 
 
 def test_a_stage_that_there_is_not_is_refused() -> None:
