@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from torch import nn
 
-from arlon_ray.config import TrainingConfig
+from arlon_ray.config import TrainingConfig, merged
 from arlon_ray.training.engine import (
     Clock,
     Losses,
@@ -167,16 +167,7 @@ def settings(training: TrainingConfig, world: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    return _merged(ours, training.deepspeed)
-
-
-def _merged(ours: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """`ours` with the entries of `theirs`, section by section."""
-    result = dict(ours)
-    for name, value in theirs.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(name), dict)
-        result[name] = _merged(result[name], value) if both else value
-    return result
+    return merged(ours, training.deepspeed)
 
 
 def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from arlon_ray import __version__
 from arlon_ray.artifact import Artifact, write_json
-from arlon_ray.config import Config, TrainingConfig
+from arlon_ray.config import Config, TrainingConfig, flat
 from arlon_ray.training.loop import StoppedError
 
 RUNS_FILE = "mlflow_runs.json"
@@ -211,14 +211,14 @@ class TrackedRun:
     def configuration(self, config: BaseModel, **sections: BaseModel) -> None:
         """All settings, as searchable parameters and as one file."""
         resolved = {**config.model_dump(mode="json"), **{k: s.model_dump(mode="json") for k, s in sections.items()}}
-        flat = list(_flattened(resolved))
+        texts = [(name, _as_text(value)) for name, value in flat(resolved)]
 
         def log(client: Any) -> None:
             from mlflow.entities import Param
 
             # a run that goes on keeps the parameters it began with: MLflow refuses to change one
             known = client.get_run(self.run_id).data.params
-            new = [(name, value) for name, value in flat if name not in known]
+            new = [(name, value) for name, value in texts if name not in known]
             for start in range(0, len(new), BATCH_PARAMS):
                 part = [Param(name, value[:VALUE_CHARACTERS]) for name, value in new[start : start + BATCH_PARAMS]]
                 client.log_batch(self.run_id, params=part)
@@ -266,12 +266,8 @@ def _entities(waiting: list[tuple[str, float, int, int]]) -> list[Any]:
     return [Metric(name, value, timestamp, step) for name, value, timestamp, step in waiting]
 
 
-def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _flattened(item, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix, json.dumps(value) if isinstance(value, list | bool) or value is None else str(value)
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list | bool) or value is None else str(value)
 
 
 def _source_tags() -> dict[str, str]:

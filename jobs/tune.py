@@ -23,6 +23,7 @@ import yaml
 from arlon_ray.artifact import write_json
 from arlon_ray.config import Config, ConfigError, config_fingerprint, override
 from arlon_ray.training.loop import TrainingError
+from arlon_ray.training.memory import training_of
 from arlon_ray.training.reporting import QuietReporter
 from data_pipeline.manifest import settings_key
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
@@ -127,7 +128,7 @@ def search(
         def trial(settings: dict[str, Any]) -> None:
             tune.report({**train_trial(settings, stage, config, paths, output, parent.run_id), "finished": True})
 
-        steps = _steps(config, stage)
+        steps = training_of(config, stage).steps
         scheduler = ASHAScheduler("step", "training_loss", "min", max_t=steps, grace_period=max(1, steps // 4))
         trainable = tune.with_resources(trial, {"CPU": 0.01})
         drawn = {name: drawn_from(*next(iter(words.items()))) for name, words in space.items()}
@@ -150,11 +151,6 @@ def search(
         if all(row["error"] for row in found):
             raise TrainingError(f"tune {stage}: no trial came to its end; the first: {found[0]['error']}")
         return found
-
-
-def _steps(config: Config, stage: str) -> int:
-    part = getattr(config.vqvae, stage.removeprefix("vqvae_")) if stage.startswith("vqvae") else getattr(config, stage)
-    return int(part.training.steps)
 
 
 def _summary(result: Any, metric: str) -> dict[str, Any]:

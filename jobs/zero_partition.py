@@ -5,6 +5,7 @@ DeepSpeed's own checkpoints fit the number of workers and the stage that wrote t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -63,19 +64,19 @@ class _Unpartitioned:
         load_whole(saved, self.objective, [self.optimizer])
 
 
-class _Zero:
+class _Zero(ABC):
     """Stages 1 to 3: what a worker updates lies in flat tensors, one for each group."""
 
     def __init__(self, zero: Any, names: dict[nn.Parameter, str], rank: int) -> None:
         self.zero, self.names, self.rank = zero, names, rank
 
+    @abstractmethod
     def groups(self) -> Iterator[tuple[int, Tensor, bool]]:
         """(number, flat tensor of parameters, whether Muon updates it)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def places(self, number: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
         """(parameter, its first element here, where that lies in the flat tensor, how many follow)."""
-        raise NotImplementedError
 
     def momenta(self, number: int) -> Iterator[tuple[nn.Parameter, int, int, int]]:
         """The same for the momentum of a group that Muon updates."""
@@ -85,9 +86,9 @@ class _Zero:
         """Elements of that momentum."""
         return flat.numel()
 
+    @abstractmethod
     def updated(self) -> None:
         """Let the model see changed parameters."""
-        raise NotImplementedError
 
     def parameters(self) -> list[Piece]:
         """See Partition."""

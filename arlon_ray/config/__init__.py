@@ -5,7 +5,9 @@ from arlon_ray.config.load import (
     ConfigError,
     config_fingerprint,
     effective_settings,
+    flat,
     load_config,
+    merged,
     override,
     preset_names,
 )
@@ -62,7 +64,9 @@ __all__ = [
     "VqvaeConfig",
     "config_fingerprint",
     "effective_settings",
+    "flat",
     "load_config",
+    "merged",
     "override",
     "preset_names",
 ]

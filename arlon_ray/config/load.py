@@ -72,14 +72,15 @@ def effective_settings(**sections: BaseModel) -> dict[str, Any]:
     return {
         f"{section}.{name}": value
         for section, model in sections.items()
-        for name, value in _flat(_effective(model.model_dump(mode="json")))
+        for name, value in flat(_effective(model.model_dump(mode="json")))
     }
 
 
-def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested settings."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from ((f"{name}.{inner}", its) for inner, its in _flat(value))
+            yield from ((f"{name}.{inner}", its) for inner, its in flat(value))
         else:
             yield name, value
 
@@ -113,16 +114,16 @@ def _read(source: str) -> dict[str, Any]:
         raise ConfigError(
             f"--config {source}: {EXTENDS}: {base}: expected one of the presets {', '.join(preset_names())}"
         )
-    return _merged(_read(base), raw)
+    return merged(_read(base), raw)
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with the sections of `changes` laid over it, key by key."""
-    merged = dict(base)
+    result = dict(base)
     for name, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = _merged(base[name], value) if both else value
-    return merged
+        result[name] = merged(base[name], value) if both else value
+    return result
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -163,6 +163,11 @@ class Config(Section):
         return self
 
     @property
+    def ar_window_groups(self) -> int:
+        """The most groups that the AR ever has at once when it plans."""
+        return max(self.segment.groups, self.ar.context_groups + self.segment.groups - self.segment.overlap_groups)
+
+    @property
     def latent_grid(self) -> tuple[int, int]:
         """Latent grid (h, w) of one frame."""
         return self.video.height // 8, self.video.width // 8

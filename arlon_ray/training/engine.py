@@ -153,13 +153,15 @@ def parameter_counts(objective: nn.Module) -> tuple[int, int]:
     return trained, sum(p.numel() for p in parameters) - trained
 
 
-def recompute_blocks(objective: nn.Module) -> int:
-    """Keep only the inputs of blocks and compute the rest again in the backward pass; returns how many blocks.
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks in the lists that models name in `block_lists`."""
+    lists = [getattr(part, name) for part in model.modules() for name in getattr(part, "block_lists", ())]
+    return [block for each in lists for block in each]
 
-    Models name their lists of blocks in `block_lists`.
-    """
-    lists = [getattr(model, name) for model in objective.modules() for name in getattr(model, "block_lists", ())]
-    blocks = [block for each in lists for block in each if any(p.requires_grad for p in block.parameters())]
+
+def recompute_blocks(objective: nn.Module) -> int:
+    """Keep only the inputs of blocks that train and compute the rest again in the backward pass; returns how many."""
+    blocks = [block for block in blocks_of(objective) if any(p.requires_grad for p in block.parameters())]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return len(blocks)

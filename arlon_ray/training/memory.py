@@ -23,7 +23,7 @@ from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.dit import STDiT3
 from arlon_ray.models.vae import FoldedVAE
-from arlon_ray.training.engine import parameter_counts, recompute_blocks
+from arlon_ray.training.engine import blocks_of, parameter_counts, recompute_blocks
 from arlon_ray.training.optimizer import parameter_groups
 
 FLOAT = 4
@@ -72,8 +72,6 @@ def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
     batch = max(1, training.batch_size * shared // workers // training.accumulation)
     with FakeTensorMode():
         probe = probe_of(config, stage, batch)
-        if config.dit.train_only == "injection" and stage == "dit":
-            _train_injection_only(probe.model)
         counts = parameter_counts(probe.model)
         muon = sum(
             parameter.numel()
@@ -81,7 +79,7 @@ def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
             if group["use_muon"]
             for parameter in group["params"]
         )
-        largest = max((sum(p.numel() for p in block.parameters()) for block in _blocks(probe.model)), default=0)
+        largest = max((sum(p.numel() for p in block.parameters()) for block in blocks_of(probe.model)), default=0)
     activations = _activations(config, stage, batch)
     return _plan(training, workers, counts, probe.frozen, muon, largest, activations)
 
@@ -94,8 +92,6 @@ def step_flops(config: Config, stage: str) -> int:
     counter = FlopCounterMode(display=False)
     with FakeTensorMode():
         probe = probe_of(config, stage, 1)
-        if config.dit.train_only == "injection" and stage == "dit":
-            _train_injection_only(probe.model)
         with counter:
             probe.loss().backward()
     return counter.get_total_flops() * training_of(config, stage).batch_size
@@ -142,20 +138,6 @@ def _plan(
         communication=BUCKET_ELEMENTS * FLOAT if zero and workers > 1 else 0,
         offloaded=states if training.offload_optimizer else 0,
     )
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [
-        block
-        for module in model.modules()
-        for name in getattr(module, "block_lists", ())
-        for block in getattr(module, name)
-    ]
-
-
-def _train_injection_only(dit: nn.Module) -> None:
-    dit.requires_grad_(False)
-    dit.injection.requires_grad_(True)  # type: ignore[union-attr, operator]
 
 
 def _activations(config: Config, stage: str, batch: int) -> int:
@@ -242,10 +224,7 @@ def _tokens(config: Config, codec: CodecConfig, groups: int) -> tuple[int, int, 
 def _ar(config: Config, batch: int) -> Probe:
     codec, text = config.vqvae.fine, config.text
     model = ArTransformer(config.ar, codebook_size=codec.codebook_size, text_dim=text.dim, max_text=text.max_tokens)
-    longest = max(
-        config.segment.groups, config.ar.context_groups + config.segment.groups - config.segment.overlap_groups
-    )
-    groups = min(longest, max(config.data.bucket_groups))
+    groups = min(config.ar_window_groups, max(config.data.bucket_groups))
 
     def loss() -> Tensor:
         tokens = torch.zeros(batch, *_tokens(config, codec, groups), dtype=torch.int64)
@@ -257,6 +236,9 @@ def _ar(config: Config, batch: int) -> Probe:
 
 def _dit(config: Config, batch: int) -> Probe:
     dit, guided = STDiT3(config.dit).train(), config.dit.injection.enabled
+    if config.dit.train_only == "injection" and dit.injection is not None:
+        dit.requires_grad_(False)
+        dit.injection.requires_grad_(True)
     frames = -(-min(config.segment.groups * GROUP_LATENTS, _frames(config)) // config.dit.training.sequence_parallel)
     codecs = (config.vqvae.fine, config.vqvae.coarse) if guided else ()
     frozen = sum(parameter_counts(LatentCodec(codec, config.vae.latent_channels))[0] for codec in codecs)

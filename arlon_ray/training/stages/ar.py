@@ -70,9 +70,7 @@ class ArObjective(nn.Module):
         if tokens.shape[1] < self.frames_per_group:  # a single frame
             return tokens
         groups = tokens.shape[1] // self.frames_per_group
-        segment = self.config.segment
-        longest = max(segment.groups, self.config.ar.context_groups + segment.groups - segment.overlap_groups)
-        return cut(tokens, group_window(groups, longest, generator), groups, axis=1)
+        return cut(tokens, group_window(groups, self.config.ar_window_groups, generator), groups, axis=1)
 
 
 class ArStage:
