@@ -31,6 +31,8 @@ from jobs.ray_training import StageFactory, check_workers, train_stage
 from jobs.tracking import Tracking
 
 Role = Literal["fine", "coarse"]
+#: What the evaluations of a stage measure, by the kind of its artefact.
+FIGURES = {"vae": VaeStage.figures, "codec": CodecStage.figures, "ar": ArStage.figures, "dit": DitStage.figures}
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def _run(
     reporters: Sequence[Reporter] | None = None,
 ) -> StageOutcome:
     check_workers(plan.name, plan.training, config)
+    check_figure(plan)
     key = plan.key(config.seed)
     if there := finished(output, plan.kind, key):
         return StageOutcome(there, skipped=True)
@@ -100,6 +103,14 @@ def _run(
         flops=step_flops(config, "dit" if plan.kind == "dit" else plan.name),
     )
     return StageOutcome(artifact, skipped=False)
+
+
+def check_figure(plan: StagePlan) -> None:
+    """Raises InputError if `keep_best` names a figure that the stage does not measure."""
+    if (figure := plan.training.keep_best) and figure not in FIGURES[plan.kind]:
+        raise InputError(
+            f"{plan.name}: training.keep_best={figure}: expected one of {', '.join(sorted(FIGURES[plan.kind]))}"
+        )
 
 
 def run_vae(

@@ -20,6 +20,7 @@ from arlon_ray import __version__
 from arlon_ray.artifact import Artifact, write_json
 from arlon_ray.config import Config, TrainingConfig, flat
 from arlon_ray.training.loop import StoppedError
+from jobs.listening import GATES, gates_figure
 
 RUNS_FILE = "mlflow_runs.json"
 #: Alias of a model's newest version (MLflow keeps "latest" for itself).
@@ -143,8 +144,9 @@ class Tracking:
             client = MlflowClient(tracking_uri=self.uri)
             name = self.config.tracking.experiment
             found = client.get_experiment_by_name(name)
-            # A local store keeps its files beside it; a server knows where its own go.
-            location = (self.root / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
+            # Beside a database files go into the output folder; a server knows where its own go.
+            served = self.uri.startswith(("http:", "https:", "databricks"))
+            location = None if served else (self.root / "mlartifacts").as_uri()
             self._experiment = found.experiment_id if found else client.create_experiment(name, location)
             self._client = client
         return self._client
@@ -190,9 +192,18 @@ class TrackedRun:
             client.log_artifact(self.run_id, str(artifact.path / "lineage.json"))
 
         self._do(log)
+        self._do(self._picture_gates)
         if self.tracking.config.tracking.register_models:
             self._do(partial(self._register, artifact=artifact))
         self.metrics(self._last_step, {f"artifact/{name}": value for name, value in artifact.lineage.metrics.items()})
+
+    def _picture_gates(self, client: Any) -> None:
+        """How strongly each layer listens, where the run has such figures."""
+        names = [name for name in client.get_run(self.run_id).data.metrics if name.startswith(GATES)]
+        history = {name.removeprefix(GATES): client.get_metric_history(self.run_id, name) for name in names}
+        if history:
+            points = {name: [(point.step, point.value) for point in its] for name, its in history.items()}
+            client.log_figure(self.run_id, gates_figure(points), "pictures/gates.png")
 
     def _register(self, client: Any, artifact: Artifact) -> None:
         """A version of the stage's model, once for each artefact."""

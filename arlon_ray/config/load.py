@@ -88,7 +88,9 @@ def flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _effective(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {name: _effective(inner) for name, inner in value.items() if name not in WITHOUT_EFFECT}
+    chosen = value.get("keep_best")  # then the weights that are exported depend on when they are evaluated
+    without = {*WITHOUT_EFFECT, "keep_best"} if not chosen else {*WITHOUT_EFFECT} - {"evaluate_every"}
+    return {name: _effective(inner) for name, inner in value.items() if name not in without}
 
 
 def _read(source: str) -> dict[str, Any]:

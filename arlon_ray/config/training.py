@@ -41,6 +41,9 @@ class TrainingConfig(Section):
     evaluate_every: int = Field(
         0, ge=0, description="steps between evaluations on held-out samples, with pictures; 0: at the end alone"
     )
+    keep_best: str = Field(
+        "", description="held-out figure (loss, …) whose best checkpoint is kept and exported; needs evaluate_every"
+    )
     data_share: float = Field(1.0, gt=0, le=1, description="share of the clips that are trained on")
     held_out: int = Field(64, ge=0, description="samples kept out of training and used for the evaluation")
 
@@ -50,6 +53,8 @@ class TrainingConfig(Section):
             raise ValueError("offload_optimizer=true needs zero_stage 1, 2 or 3")
         if self.offload_optimizer and self.optimizer != "adamw":
             raise ValueError(f"offload_optimizer=true needs optimizer=adamw, not {self.optimizer}")
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError(f"keep_best={self.keep_best} needs evaluate_every, the steps between two evaluations")
         if owned := OWNED.intersection(self.deepspeed):
             raise ValueError(f"deepspeed: {sorted(owned)[0]} comes from the settings beside it; leave it out")
         return self

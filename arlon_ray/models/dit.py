@@ -6,7 +6,8 @@ Time runs from 0 (data) to 1000 (noise). Without injection this is the public mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,6 +217,10 @@ class STDiT3(nn.Module):
             positions_SD=position_table(height, width, self.config.hidden_size, scale, text.device).to(dtype),
             injection=injection,
         )
+
+    def token_count(self, latent_shape: Sequence[int]) -> int:
+        """Tokens that a latent (t, h, w) is cut into."""
+        return math.prod(-(-size // patch) for size, patch in zip(latent_shape, self.config.patch_size, strict=True))
 
     def _share(self, places: int) -> Callable[[Tensor], Tensor] | None:
         """Picks this rank's tokens [B, t·S, E] of [B, T·S, E]."""

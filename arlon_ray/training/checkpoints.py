@@ -54,7 +54,7 @@ class FolderCheckpoints:
         target = self.folder / f"step-{step:08d}"
         with whole_folder(target) as partial:
             fill(partial)
-        for old in self._all()[KEPT_CHECKPOINTS:]:
+        for old in self.newest_first()[KEPT_CHECKPOINTS:]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -32,10 +32,14 @@ from arlon_ray.training.state import Piece, SavedState, buffers, whole, write_st
 
 @dataclass(frozen=True)
 class Losses:
-    """What an objective returns: the scalar to minimise, and scalar tensors to log (detached)."""
+    """What an objective returns: the scalar to minimise, scalar tensors to log (detached), and how long its input was.
+
+    `tokens`: elements of the sequences that the model went through, 0 where it has none.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class Clock:
         return seconds
 
 
+#: The figure of a step that says how many tokens one of its parts had.
+TOKENS = "tokens"
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient is not a number any more; nothing was stepped with it."""
 
@@ -77,6 +85,8 @@ class Stage(Protocol):
     name: str
     training: TrainingConfig
     seed: int
+    #: What `evaluate` measures, and whether more of it is better.
+    figures: ClassVar[Mapping[str, bool]]
 
     def objective(self) -> nn.Module:
         """The module to train: forward(batch, generator) -> Losses; frozen parts have requires_grad False."""
@@ -179,11 +189,12 @@ def autocast(training: TrainingConfig, device: torch.device) -> Any:
 
 
 def floats(losses: Losses) -> dict[str, float]:
-    """Loss and metrics as numbers. Raises NonFiniteError if the loss is not finite."""
+    """Loss, metrics and tokens as numbers. Raises NonFiniteError if the loss is not finite."""
     loss = float(losses.loss.detach())
     if not math.isfinite(loss):
         raise NonFiniteError(f"the loss is {loss}")
-    return {"loss": loss, **{name: float(value) for name, value in losses.metrics.items()}}
+    values = {"loss": loss, **{name: float(value) for name, value in losses.metrics.items()}}
+    return values | {TOKENS: float(losses.tokens)} if losses.tokens else values
 
 
 def micro_batches(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from torch import nn
 
 from arlon_ray.artifact import Artifact, one_line, write_json
 from arlon_ray.precision import NOTE, falls_back, peak_flops_per_s
+from arlon_ray.training.best import BestCheckpoint
 from arlon_ray.training.checkpoints import PROGRESS_FILE, Checkpoints, FolderCheckpoints, read_progress
 from arlon_ray.training.engine import (
+    TOKENS,
     Engine,
     Evaluation,
     NonFiniteError,
@@ -25,6 +28,7 @@ from arlon_ray.training.engine import (
     derived_seed,
     seed_everything,
 )
+from arlon_ray.training.machine import MachineUse
 from arlon_ray.training.optimizer import WeightAverage, learning_rate_scale
 from arlon_ray.training.reporting import ConsoleReporter
 from arlon_ray.training.state import SavedState
@@ -101,6 +105,7 @@ class _Run:
         self.stage, self.engine, self.reporter, self.checkpoints = stage, engine, reporter, checkpoints
         self.key, self.step, self.saved_step = key, 0, 0
         self.window, self.timing = Window(), Window()
+        self.machine = MachineUse(engine.device)
         self.generator = torch.Generator(device=engine.device)
         self.folder: Path | None = None
         decay = stage.training.ema_decay
@@ -179,7 +184,7 @@ class _Run:
 
     def log(self) -> dict[str, float]:
         """Report the means over the steps since the last time, over all workers."""
-        means = self.engine.average(self.window.means())
+        means = self.engine.average(self.window.means() | self.machine.read())
         seconds = self.timing.means()
         training = self.stage.training
         means["learning_rate"] = training.learning_rate * learning_rate_scale(self.step - 1, training)
@@ -188,6 +193,8 @@ class _Run:
         parts = {name: its for name, its in seconds.items() if name not in ("step_s", "data_s")}
         means |= {f"time/{name}": its for name, its in parts.items()}
         means["samples_per_s"] = training.batch_size / seconds["step_s"]
+        if tokens := means.pop(TOKENS, 0.0):
+            means["tokens_per_s"] = tokens * training.accumulation * self.engine.data_world / seconds["step_s"]
         if self.flops:
             flops_per_s = self.flops / self.engine.world / seconds["step_s"]
             means["tflops_per_s"] = flops_per_s / 1e12
@@ -197,6 +204,23 @@ class _Run:
         if self.engine.rank == 0:
             self.reporter.metrics(self.step, means)
         return means
+
+    def best(self) -> BestCheckpoint | None:
+        """Where the best checkpoint is kept, if one is."""
+        figure = self.stage.training.keep_best
+        if not figure or self.folder is None:
+            return None
+        return BestCheckpoint(self.folder.parent, self.key, figure, self.stage.figures[figure])
+
+    def keep_best(self, evaluation: Evaluation) -> None:
+        """Keep the checkpoint that was evaluated, if it is the best so far. A storage that fails costs only that."""
+        if (best := self.best()) is None or best.figure not in evaluation.metrics:
+            return
+        assert self.folder is not None
+        try:
+            best.offer(self.folder, self.step, evaluation.metrics[best.figure])
+        except OSError as error:
+            self.report_line(f"{self.stage.name}: the checkpoint of step {self.step} is not kept as the best: {error}")
 
     def report_line(self, text: str) -> None:
         """Print once, not once a worker."""
@@ -243,7 +267,7 @@ def run_stage(
         if last or look or wish != "none" or run.step % training.checkpoint_every == 0:
             run.save(latest, wait=last or look or wish == "stop")
         if look and engine.rank == 0:
-            _evaluate(run)
+            run.keep_best(_evaluate(run)[1])
         if wish == "stop":
             raise StoppedError(
                 f"{stage.name}: stopped after step {run.step} of {training.steps}, whose checkpoint is kept; "
@@ -258,22 +282,39 @@ def _evaluate(run: _Run) -> tuple[nn.Module, Evaluation]:
     That is a model of its own: the engine's may be split over the workers.
     """
     assert run.folder is not None, "what is evaluated was saved before"
-    stage, device = run.stage, run.engine.device
-    objective = build_objective(stage).to(device)
-    SavedState(run.folder).load_into(objective)
-    seed_everything(stage.seed, stage.name, "evaluation")
-    objective.eval()
-    evaluation = stage.evaluate(objective, device)
+    objective, evaluation = _measured(run, run.folder)
     run.reporter.metrics(run.step, {f"held_out/{name}": value for name, value in evaluation.metrics.items()})
     for name, picture in evaluation.pictures.items():
         run.reporter.picture(name, picture, run.step)
     return objective, evaluation
 
 
+def _measured(run: _Run, folder: Path) -> tuple[nn.Module, Evaluation]:
+    """The model of a checkpoint, and what it comes to on held-out samples."""
+    stage, device = run.stage, run.engine.device
+    objective = build_objective(stage).to(device)
+    SavedState(folder).load_into(objective)
+    seed_everything(stage.seed, stage.name, "evaluation")
+    objective.eval()
+    return objective, stage.evaluate(objective, device)
+
+
 def _finish(run: _Run, output: Path, latest: Mapping[str, float]) -> StageResult:
-    """Evaluate and export what the training came to."""
+    """Evaluate what the training came to, and export it, or what was better on the way (`keep_best`)."""
     objective, evaluation = _evaluate(run)
+    run.keep_best(evaluation)
+    best = run.best()
+    kept = best.read() if best else None
+    if best and kept and kept.step != run.step:
+        last = evaluation.metrics.get(kept.figure, math.nan)
+        run.report_line(
+            f"{run.stage.name}: exporting the weights of step {kept.step}, whose held-out {kept.figure} is "
+            f"{kept.value:.4g} ({last:.4g} after the last step)"
+        )
+        objective, evaluation = _measured(run, best.folder)
     figures = {name: float(value) for name, value in evaluation.metrics.items()}
+    if kept:
+        figures["best_step"] = float(kept.step)
     if "loss" in latest:
         figures.setdefault("loss", latest["loss"])
     artifact = run.stage.export(objective, output, metrics=figures, key=run.key)

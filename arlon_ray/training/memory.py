@@ -36,7 +36,11 @@ PLANNED = ("vae", "vqvae_fine", "vqvae_coarse", "ar", "dit")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one worker, beside those of the process itself; `offloaded` lies in main memory."""
+    """Bytes of one worker, beside those of the process itself; `offloaded` lies in main memory.
+
+    `activations` are what forward and backward need at their peak beyond the room of all gradients: the activations
+    are most when most of the gradients are not there yet.
+    """
 
     parameters: int
     gradients: int
@@ -80,8 +84,7 @@ def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
             for parameter in group["params"]
         )
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks_of(probe.model)), default=0)
-    activations = _activations(config, stage, batch)
-    return _plan(training, workers, counts, probe.frozen, muon, largest, activations)
+    return _plan(training, workers, counts, probe.frozen, muon, largest, _peak(config, stage, batch))
 
 
 def step_flops(config: Config, stage: str) -> int:
@@ -119,9 +122,9 @@ def _plan(
     frozen: int,
     muon: int,
     largest: int,
-    activations: int,
+    peak: tuple[int, int],
 ) -> MemoryPlan:
-    """`counts`: parameters that train, and frozen ones; `largest`: those of the largest block."""
+    """`counts`: parameters that train, and frozen ones; `largest`: those of the largest block; `peak`: see `_peak`."""
     trained, zero = counts[0], training.zero_stage
     share = -(-trained // workers)
     kept = 2 * (trained - muon) + muon
@@ -129,19 +132,20 @@ def _plan(
     states = (kept if not zero else -(-kept // workers) + share) * FLOAT
     split = {0: (trained, trained), 1: (trained, trained + share), 2: (trained, share), 3: (share + 2 * largest, share)}
     parameters, gradients = split[zero]
+    missing = gradients * FLOAT * max(0.0, 1 - peak[1] / (sum(counts) * FLOAT))
     return MemoryPlan(
         parameters=(parameters + counts[1] + frozen) * FLOAT,
         gradients=gradients * FLOAT,
         optimizer=0 if training.offload_optimizer else states,
         average=(share if zero else trained) * FLOAT if training.ema_decay else 0,
-        activations=activations,
+        activations=max(0, peak[0] - round(missing)),
         communication=BUCKET_ELEMENTS * FLOAT if zero and workers > 1 else 0,
         offloaded=states if training.offload_optimizer else 0,
     )
 
 
-def _activations(config: Config, stage: str, batch: int) -> int:
-    """What is alive at the peak of forward and backward beside parameters and gradients.
+def _peak(config: Config, stage: str, batch: int) -> tuple[int, int]:
+    """What is alive at the peak of forward and backward beside parameters: activations, and gradients of all of them.
 
     Of a deep model it is reckoned from two shallow ones: layers are alike, and following all takes minutes.
     """
@@ -154,11 +158,13 @@ def _activations(config: Config, stage: str, batch: int) -> int:
         _followed(config.model_copy(update={stage: part.model_copy(update={name: layers})}), stage, batch)
         for layers in SHALLOW
     )
-    return more + (depth - SHALLOW[1]) * (more - less) // (SHALLOW[1] - SHALLOW[0])
+    deeper = (depth - SHALLOW[1]) / (SHALLOW[1] - SHALLOW[0])
+    activations, gradients = (round(many + deeper * (many - few)) for few, many in zip(less, more, strict=True))
+    return activations, gradients
 
 
-def _followed(config: Config, stage: str, batch: int) -> int:
-    """The peak of one forward and backward, followed tensor by tensor."""
+def _followed(config: Config, stage: str, batch: int) -> tuple[int, int]:
+    """The same of a model as it is, followed tensor by tensor."""
     training = training_of(config, stage)
     with FakeTensorMode():
         probe = probe_of(config, stage, batch)
@@ -174,8 +180,9 @@ def _followed(config: Config, stage: str, batch: int) -> int:
                 loss = probe.loss()
             loss.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
-    apart = ("PARAM", "GRAD", "Total")
-    return sum(its for kind, its in peak.items() if str(kind).rpartition(".")[2] not in apart)
+    alive = {str(kind).rpartition(".")[2]: its for kind, its in peak.items()}
+    gradients = alive.pop("GRAD", 0)
+    return sum(its for kind, its in alive.items() if kind not in ("PARAM", "Total")), gradients
 
 
 def _vae(config: Config, batch: int) -> Probe:

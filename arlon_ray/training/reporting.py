@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 #: Figures that the line shows in its own way, or that only the tracking needs.
-NOT_REPEATED = {"step_s", "samples_per_s", "data_wait", "learning_rate", "grad_norm", "tflops_per_s"}
+NOT_REPEATED = {"step_s", "samples_per_s", "tokens_per_s", "data_wait", "learning_rate", "grad_norm", "tflops_per_s"}
 #: Likewise, and what begins with one of these: there are many.
-NOT_SHOWN = ("time/", "gates/")
+NOT_SHOWN = ("time/", "gates/", "system/")
 
 
 def _hidden(name: str) -> bool:

@@ -19,6 +19,7 @@ from arlon_ray.training.loop import StoppedError, TrainingError, run_stage
 from jobs.command_line import InputError
 from jobs.ray_session import connect
 from jobs.ray_training import storage_folder, train_stage
+from jobs.stage_runs import StagePlan, check_figure
 from jobs.tracking import Tracking
 from tests.training.recording import Recorder
 from tests.training.regression_stage import regression_stage
@@ -142,6 +143,13 @@ def test_killed_worker_with_muon_changes_nothing(config, ray_here, tmp_path, zer
     found = distributed(config, tmp_path, settings, kill_at=7, flag=tmp_path / "flag")
     assert "regression: going on after step 5 of 12" in found[1].lines
     assert_equal_training(found, alone(tmp_path, settings))
+
+
+def test_a_figure_that_the_stage_does_not_measure_is_refused():
+    training = TrainingConfig(keep_best="psnr", evaluate_every=5)
+    plan = StagePlan("ar", "ar", regression_stage, {}, training, {}, {})
+    with pytest.raises(InputError, match=r"ar: training\.keep_best=psnr: expected one of accuracy, loss, perplexity"):
+        check_figure(plan)
 
 
 class Disturbing(Recorder):

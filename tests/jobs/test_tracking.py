@@ -5,6 +5,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from arlon_ray.artifact import load_artifact, save_artifact
 from arlon_ray.config import TrainingConfig, load_config
 from jobs import tracking
 from jobs.tracking import Tracking, tracking_uri
+from tests.postgres import postgres
 
 TRAINING = TrainingConfig(steps=4)
 
@@ -70,6 +72,21 @@ def test_server_that_is_down_is_announced_once_and_stops_nothing(tmp_path):
     assert "http://127.0.0.1:9" in announced[0] and "training goes on" in announced[0]
 
 
+def test_how_strongly_layers_listen_is_a_picture(config, tmp_path):
+    artifact = save_artifact(tmp_path / "dit", kind="dit", config={}, tensors={"w": torch.ones(3)}, key="k")
+    with Tracking(config, tmp_path).stage("dit", key="k", training=TRAINING, parents={}) as run:
+        for step in (1, 20, 40):
+            gates = {f"gates/{layer:02d}": 0.01 * step * layer for layer in range(3)}
+            run.metrics(step, {"loss": 1.0 / step, "step_s": 0.1, **gates})
+        run.artifact(artifact)
+    client, found = only_run(tmp_path)
+    picture = cv2.imread(client.download_artifacts(found.info.run_id, "pictures/gates.png"))
+    # the last layer's bar is the longest: its row is bluest on the right
+    blue = (np.abs(picture.astype(int) - (180, 119, 31)).max(-1) < 30)[:, picture.shape[1] * 2 // 3 :]
+    rows = np.flatnonzero(blue.any(1))
+    assert blue[rows[-1] - 5].sum() >= 1.9 * blue[rows[0] + 5].sum() > 0
+
+
 def test_where_it_is_kept(config, tmp_path, monkeypatch):
     assert tracking_uri(config, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
@@ -78,10 +95,10 @@ def test_where_it_is_kept(config, tmp_path, monkeypatch):
 
 
 @contextmanager
-def mlflow_server(folder, port):
-    """A real server, SQLite and files in `folder`."""
+def mlflow_server(folder, port, store):
+    """A real server, its files in `folder`."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
+    command += ["--backend-store-uri", store, "--artifacts-destination", f"{folder}/files"]
     with (folder / "log").open("a") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
@@ -98,8 +115,24 @@ def mlflow_server(folder, port):
         server.wait(60)
 
 
+@contextmanager
+def store_of(kind, folder):
+    """URI of a real database in `folder`."""
+    if kind == "sqlite":
+        yield f"sqlite:///{folder}/server.db"
+    else:
+        with postgres(folder / "postgres") as uri:
+            yield uri
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request, tmp_path):
+    with store_of(request.param, tmp_path) as uri:
+        yield uri
+
+
 @pytest.mark.slow
-def test_a_server_that_is_lost_gets_all_figures_when_it_is_back(tmp_path, monkeypatch):
+def test_a_server_that_is_lost_gets_all_figures_when_it_is_back(tmp_path, monkeypatch, store):
     from mlflow import MlflowClient
 
     monkeypatch.setattr(tracking, "RETRY_AFTER_S", 0.5)
@@ -111,7 +144,7 @@ def test_a_server_that_is_lost_gets_all_figures_when_it_is_back(tmp_path, monkey
     artifact = save_artifact(
         tmp_path / "s", kind="ar", config={}, tensors={"w": torch.ones(3)}, metrics={"loss": 0.5}, key="k"
     )
-    with mlflow_server(tmp_path, port):
+    with mlflow_server(tmp_path, port, store):
         stage = Tracking(config, tmp_path, announced.append).stage(
             "s", key="k", training=TRAINING, parents={"data": "d" * 64}
         )
@@ -120,7 +153,7 @@ def test_a_server_that_is_lost_gets_all_figures_when_it_is_back(tmp_path, monkey
     for step in (2, 3):
         run.metrics(step, {"loss": 1.0 / step, "step_s": 0.1})
     assert len(announced) == 1
-    with mlflow_server(tmp_path, port):
+    with mlflow_server(tmp_path, port, store):
         time.sleep(1)
         run.metrics(4, {"loss": 0.25, "step_s": 0.1})
         run.artifact(artifact)

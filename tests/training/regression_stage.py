@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class RegressionStage:
     """
 
     name = "regression"
+    figures: ClassVar[Mapping[str, bool]] = {"held_out_loss": False}
 
     def __init__(
         self,

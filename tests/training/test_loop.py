@@ -3,7 +3,7 @@ import torch
 
 from arlon_ray.artifact import load_artifact
 from arlon_ray.config import TrainingConfig
-from arlon_ray.training.checkpoints import FolderCheckpoints
+from arlon_ray.training.checkpoints import FolderCheckpoints, read_progress
 from arlon_ray.training.engine import TorchEngine
 from arlon_ray.training.loop import TrainingError, run_stage, train_locally
 from arlon_ray.training.reporting import ConsoleReporter, duration
@@ -71,6 +71,39 @@ def test_evaluations_on_the_way_change_nothing(tmp_path):
     evaluated = [step for step, values in looked.values.items() if "held_out/held_out_loss" in values]
     assert evaluated == [8, 16, 20] and looked.values[16] != looked.values[20]
     assert looked.values[20]["held_out/held_out_loss"] == plain.values[20]["held_out/held_out_loss"]
+
+
+def test_the_best_checkpoint_is_kept_and_exported(tmp_path):
+    # a learning rate that is too high at the end: the held-out loss rises again
+    rough = {"steps": 60, "learning_rate": 0.3, "schedule": "constant", "ema_decay": 0.0, "evaluate_every": 6}
+    settings = MUON.model_copy(update={**rough, "optimizer": "adamw", "keep_best": "held_out_loss"})
+    recorder, result = train(tmp_path / "whole", settings)
+    evaluated = {
+        step: v["held_out/held_out_loss"]
+        for step, v in recorder.values.items()
+        if len(v) and "held_out/held_out_loss" in v
+    }
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert best < 60 and len(evaluated) == 10
+    figures = result.artifact.lineage.metrics
+    assert (figures["best_step"], figures["held_out_loss"]) == (best, evaluated[best])
+    assert any(f"exporting the weights of step {best}," in line for line in recorder.lines)
+    kept = tmp_path / "whole/checkpoints/best"
+    assert read_progress(kept)["step"] == best
+    # what was best before an interruption stays the best
+    train(tmp_path / "parts", settings, interrupt_at=48)
+    second, again = train(tmp_path / "parts", settings)
+    assert any("going on after step 48" in line for line in second.lines)
+    assert again.artifact.lineage.metrics == figures
+    assert all(torch.equal(again.artifact.tensors()[name], its) for name, its in result.artifact.tensors().items())
+
+
+def test_a_best_checkpoint_of_other_settings_does_not_count(tmp_path):
+    settings = MUON.model_copy(update={"evaluate_every": 8, "keep_best": "held_out_loss"})
+    train(tmp_path, settings, key="other")
+    _, result = train(tmp_path, settings)
+    assert result.artifact.lineage.metrics["best_step"] in (8, 16, 20)
+    assert read_progress(tmp_path / "checkpoints/best")["key"] == "k"
 
 
 def test_artefact_has_the_averaged_weights(tmp_path):

@@ -22,7 +22,7 @@ def test_the_plan_is_what_a_process_takes(case: tuple[str, int, bool]) -> None:
 
 
 def test_each_stage_of_zero_splits_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arlon_ray.training.memory._followed", lambda *_: 1000)
+    monkeypatch.setattr("arlon_ray.training.memory._followed", lambda *_: (1000, 0))
     plans = [plan_memory(load_config("tiny", [f"dit.training.zero_stage={zero}"]), "dit", 2) for zero in range(4)]
     assert plans[0].optimizer > plans[1].optimizer == plans[2].optimizer
     assert plans[0].average == 2 * plans[1].average

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class ArObjective(nn.Module):
         logits, targets = self.model(text, mask, inputs).float().flatten(0, 3), tokens.flatten()
         loss = F.cross_entropy(logits, targets)
         accuracy = (logits.argmax(-1) == targets).float().mean()
-        return Losses(loss, {"accuracy": accuracy})
+        return Losses(loss, {"accuracy": accuracy}, targets.numel())
 
     def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
         """Tokens [B, t', h', w'] of as many groups as sampling ever has at once."""
@@ -77,6 +77,7 @@ class ArStage:
     """The AR stage."""
 
     name = "ar"
+    figures: ClassVar[Mapping[str, bool]] = {"loss": False, "perplexity": False, "accuracy": True}
 
     def __init__(self, config: Config, source: BatchSource, paths: ArPaths, parents: Mapping[str, str]) -> None:
         self.config, self.source, self.paths, self.parents = config, source, paths, dict(parents)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class CodecObjective(nn.Module):
             "commitment": commitment.detach().mean(),
             "codebook_used_in_batch": torch.tensor(used),
         }
-        return Losses(error + commitment.mean(), metrics)
+        return Losses(error + commitment.mean(), metrics, indices.numel())
 
     def _quantized(self, features_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [N, L, D] with a gradient to the features, their numbers [N, L], and the commitment loss."""
@@ -79,6 +79,12 @@ def _quantizer(config: CodecConfig) -> Any:
 
 class CodecStage:
     """The stage of the `fine` or the `coarse` codec."""
+
+    figures: ClassVar[Mapping[str, bool]] = {
+        "relative_error": False,
+        "codebook_used": True,
+        "codebook_perplexity": True,
+    }
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ class DitObjective(nn.Module):
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
-        return Losses((error * noisy).sum() / noisy.sum().clamp(min=1), gates(condition.injection))
+        loss = (error * noisy).sum() / noisy.sum().clamp(min=1)
+        return Losses(loss, gates(condition.injection), count * self.dit.token_count(x0.shape[2:]))
 
     def _segment(
         self, batch: dict[str, Any], generator: torch.Generator | None
@@ -134,6 +135,8 @@ def gates(injection: Mapping[str, Modulation]) -> dict[str, Tensor]:
 
 class DitStage:
     """The DiT stage; `dit_base` is the text-only one."""
+
+    figures: ClassVar[Mapping[str, bool]] = {"loss": False}
 
     def __init__(self, config: Config, source: BatchSource, paths: DitPaths, parents: Mapping[str, str]) -> None:
         if config.dit.injection.enabled != (paths.codec_fine is not None and paths.codec_coarse is not None):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class VaeStage:
     """The VAE stage; `source` gives pixels."""
 
     name = "vae"
+    figures: ClassVar[Mapping[str, bool]] = {"psnr": True, "psnr_detail": True}
 
     def __init__(self, config: VaeConfig, source: GroupSource, seed: int) -> None:
         self.config, self.source, self.seed = config, source, seed
