@@ -11,6 +11,8 @@ them, but dit_base, which is also the baseline of a guided bundle.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -23,7 +25,7 @@ import torch
 from pydantic import ValidationError
 
 from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, one_line, read_object, whole_folder, write_json
-from arlon_ray.config import Config
+from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.models.ar import ArTransformer, load_ar
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.models.dit import STDiT3, load_dit
@@ -106,6 +108,13 @@ class Bundle:
         }
         _check_manifest(self.artifacts, manifest.get("parts"), str(self.path))
         _check(self.artifacts, self.text_identity, str(self.path))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that a video depends on beside its request: every part, the text encoder, the sizes."""
+        parts = {name: artifact.fingerprint for name, artifact in self.artifacts.items()}
+        sizes = config_fingerprint(self.config.video, self.config.segment)
+        return hashlib.sha256(json.dumps([parts, self.text_identity, sizes], sort_keys=True).encode()).hexdigest()
 
     @property
     def guided(self) -> bool:

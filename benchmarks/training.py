@@ -41,6 +41,7 @@ from jobs.ray_session import connect, threads_per_worker
 from jobs.ray_training import train_stage
 from jobs.tracking import Tracking
 
+#: Rendered scenes that are trained on, at most.
 SCENES = 64
 #: Steps that warm up and do not count.
 WARM_UP = 3
@@ -49,7 +50,8 @@ WARM_UP = 3
 def stage_of(config: Config, vae: Path, steps: int) -> Stage:
     """The text-only DiT on rendered scenes; Ray's worker builds it by the same call."""
     training = text_only(config, steps)
-    source = LatentScenes(config, SCENES, vae, "cpu").sized(config.dit.training.batch_size)
+    batch = config.dit.training.batch_size
+    source = LatentScenes(config, min(SCENES, batch * steps), vae, "cpu").sized(batch)
     return DitStage(training, source, DitPaths(vae), {})
 
 

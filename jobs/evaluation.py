@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
@@ -20,6 +20,7 @@ from arlon_ray.artifact import one_line
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import GROUP_FRAMES, SamplingConfig
 from arlon_ray.evaluation.frechet import frechet_distance, video_features
+from arlon_ray.evaluation.joins import drift_figures, join_figures
 from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
 from arlon_ray.evaluation.scenes import Frames
 from arlon_ray.evaluation.tokens import wrong_tokens
@@ -33,8 +34,10 @@ from jobs.tables import results_table
 
 ROW = re.compile(r"(?:(text-only|guided|true-tokens)@([1-9]\d{0,2})|(truth|vae))((?::\w+=[\w.]+)*)")
 FORM = "text-only@N, guided@N, true-tokens@N (N steps; each may end in :option=value), vae or truth"
-#: Option of a row that is none of sampling: the share of true tokens that are replaced.
-WRONG = "wrong"
+#: Options of a row that are none of sampling: the share of true tokens that are replaced, and what a segment takes over
+#: from the one before: its latents, or (as Open-Sora v1.2 does) its decoded frames, encoded again.
+WRONG, HANDOVER = "wrong", "handover"
+HANDOVERS = ("latents", "pixels")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Row:
     model: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     wrong: float = 0.0
+    handover: str = HANDOVERS[0]
 
     @property
     def file_name(self) -> str:
@@ -61,7 +65,7 @@ class Row:
 
     def with_changes(self, **changes: Any) -> Row:
         """The same model with other sampling options; what the row itself names stays."""
-        return Row(self.name, self.model, {**changes, **self.changes}, self.wrong)
+        return replace(self, changes={**changes, **self.changes})
 
 
 def parse_row(text: str) -> Row:
@@ -77,11 +81,13 @@ def parse_row(text: str) -> Row:
         raise InputError(f"--rows {text}: {WRONG} is a share of 0 to 1") from None
     if not 0 <= wrong <= 1 or (wrong and model != "true-tokens"):
         raise InputError(f"--rows {text}: {WRONG} is a share of 0 to 1, of true-tokens")
+    if (handover := pairs.pop(HANDOVER, HANDOVERS[0])) not in HANDOVERS:
+        raise InputError(f"--rows {text}: {HANDOVER} is one of {', '.join(HANDOVERS)}")
     if steps is not None:
         pairs = {"steps": int(steps), **pairs}
     elif pairs:
         raise InputError(f"--rows {text}: {other} takes no options")
-    return Row(text, model or other, sampling_options(f"--rows {text}", pairs), wrong)
+    return Row(text, model or other, sampling_options(f"--rows {text}", pairs), wrong, handover)
 
 
 def sampling_options(what: str, texts: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,6 +189,8 @@ class Evaluator:
                 frames, parts = self.make(row, index, prompt)
                 truth = prompt.scene.shots[0] if prompt.scene else None
                 values = measure(frames, truth, self.bundle.config.video.fps, self._joins)
+                if self._joins:
+                    values |= join_figures(frames, self._joins) | drift_figures(frames, self._joins)
                 if known:
                     result.features.append(video_features(frames))
             except (ValueError, RuntimeError) as error:
@@ -234,6 +242,8 @@ class Evaluator:
             times.append(time.perf_counter())
             parts += np.diff(times)
             overlap = behind_overlap(overlap, latents)[:, -keep:]
+            if row.handover == "pixels":
+                overlap = self._encoded_again(overlap)
         planning, rendering, decoding = parts.tolist()
         return np.concatenate(frames), (planning if row.model == "guided" else 0.0, rendering, decoding)
 
@@ -249,6 +259,12 @@ class Evaluator:
         per_group = len(true) // segment.groups_of(self.segments)
         ends = [segment.groups_of(number) * per_group for number in range(1, self.segments + 1)]
         return (true[end - segment.groups * per_group : end] for end in ends)
+
+    def _encoded_again(self, latents: np.ndarray) -> np.ndarray:
+        """Whole groups of latents [C, n, h, w], decoded and encoded."""
+        frames = self.generator.decoder.decode(latents)
+        encoded = self.bundle.vae.encode(to_video(frames[None]).to(self.bundle.device))
+        return encoded[0].float().cpu().numpy()
 
     @property
     def _joins(self) -> list[int]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 
@@ -19,17 +18,20 @@ from arlon_ray.config import GROUP_FRAMES, Config
 from arlon_ray.generation import (
     GenerationOptions,
     Given,
+    Project,
+    ProjectError,
+    SegmentText,
+    Timeline,
     VideoGenerator,
     default_options,
     given_clip,
     given_picture,
-    spread_prompts,
 )
-from arlon_ray.generation.video import encode_fragment, join_fragments
-from arlon_ray.models.text import load_token_counter
+from arlon_ray.generation.video import GrowingVideo, encode_fragment
 from data_pipeline.decode import Clip, fit
 from data_pipeline.footage import FootageError, read_picture
 from jobs.command_line import BOX, InputError, existing, parser, run
+from jobs.storyboards import add_flags, segment_texts
 
 #: Frames of a clip that goes before the video which are held at a time.
 SHOWN_AT_ONCE = 4 * GROUP_FRAMES
@@ -45,30 +47,36 @@ class Start:
 
 def make_video(
     generator: VideoGenerator,
-    prompts: list[str],
+    texts: Sequence[SegmentText],
     path: Path,
     seed: int,
     options: GenerationOptions,
     start: Start | None = None,
+    timeline: Timeline | None = None,
+    project: Project | None = None,
 ) -> int:
-    """Write the video of one prompt a segment to `path`; returns its frames. Memory does not grow with its length."""
-    start = start or Start()
-    fragments: list[Path] = []
-    fps, frames = generator.bundle.config.video.fps, 0
-    with tempfile.TemporaryDirectory(prefix="arlon-video-") as folder:
+    """Write the video of one text a segment to `path`; returns its frames. Memory does not grow with its length.
 
-        def add(part: np.ndarray) -> int:
-            fragments.append(Path(folder) / f"{len(fragments):06d}.mp4")
-            fragments[-1].write_bytes(encode_fragment(part, fps))
-            return len(part)
-
+    While it is made, what is done can be watched in `NAME.partial.mp4`. That is what stays if it is interrupted, or the
+    disk is full, and the error says so.
+    """
+    start, video = start or Start(), GrowingVideo(path)
+    fps = generator.bundle.config.video.fps
+    timeline = timeline or Timeline()
+    try:
         if start.before is not None:
-            frames += sum(add(part) for part in start.before.parts(SHOWN_AT_ONCE))
-        for index, part in enumerate(generator.generate(prompts, seed, options, start.given)):
-            frames += add(part)
-            print(f"segment {index + 1}/{len(prompts)}  {frames} frames", file=sys.stderr)
-        join_fragments(fragments, path)
-    return frames
+            for part in start.before.parts(SHOWN_AT_ONCE):
+                video.add(encode_fragment(part, fps))
+        for index, part in enumerate(generator.generate(texts, seed, options, start.given, timeline, project)):
+            timeline.timed("file", index, lambda part=part: video.add(encode_fragment(part, fps)))  # type: ignore[misc]
+            watch = f"  watch it in {video.partial}" if index == 0 < len(texts) - 1 else ""
+            print(f"segment {index + 1}/{len(texts)}  {video.frames} frames{watch}", file=sys.stderr)
+        video.finish()
+    except BaseException:
+        if video.fragments:
+            print(f"the first {video.frames} frames are kept in {video.partial}", file=sys.stderr)
+        raise
+    return video.frames
 
 
 def read_start(bundle: Bundle, image: str | None, video: str | None) -> Start:
@@ -113,20 +121,20 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: {above} is not writable")
 
 
-def check_prompts(prompts: list[str], config: Config) -> None:
-    """Raises InputError if the text encoder would cut a prompt off."""
-    count_tokens, limit = load_token_counter(config.text), config.text.max_tokens
-    for prompt in prompts:
-        if (tokens := count_tokens(prompt)) > limit:
-            raise InputError(f"--prompt: {tokens} tokens, at most {limit} ({' '.join(prompt.split())[:40]!r}…)")
+def new_project(folder: str, bundle: Bundle, options: GenerationOptions, start: Start) -> Project:
+    """Raises InputError if there is one already, or the folder cannot be made."""
+    path = Path(folder).expanduser().absolute()
+    try:
+        return Project.create(path, bundle.fingerprint, options, start.given)
+    except (ProjectError, OSError) as error:
+        raise InputError(f"--project {one_line(error)}") from None
 
 
 def main() -> None:
     """Command line."""
     flags = parser("Make a video from a bundle, without Ray.", output="video.mp4", config=False)
     flags.add_argument("--bundle", default=str(BOX), metavar="DIR", help="model bundle (default: weights/tiny)")
-    flags.add_argument("--prompt", action="append", required=True, help="repeat it for progressive prompts")
-    flags.add_argument("--segments", type=int, metavar="N", help="length of the video (default: one a prompt)")
+    add_flags(flags)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--steps", type=int, help="denoising steps")
     flags.add_argument("--guidance-scale", type=float)
@@ -134,15 +142,15 @@ def main() -> None:
     flags.add_argument("--image", metavar="FILE", help="the first frame: image to video")
     flags.add_argument("--video", metavar="FILE", help="a clip to go on from: its frames, then the new ones")
     flags.add_argument("--baseline", action="store_true", help="the text-only DiT, without the AR's tokens")
+    flags.add_argument("--project", metavar="DIR", help="keep what each segment was made of, for jobs/edit.py")
+    flags.add_argument("--trace", metavar="FILE", help="write who worked when, for ui.perfetto.dev")
     arguments = flags.parse_args()
-    if any(not prompt.strip() for prompt in arguments.prompt):
-        raise InputError("--prompt: empty; expected a description of the video")
     if arguments.image and arguments.video:
         raise InputError("--image and --video exclude each other: a video starts from one of them")
     path = Path(arguments.output).expanduser().absolute()
     check_output(path)
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
-    check_prompts(arguments.prompt, bundle.config)
+    texts = segment_texts(arguments, bundle.config)
     try:
         options = default_options(
             bundle.config.sampling,
@@ -151,19 +159,19 @@ def main() -> None:
             token_guidance_scale=arguments.token_guidance_scale,
             baseline=arguments.baseline or None,
         )
-        segments = arguments.segments if arguments.segments is not None else len(arguments.prompt)
-        prompts = spread_prompts(arguments.prompt, segments)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}={first['input']}: {first['msg']}") from None
-    except ValueError as error:
-        raise InputError(f"--segments: {error}") from None
     if not bundle.guided and not options.baseline:
         print("this bundle is text-only: rendering without the AR's tokens", file=sys.stderr)
     start = read_start(bundle, arguments.image, arguments.video)
-    begin = time.perf_counter()
-    frames = make_video(VideoGenerator(bundle), prompts, path, arguments.seed, options, start)
-    print(f"{path}: {frames} frames in {time.perf_counter() - begin:.1f} s")
+    generator, timeline = VideoGenerator(bundle), Timeline()
+    project = new_project(arguments.project, bundle, options, start) if arguments.project else None
+    frames = make_video(generator, texts, path, arguments.seed, options, start, timeline, project)
+    if arguments.trace:
+        timeline.write(Path(arguments.trace))
+    seconds = time.perf_counter() - timeline.begin
+    print(f"{path}: {frames} frames ({frames / bundle.config.video.fps:.4g} s) in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from arlon_ray.config import GROUP_FRAMES, Config
-from arlon_ray.generation import GenerationOptions, default_options, spread_prompts
+from arlon_ray.config import Config
+from arlon_ray.generation import (
+    GenerationOptions,
+    Scene,
+    SegmentText,
+    default_options,
+    playing_time,
+    segments_for,
+    spread_prompts,
+    storyboard,
+)
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 SegmentStatus = Literal["queued", "planned", "rendering", "rendered", "completed"]
@@ -44,7 +52,22 @@ def _storable(text: str) -> str:
     return text
 
 
+def _number_or_text(value: Any) -> Any:
+    """The OpenAI API writes seconds as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{value[:32]!r} is not a number") from None
+    return value
+
+
 Text = Annotated[str, AfterValidator(_storable)]
+Seconds = Annotated[
+    float,
+    BeforeValidator(_number_or_text),
+    Field(gt=0, le=1e6, allow_inf_nan=False, description="a number, or one as text"),
+]
 
 
 class _Strict(BaseModel):
@@ -52,18 +75,25 @@ class _Strict(BaseModel):
 
 
 class SegmentPrompt(_Strict):
-    """One part of a storyboard."""
+    """One part of a storyboard; all parts say how long they last, or none does."""
 
     prompt: Text
+    seconds: Seconds | None = None
 
 
 class VideoRequest(_Strict):
-    """Body of `POST /v1/videos`. Either `prompt` or `segments`; `num_segments` or `seconds` or neither."""
+    """Body of `POST /v1/videos`. Either `prompt` or `segments`; `num_segments` or `seconds` or neither.
+
+    Segments with seconds of their own make a video of that length, and take no other.
+    """
 
     prompt: Text | None = None
     segments: list[SegmentPrompt] | None = Field(None, min_length=1, description="progressive prompts, in order")
     num_segments: int | None = Field(None, ge=1)
-    seconds: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False, description="a number, or one as text")
+    seconds: Seconds | None = None
+    transition_latents: int = Field(
+        0, ge=0, le=1000, description="latent frames (4 frames each) over which the texts of timed segments are blended"
+    )
     size: Text | None = Field(None, description="WIDTHxHEIGHT; only the model's own")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
@@ -72,17 +102,6 @@ class VideoRequest(_Strict):
     baseline: bool = Field(False, description="text only: no plan, no tokens")
     model: Text | None = None
     user: Text | None = Field(None, max_length=256, description="the caller's own mark, kept and not interpreted")
-
-    @field_validator("seconds", mode="before")
-    @classmethod
-    def _number_or_text(cls, value: Any) -> Any:
-        """The OpenAI API writes seconds as text."""
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                raise ValueError(f"{value[:32]!r} is not a number") from None
-        return value
 
 
 class SegmentTimes(BaseModel):
@@ -170,28 +189,10 @@ def _printable(text: str) -> str:
     return text[:500].encode(errors="replace").decode()
 
 
-def new_frames(config: Config, index: int) -> int:
-    """Frames that segment `index` adds to the video: the overlap was rendered by the segment before."""
-    overlap = config.segment.overlap_groups if index else 0
-    return (config.segment.groups - overlap) * GROUP_FRAMES
-
-
-def segments_for(seconds: float, config: Config) -> int:
-    """The fewest whole segments that last at least `seconds`."""
-    # less a thousandth of a frame, so that asking for the playing time of a video gives its length again
-    frames = math.ceil(seconds * config.video.fps - 1e-3)
-    rest = max(0, frames - new_frames(config, 0))
-    return 1 + math.ceil(rest / new_frames(config, 1))
-
-
-def playing_time(segments: int, config: Config) -> str:
-    """Seconds that a video of `segments` segments lasts, as text."""
-    frames = new_frames(config, 0) + (segments - 1) * new_frames(config, 1)
-    return format(frames / config.video.fps, ".10g")
-
-
-def read_prompts(request: VideoRequest, config: Config, count_tokens: Callable[[str], int] | None = None) -> list[str]:
-    """Check the request against what this model makes, and return one prompt per segment.
+def read_prompts(
+    request: VideoRequest, config: Config, count_tokens: Callable[[str], int] | None = None
+) -> list[SegmentText]:
+    """Check the request against what this model makes, and return the text of each segment.
 
     `count_tokens` is the text encoder's: without it, what is too long for the encoder passes and is cut off there.
     Raises RequestError that names the field.
@@ -207,16 +208,42 @@ def read_prompts(request: VideoRequest, config: Config, count_tokens: Callable[[
     prompts = _checked_prompts(request, config, count_tokens)
     if request.num_segments is not None and request.seconds is not None:
         raise RequestError("num_segments and seconds exclude each other", param="seconds")
+    if request.segments and any(part.seconds is not None for part in request.segments):
+        return _timed_prompts(request, prompts, config)
+    if request.transition_latents:
+        raise RequestError("only segments with seconds of their own are blended", param="transition_latents")
     count = request.num_segments or len(prompts)
     field = "num_segments" if request.num_segments else "segments"
     if request.seconds is not None:
         count, field = segments_for(request.seconds, config), "seconds"
-    if count > config.serve.max_segments:
-        limit = playing_time(config.serve.max_segments, config)
-        raise RequestError(f"at most {config.serve.max_segments} segments ({limit} s)", param=field)
+    _check_length(count, config, field)
     if count < len(prompts):
         raise RequestError(f"{len(prompts)} prompts need at least as many segments, not {count}", param=field)
-    return spread_prompts(prompts, count)
+    return list[SegmentText](spread_prompts(prompts, count))
+
+
+def _timed_prompts(request: VideoRequest, prompts: list[str], config: Config) -> list[SegmentText]:
+    """The text of each segment where the parts say how long they last."""
+    parts = request.segments or []
+    if request.num_segments is not None or request.seconds is not None:
+        field = "seconds" if request.seconds is not None else "num_segments"
+        raise RequestError("the segments' own seconds say how long the video is", param=field)
+    for index, part in enumerate(parts):
+        if part.seconds is None:
+            raise RequestError("all segments say how long they last, or none does", param=f"segments.{index}.seconds")
+    needed = segments_for(sum(part.seconds or 0.0 for part in parts), config)
+    _check_length(needed, config, "segments")
+    scenes = [Scene(prompt, part.seconds) for prompt, part in zip(prompts, parts, strict=True)]
+    try:
+        return storyboard(scenes, config, transition=request.transition_latents)
+    except ValueError as error:
+        raise RequestError(str(error), param="segments") from None
+
+
+def _check_length(segments: int, config: Config, field: str) -> None:
+    if segments > config.serve.max_segments:
+        limit = playing_time(config.serve.max_segments, config)
+        raise RequestError(f"at most {config.serve.max_segments} segments ({limit} s)", param=field)
 
 
 def options_of(request: VideoRequest, config: Config) -> GenerationOptions:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from arlon_ray.config import Config
+from arlon_ray.generation import SegmentText, new_frames, playing_time, prompt_of
 from serve.jobs_store import JobStore
 from serve.orchestrator import Orchestrator, StageError
 from serve.schema import (
@@ -26,9 +27,7 @@ from serve.schema import (
     Video,
     VideoError,
     VideoRequest,
-    new_frames,
     options_of,
-    playing_time,
     read_prompts,
 )
 from serve.work import Job, Stages, Timed
@@ -187,21 +186,26 @@ class VideoService:
             retry_after_s=retry_after_s,
         )
 
-    def _new(self, request: VideoRequest, prompts: list[str]) -> _Active:
+    def _new(self, request: VideoRequest, prompts: list[SegmentText]) -> _Active:
         config = self._config
+        said = [part.prompt for part in request.segments or ()] or [request.prompt or ""]
         video = Video(
             id=f"video_{uuid.uuid4().hex}",
             model=config.name,
             created_at=int(time.time()),
             seconds=playing_time(len(prompts), config),
             size=f"{config.video.width}x{config.video.height}",
-            prompt="\n".join(dict.fromkeys(prompts)),
+            prompt="\n".join(dict.fromkeys(prompt.strip() for prompt in said)),
             seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
             baseline=request.baseline,
             user=request.user,
             segments=[
-                SegmentState(index=index, prompt=prompt, frames=new_frames(config, index))
-                for index, prompt in enumerate(prompts)
+                SegmentState(
+                    index=index,
+                    prompt=prompt_of(text, config.segment.overlap_latents if index else 0),
+                    frames=new_frames(config, index),
+                )
+                for index, text in enumerate(prompts)
             ],
             timings=[SegmentTimes(index=index) for index in range(len(prompts))],
         )

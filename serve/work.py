@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from arlon_ray.generation import GenerationOptions
+from arlon_ray.generation import GenerationOptions, SegmentText
 
 T = TypeVar("T")
 Tokens = NDArray[np.int32]  # [t', h', w'] of one segment
@@ -22,10 +22,10 @@ Permit = Callable[[int], Awaitable[bool]]
 
 @dataclass(frozen=True)
 class Job:
-    """One video: a prompt for each segment, and how it is made."""
+    """One video: the text of each segment, and how it is made."""
 
     id: str
-    prompts: tuple[str, ...]
+    prompts: tuple[SegmentText, ...]
     seed: int
     options: GenerationOptions
 

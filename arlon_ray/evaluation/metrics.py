@@ -74,7 +74,7 @@ def measure(frames: Frames, truth: Shot | None, fps: float, joins: Sequence[int]
     """
     masks, flow = object_masks(frames), optical_flow(frames)
     values = {
-        "subject_consistency": consistency(_around_object(frames, masks)),
+        "subject_consistency": consistency(around_object(frames, masks)),
         "background_consistency": consistency(_pooled(frames, ~grown(masks))),
         "temporal_flickering": flickering(frames, masks),
         "motion_smoothness": smoothness(frames, flow),
@@ -230,7 +230,7 @@ def _pooled(frames: Frames, where: Mask) -> Features:
     return (total / np.maximum(weights.sum((2, 4)), 1)[..., None]).reshape(count, -1)
 
 
-def _around_object(frames: Frames, masks: Mask) -> Features:
+def around_object(frames: Frames, masks: Mask) -> Features:
     """The object's pixels, each frame turned so that the object is in the middle; zero where there is none."""
     turned, seen = np.zeros_like(frames), np.zeros_like(masks)
     for t, mask in enumerate(masks):

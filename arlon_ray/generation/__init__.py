@@ -1,24 +1,51 @@
 """Making videos from a bundle: `VideoGenerator.from_bundle(path).generate(prompts)`; no Ray."""
 
 from arlon_ray.generation.decoding import FrameDecoder
-from arlon_ray.generation.generator import VideoGenerator, spread_prompts
+from arlon_ray.generation.editing import VideoEditor
+from arlon_ray.generation.generator import VideoGenerator
 from arlon_ray.generation.given import Given, given_clip, given_picture
 from arlon_ray.generation.options import GenerationOptions, default_options
+from arlon_ray.generation.overlapped import Timeline
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
+from arlon_ray.generation.project import Project, ProjectError, ProjectSegment
 from arlon_ray.generation.rendering import DiTRenderer, SegmentLatents, behind_overlap
+from arlon_ray.generation.storyboard import (
+    ChangingText,
+    Scene,
+    SegmentText,
+    new_frames,
+    playing_time,
+    prompt_of,
+    segments_for,
+    spread_prompts,
+    storyboard,
+)
 
 __all__ = [
     "ArPlanner",
+    "ChangingText",
     "DiTRenderer",
     "FrameDecoder",
     "GenerationOptions",
     "Given",
+    "Project",
+    "ProjectError",
+    "ProjectSegment",
+    "Scene",
     "SegmentLatents",
+    "SegmentText",
     "SegmentTokens",
+    "Timeline",
+    "VideoEditor",
     "VideoGenerator",
     "behind_overlap",
     "default_options",
     "given_clip",
     "given_picture",
+    "new_frames",
+    "playing_time",
+    "prompt_of",
+    "segments_for",
     "spread_prompts",
+    "storyboard",
 ]

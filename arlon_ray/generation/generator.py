@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +15,11 @@ from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.generation.decoding import FrameDecoder
 from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions, default_options
+from arlon_ray.generation.overlapped import Timeline, in_background
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
+from arlon_ray.generation.project import Project, ProjectSegment
 from arlon_ray.generation.rendering import DiTRenderer, behind_overlap
-
-
-def spread_prompts(prompts: Sequence[str], segments: int) -> list[str]:
-    """A prompt for each of `segments`, in order and evenly. Raises ValueError if a prompt gets no segment."""
-    if not prompts or segments < len(prompts):
-        raise ValueError(f"{len(prompts)} prompts for {segments} segments: expected 1 prompt to {segments}")
-    return [prompts[i * len(prompts) // segments] for i in range(segments)]
+from arlon_ray.generation.storyboard import SegmentText
 
 
 class VideoGenerator:
@@ -38,29 +37,65 @@ class VideoGenerator:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[SegmentText],
         seed: int = 0,
         options: GenerationOptions | None = None,
         given: Given | None = None,
+        timeline: Timeline | None = None,
+        project: Project | None = None,
     ) -> Iterator[np.ndarray]:
-        """Frames uint8 [T, H, W, 3] of one segment after the other; prompts[k] is the text of segment k.
+        """Frames uint8 [T, H, W, 3] of one segment after the other; prompts[k] is the text of segment k
+        (`storyboard` makes them of prompts with durations).
 
-        `given` is what the first segment starts from (`given_picture`, `given_clip`). A text-only bundle renders the
-        baseline whatever the options say.
+        The AR plans the next segment while the DiT renders one and the one before is decoded, each in a thread of its
+        own, at most one segment ahead. `given` is what the first segment starts from (`given_picture`, `given_clip`).
+        A text-only bundle renders the baseline whatever the options say. `timeline` notes who worked when; `project`
+        keeps what each segment was made of, for editing.
         """
         options = options or default_options(self.bundle.config.sampling)
-        keep = self.bundle.config.segment.overlap_latents
-        start = given.latents if given else None
+        timeline = timeline or Timeline()
         if self.planner is None:
             options = options.model_copy(update={"baseline": True})
+        latents = in_background(self._rendered(prompts, seed, options, given, timeline, project), ahead=1)
+        with closing(latents):  # type: ignore[type-var]
+            for index, shown in enumerate(latents):
+                yield timeline.timed("decoder", index, partial(self.decoder.decode, shown))
+
+    def _rendered(
+        self,
+        prompts: Sequence[SegmentText],
+        seed: int,
+        options: GenerationOptions,
+        given: Given | None,
+        timeline: Timeline,
+        project: Project | None,
+    ) -> Iterator[np.ndarray]:
+        """The latents [C, n, h, w] to show of each segment."""
+        keep = self.bundle.config.segment.overlap_latents
+        overlap = given.latents if given else None
         plans: Iterator[SegmentTokens] = iter(())
         if self.planner is not None and not options.baseline:
-            plans = self.planner.plan(prompts, seed, options, given=start)
-        overlap = start
-        for index, prompt in enumerate(prompts):
-            plan = next(plans, None)
-            latents = self.renderer.render(prompt, plan.tokens if plan else None, overlap, seed, index, options).latents
-            history = behind_overlap(overlap, latents)
-            shown = history if index == 0 and given and given.shown else latents
-            overlap = history[:, -keep:]
-            yield self.decoder.decode(shown)
+            plans = in_background(_timed(self.planner.plan(prompts, seed, options, given=overlap), timeline), ahead=1)
+        try:
+            for index, prompt in enumerate(prompts):
+                plan = next(plans, None)
+                tokens = plan.tokens if plan else None
+                render = partial(self.renderer.render, prompt, tokens, overlap, seed, index, options)
+                latents = timeline.timed("dit", index, render).latents
+                if project is not None:
+                    project.write(index, ProjectSegment(prompt, seed, latents, tokens))
+                history = behind_overlap(overlap, latents)
+                overlap = history[:, -keep:]
+                yield history if index == 0 and given and given.shown else latents
+        finally:
+            if (close := getattr(plans, "close", None)) is not None:
+                close()
+
+
+def _timed(plans: Iterator[SegmentTokens], timeline: Timeline) -> Iterator[SegmentTokens]:
+    for index in count():
+        plan = timeline.timed("ar", index, lambda: next(plans, None))
+        if plan is None:
+            timeline.spans.pop()
+            return
+        yield plan

@@ -18,6 +18,7 @@ from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
+from arlon_ray.generation.storyboard import SegmentText
 from arlon_ray.models.ar import ArTransformer, Grid, KeyValueCache
 
 
@@ -134,7 +135,7 @@ class ArPlanner:
 
     def plan(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[SegmentText],
         seed: int,
         options: GenerationOptions,
         on_token: Callable[[int], None] | None = None,
@@ -142,24 +143,59 @@ class ArPlanner:
     ) -> Iterator[SegmentTokens]:
         """One plan a segment, in order; prompts[k] is the text of segment k. Equal arguments, equal tokens.
 
+        Where the text changes within a segment, each token is planned with the prompt that counts most in its frames.
+
         `given` are latents float32 [C, n, h, w] that the first segment starts with (`Given`): the AR goes on from their
         tokens. Raises ValueError for latents that do not fit.
         """
-        segment = self.config.segment
-        per_group = self.group_grid[0]
-        window = self._tokens_of(given)
-        for index, prompt in enumerate(prompts):
-            end = segment.groups * per_group
-            if index:
-                window = window[-self.config.ar.context_groups * per_group :]
-                end = len(window) + (segment.groups - segment.overlap_groups) * per_group
-            grid = (end, *self.group_grid[1:])
-            embedding = self.text.encode([prompt])
-            generator = segment_generator(seed, index, "ar", self.bundle.device)
-            window = sample_tokens(self.model, *embedding, window, grid, options, generator, on_token)
-            yield SegmentTokens(index, window[-segment.groups * per_group :].int().cpu().numpy())
+        window = self.tokens_of(given)
+        for index, text in enumerate(prompts):
+            window = self.go_on(window, text, seed, index, options, on_token)
+            yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
 
-    def _tokens_of(self, given: np.ndarray | None) -> Tensor:
+    @property
+    def segment_frames(self) -> int:
+        """Token frames of a segment."""
+        return self.config.segment.groups * self.group_grid[0]
+
+    @torch.no_grad()
+    def go_on(
+        self,
+        before: Tensor,
+        text: SegmentText,
+        seed: int,
+        index: int,
+        options: GenerationOptions,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Plan segment `index` behind tokens int64 [n, h', w'], of which the newest are looked at: those, and its own.
+
+        The first segment goes on from what it is given; a later one from all that was planned before it.
+        """
+        per_group, segment = self.group_grid[0], self.config.segment
+        window, end = before, self.segment_frames
+        if index:
+            window = before[-self.config.ar.context_groups * per_group :]
+            end = len(window) + (segment.groups - segment.overlap_groups) * per_group
+        generator = segment_generator(seed, index, "ar", self.bundle.device)
+        for prompt, until in self._parts(text, end, len(window)):
+            grid = (until, *self.group_grid[1:])
+            embedding = self.text.encode([prompt])
+            window = sample_tokens(self.model, *embedding, window, grid, options, generator, on_token)
+        return window
+
+    def _parts(self, text: SegmentText, end: int, known: int) -> Iterator[tuple[str, int]]:
+        """(prompt, token frame before which it ends) of what is to be planned from frame `known` to `end`."""
+        if isinstance(text, str):
+            yield text, end
+            return
+        per_token = GROUP_LATENTS // self.group_grid[0]
+        until = known
+        for prompt, latents in text.spans(self.config.segment.latents - (end - known) * per_token, per_token):
+            until += latents // per_token
+            yield prompt, until
+
+    def tokens_of(self, given: np.ndarray | None) -> Tensor:
         """Tokens [t', h', w'] of the given latents, as far as they fill whole tokens.
 
         A codec that codes each latent frame on its own has tokens of a single picture; one that codes a group at once

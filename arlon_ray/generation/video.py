@@ -13,6 +13,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,12 @@ Frames = NDArray[np.uint8]
 _X264 = {"crf": "16", "preset": "veryfast", "bf": "0", "x264-params": "open-gop=0"}
 _KEYFRAME_EVERY_S = 2.0
 _FASTSTART = {"movflags": "faststart"}  # the index first: players start before the file is loaded
+#: Parts of a file that is never whole: headers without an index, then frames with their own times.
+_FRAGMENTED = {
+    "movflags": "empty_moov+default_base_moof+frag_keyframe+frag_discont",
+    "use_editlist": "0",
+    "avoid_negative_ts": "disabled",
+}
 _BT709 = 1  # the same number in ffmpeg's colour space, primaries and transfer enumerations
 _LIMITED_RANGE = 1
 
@@ -76,6 +83,98 @@ def join_fragments(fragments: Iterable[bytes | str | Path], path: str | Path) ->
         if target is None:
             raise ValueError("no fragments to join")
     return Path(path)
+
+
+class GrowingVideo:
+    """An mp4 that can be watched while it grows, in `NAME.partial.mp4`, and becomes NAME.mp4 when it is finished.
+
+    Each fragment is on the disk, whole and playable, when `add` returns. Raises OSError where the disk is full: what
+    was added before stays there, and can still be played.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
+        self.frames, self.fragments = 0, 0
+        self._stream = FragmentStream()
+
+    def add(self, fragment: bytes) -> None:
+        """One of `encode_fragment`, behind those before."""
+        part = self._stream.part(fragment)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        size = self.partial.stat().st_size if self.fragments else 0
+        try:
+            with self.partial.open("ab" if self.fragments else "wb") as file:
+                file.write(part.data)
+        except OSError:
+            os.truncate(self.partial, size)
+            raise
+        self.fragments, self.frames = self.fragments + 1, self.frames + part.frames
+
+    def finish(self) -> Path:
+        """Put the index first and give the file its name. Raises ValueError if nothing was added."""
+        if not self.fragments:
+            raise ValueError("no fragments to join")
+        join_fragments([self.partial], self.path)
+        self.partial.unlink()
+        return self.path
+
+
+@dataclass(frozen=True)
+class StreamPart:
+    """Bytes of a fragmented mp4, and the frames in them."""
+
+    data: bytes
+    frames: int
+
+
+class FragmentStream:
+    """Turns fragments of `encode_fragment` into the parts of one fragmented mp4 (ISO/IEC 14496-12, `moof`).
+
+    All parts, one behind the other, are a file, or what a browser plays while it arrives. The first begins with the
+    headers, the others are frames alone.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[Any, ...] = ()
+        self._offset, self._number, self._written = 0, 0, 0  # ticks, fragments, boxes of frames
+
+    def part(self, fragment: bytes) -> StreamPart:
+        """The next part. Raises ValueError if the fragment was not encoded like the first."""
+        import av
+
+        buffer = io.BytesIO()
+        options = {**_FRAGMENTED, "fragment_index": str(self._written + 1)}
+        with (
+            av.open(io.BytesIO(fragment)) as opened,
+            av.open(buffer, "w", format="mp4", options=options) as output,
+        ):
+            stream: Any = opened.streams.video[0]
+            layout = _layout(stream)
+            if self._number and layout != self._first:
+                raise ValueError(f"fragment {self._number} was not encoded like the first one: they cannot be joined")
+            target = output.add_stream_from_template(stream)
+            ticks = _ticks(stream)
+            end = _copy_packets(opened, stream, output, target, self._offset)
+        kept = (b"moof", b"mdat") if self._number else (b"ftyp", b"moov", b"moof", b"mdat")
+        boxes = [(kind, box) for kind, box in _boxes(buffer.getvalue()) if kind in kept]
+        frames, self._offset = (end - self._offset) // ticks, end
+        self._first, self._number = layout, self._number + 1
+        self._written += sum(kind == b"moof" for kind, _ in boxes)
+        return StreamPart(b"".join(box for _, box in boxes), frames)
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(type, bytes) of each box at the top of an mp4."""
+    start = 0
+    while start < len(data):
+        size, kind = struct.unpack_from(">I4s", data, start)
+        header = 16 if size == 1 else 8
+        size = struct.unpack_from(">Q", data, start + 8)[0] if size == 1 else size or len(data) - start
+        if size < header:
+            raise ValueError(f"a box of {size} bytes at {start}: not an mp4")
+        yield kind, data[start : start + size]
+        start += size
 
 
 def read_video(path: str | Path | IO[bytes]) -> Frames:
@@ -143,7 +242,7 @@ def _video_stream(output: Any, rate: Fraction, width: int, height: int) -> Any:
 
 def _copy_packets(opened: Any, stream: Any, output: Any, target: Any, offset: int) -> int:
     """Copy all packets of `stream`, shifted by `offset` ticks; returns where the next fragment starts."""
-    ticks = int(1 / (stream.average_rate * stream.time_base))
+    ticks = _ticks(stream)
     packets = 0
     for packet in opened.demux(stream):
         if packet.dts is None:  # the demuxer's flushing packet, which holds nothing
@@ -154,6 +253,11 @@ def _copy_packets(opened: Any, stream: Any, output: Any, target: Any, offset: in
         packets += 1
         output.mux(packet)
     return offset + packets * ticks
+
+
+def _ticks(stream: Any) -> int:
+    """Of a frame, in the stream's time base."""
+    return int(1 / (stream.average_rate * stream.time_base))
 
 
 def _layout(stream: Any) -> tuple[Any, ...]:

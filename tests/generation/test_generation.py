@@ -16,7 +16,6 @@ from arlon_ray.generation import (
     default_options,
     given_clip,
     given_picture,
-    spread_prompts,
 )
 from arlon_ray.training.stages.vae import to_frames, to_video
 from tests.bundles import make_random_bundle
@@ -160,10 +159,3 @@ def test_frames_whose_latents_no_patch_divides(tmp_path: Path) -> None:
     assert plan.tokens.shape == (2, 3, 3)
     parts = list(generator.generate(["a red circle", "b"], seed=1))
     assert [part.shape for part in parts] == [(34, 72, 88, 3), (17, 72, 88, 3)]
-
-
-def test_prompts_are_spread_in_order() -> None:
-    assert spread_prompts(["a", "b"], 5) == ["a", "a", "a", "b", "b"]
-    assert spread_prompts(["a"], 3) == ["a"] * 3
-    with pytest.raises(ValueError, match="3 prompts for 2 segments"):
-        spread_prompts(["a", "b", "c"], 2)

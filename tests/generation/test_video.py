@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import io
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from arlon_ray.generation.video import contact_sheet, encode_fragment, join_fragments, read_video, write_video
+from arlon_ray.generation.video import (
+    FragmentStream,
+    GrowingVideo,
+    contact_sheet,
+    encode_fragment,
+    join_fragments,
+    read_video,
+    write_video,
+)
 
 av = pytest.importorskip("av")
 
@@ -124,6 +133,55 @@ def test_failed_writes_leave_what_was_there(tmp_path: Path) -> None:
         write_video(path, iter(()), 16)
     assert path.read_bytes() == b"earlier"
     assert [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def test_a_growing_video_can_be_watched_at_every_moment(tmp_path: Path) -> None:
+    source = moving_square(68)
+    parts = [source[:34], source[34:51], source[51:]]
+    video = GrowingVideo(tmp_path / "video.mp4")
+    for number, part in enumerate(parts, start=1):
+        video.add(encode_fragment(part, 16))
+        seen = read_video(video.partial)
+        assert len(seen) == video.frames == sum(map(len, parts[:number])) and video.fragments == number
+        assert np.array_equal(
+            seen, np.concatenate([read_video(io.BytesIO(encode_fragment(p, 16))) for p in parts[:number]])
+        )
+    assert not (tmp_path / "video.mp4").exists()
+    path = video.finish()
+    assert np.array_equal(read_video(path), seen) and [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
+    joined = join_fragments([encode_fragment(part, 16) for part in parts], tmp_path / "joined.mp4")
+    with av.open(str(path)) as ours, av.open(str(joined)) as theirs:
+        assert ours.duration == theirs.duration and ours.streams.video[0].average_rate == 16
+
+
+def test_parts_of_a_stream_are_numbered_and_timed() -> None:
+    stream, source = FragmentStream(), moving_square(51)
+    parts = [stream.part(encode_fragment(source[:34], 24)), stream.part(encode_fragment(source[34:], 24))]
+    assert [part.frames for part in parts] == [34, 17]
+    assert parts[0].data[4:8] == b"ftyp" and parts[1].data[4:8] == b"moof" and b"mfra" not in parts[1].data
+    with av.open(io.BytesIO(b"".join(part.data for part in parts))) as opened:
+        times = [frame.time for frame in opened.decode(video=0)]
+    assert times == pytest.approx([number / 24 for number in range(51)], abs=1e-3)
+    with pytest.raises(ValueError, match="fragment 2 was not encoded like the first"):
+        stream.part(encode_fragment(moving_square(17, width=32), 24))
+
+
+def test_what_cannot_be_added_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video = GrowingVideo(tmp_path / "video.mp4")
+    video.add(encode_fragment(moving_square(34), 16))
+    before = video.partial.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 300, limit[1]))  # as where the disk is full
+    try:
+        with pytest.raises(OSError):
+            video.add(encode_fragment(moving_square(17), 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert video.partial.read_bytes() == before and video.frames == 34
+    video.add(encode_fragment(moving_square(17), 16))
+    assert len(read_video(video.finish())) == 51
+    with pytest.raises(ValueError, match="no fragments"):
+        GrowingVideo(tmp_path / "none.mp4").finish()
 
 
 def test_contact_sheet_lays_frames_out_in_reading_order(tmp_path: Path) -> None:

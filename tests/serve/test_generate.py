@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from arlon_ray.artifact import ArtifactError
+from arlon_ray.generation import VideoGenerator
 from arlon_ray.generation.video import contact_sheet, read_video, write_video
 from arlon_ray.models.text import load_text_encoder, load_token_counter
 from data_pipeline.decode import fit
@@ -134,3 +138,114 @@ def test_image_to_video_and_continuation_from_the_command_line(
         if start[0] == "--video":
             shown = fit(picture[None], 64, 64)[0].astype(int)
             assert np.abs(video[:32].astype(int) - shown).mean() < 3
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], "expected --prompt or --storyboard"),
+        (["--prompt", "a", "--storyboard", "x"], "expected --prompt or --storyboard"),
+        (["--prompt", " "], "--prompt: empty prompt"),
+        (["--prompt", "a", "--seconds", "0"], "--seconds 0: expected a number above 0"),
+        (["--prompt", "a", "--seconds", "-3"], "--seconds -3: expected a number above 0"),
+        (["--prompt", "a", "--seconds", "nan"], "--seconds nan: expected a number above 0"),
+        (["--prompt", "a", "--seconds", "3", "--seconds", "4"], "--seconds is there 2 times, --prompt 1 times"),
+        (["--prompt", "a", "--seconds", "3", "--segments", "4"], "exclude each other"),
+        (["--prompt", "a", "--prompt", "b", "--segments", "1"], "--segments: 2 prompts for 1 segments"),
+        (["--prompt", "a", "--prompt", "b", "--seconds", "1"], "--seconds 1: 2 prompts for 1 segments"),
+        (["--prompt", "a", "--prompt", "b", "--seconds", "1", "--seconds", "0.01"], "scene 2 lasts 0.01 seconds"),
+        (["--prompt", "a", "--transition", "3"], "--transition: needs to know how long each prompt lasts"),
+        (["--prompt", "a", "--transition", "-3"], "--transition -3: expected 0 or more"),
+        (["--storyboard", "/no/such/file"], "--storyboard /no/such/file: not found"),
+    ],
+)
+def test_storyboards_that_make_no_sense_are_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+) -> None:
+    assert expected in refused(monkeypatch, capsys, "--bundle", str(bundle), *flags)
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("", "the file: Input should be a valid list"),
+        ("[]", "empty; expected a list of prompts"),
+        ("- {seconds: 3}", "0.prompt: Field required"),
+        ("- {prompt: a, second: 3}", "0.second: Extra inputs are not permitted"),
+        ("- {prompt: a, seconds: -1}", "0.seconds: Input should be greater than 0"),
+        ("- {prompt: a, seconds: 1}\n- {prompt: b}", "all parts say how many seconds they last, or none does"),
+        ("- {prompt: a, seconds: 1}\n- {prompt: '', seconds: 2}", "empty prompt"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_storyboard_files_that_make_no_sense_are_refused(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str,
+    expected: str,
+) -> None:  # fmt: skip
+    (tmp_path / "board.yaml").write_text(content)
+    printed = refused(monkeypatch, capsys, "--bundle", str(bundle), "--storyboard", str(tmp_path / "board.yaml"))
+    assert "--storyboard" in printed and expected in printed
+
+
+def test_a_storyboard_from_the_command_line(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same video from flags and from a file; what is made can be watched meanwhile; the trace is there."""
+    (tmp_path / "board.yaml").write_text(
+        "- {prompt: a red circle, seconds: 1.5}\n- {prompt: a blue square, seconds: 2}\n"
+    )
+    said = ["--prompt", "a red circle", "--seconds", "1.5", "--prompt", "a blue square", "--seconds", "2"]
+    videos = []
+    for number, flags in enumerate((said, ["--storyboard", str(tmp_path / "board.yaml")])):
+        output = tmp_path / f"video{number}.mp4"
+        more = ["--transition", "2", "--trace", str(tmp_path / "trace.json"), "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--bundle", str(bundle), *flags, *more])
+        generate.main()
+        videos.append(read_video(output))
+        printed = capsys.readouterr()
+        assert f"watch it in {tmp_path}/video{number}.partial.mp4" in printed.err and "(4.25 s)" in printed.out
+        assert not (tmp_path / f"video{number}.partial.mp4").exists()
+    assert len(videos[0]) == 68 and np.array_equal(*videos)
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) == 4 + 4 * 3
+
+
+def test_what_is_made_when_it_is_interrupted_is_kept(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, calls = VideoGenerator.generate, []
+
+    def interrupted(*arguments: object, **more: object) -> Iterator[np.ndarray]:
+        for part in plain(*arguments, **more):  # type: ignore[arg-type]
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(len(part))
+            yield part
+
+    monkeypatch.setattr(VideoGenerator, "generate", interrupted)
+    flags = ["--bundle", str(bundle), "--prompt", "a", "--segments", "5", "--output", str(tmp_path / "video.mp4")]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(generate.main)
+    assert ended.value.code == 130
+    assert f"the first 51 frames are kept in {tmp_path}/video.partial.mp4" in capsys.readouterr().err
+    assert len(read_video(tmp_path / "video.partial.mp4")) == 51 and not (tmp_path / "video.mp4").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_segments_that_are_done(bundle: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    words = ["--bundle", str(bundle), "--prompt", "a", "--segments", "40", "--output", str(disk / "video.mp4")]
+    try:
+        full = subprocess.run(
+            [sys.executable, "jobs/generate.py", *words], cwd=Path(__file__).parents[2], capture_output=True, text=True
+        )
+        lines = full.stderr.splitlines()
+        assert full.returncode == 1 and lines[-1].startswith("error: the disk is full"), full.stderr
+        assert "frames are kept in" in lines[-2]
+        kept = int(lines[-2].split(" frames are kept")[0].rpartition(" ")[2])
+        assert kept >= 34 and len(read_video(disk / "video.partial.mp4")) >= kept
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)

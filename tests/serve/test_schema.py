@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from arlon_ray.generation import ChangingText
 from serve.schema import (
     RequestError,
     VideoRequest,
-    new_frames,
     options_of,
-    playing_time,
     read_prompts,
-    segments_for,
 )
 from tests.serve.stages import small_config
 
@@ -41,11 +39,11 @@ def test_seconds_become_whole_segments(seconds: float | str, segments: int) -> N
     assert len(read(prompt="a", seconds=seconds)) == segments
 
 
-@pytest.mark.parametrize("fps", [16.0, 23.976, 30.0])
-def test_the_playing_time_asks_for_the_same_length_again(fps: float) -> None:
-    config = small_config(f"video.fps={fps}")
-    assert [segments_for(float(playing_time(count, config)), config) for count in range(1, 30)] == [*range(1, 30)]
-    assert playing_time(3, config) == format((new_frames(config, 0) + 2 * new_frames(config, 1)) / fps, ".10g")
+def test_segments_with_seconds_of_their_own() -> None:
+    assert read(segments=[{"prompt": "a", "seconds": 2.125}, {"prompt": "b", "seconds": "1.0625"}]) == ["a", "b"]
+    parts = [{"prompt": "a", "seconds": 1.5}, {"prompt": "b", "seconds": 2}]
+    (first, second, third) = read(segments=parts, transition_latents=2)
+    assert isinstance(first, ChangingText) and first.prompts == ("a", "b") and (second, third) == ("b", "b")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +59,12 @@ def test_the_playing_time_asks_for_the_same_length_again(fps: float) -> None:
         ({"prompt": "a", "num_segments": 7}, "num_segments"),
         ({"prompt": "a", "seconds": 600}, "seconds"),
         ({"prompt": "a", "seconds": 1e6}, "seconds"),
+        ({"segments": [{"prompt": "a", "seconds": 1}, {"prompt": "b"}]}, "segments.1.seconds"),
+        ({"segments": [{"prompt": "a", "seconds": 1}], "seconds": 2}, "seconds"),
+        ({"segments": [{"prompt": "a", "seconds": 1}], "num_segments": 2}, "num_segments"),
+        ({"segments": [{"prompt": "a", "seconds": 600}]}, "segments"),
+        ({"segments": [{"prompt": "a", "seconds": 0.01}]}, "segments"),
+        ({"segments": [{"prompt": "a"}, {"prompt": "b"}], "transition_latents": 2}, "transition_latents"),
         ({"prompt": "a", "seconds": 2, "num_segments": 2}, "seconds"),
         ({"prompt": "a", "size": "32x32"}, "size"),
         ({"prompt": "a", "model": "sora-2"}, "model"),

@@ -1,0 +1,106 @@
+"""Changing a video that is finished: one segment made anew between its neighbours, more segments behind the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from arlon_ray.generation.generator import VideoGenerator
+from arlon_ray.generation.project import Project, ProjectSegment
+from arlon_ray.generation.rendering import behind_overlap
+from arlon_ray.generation.storyboard import SegmentText
+
+
+class VideoEditor:
+    """Edits a project with the bundle that made it. All other segments stay as they are, to the last bit."""
+
+    def __init__(self, generator: VideoGenerator, project: Project) -> None:
+        self.generator, self.project = generator, project
+        self.segment = generator.bundle.config.segment
+
+    def reroll(self, index: int, seed: int, text: SegmentText | None = None) -> None:
+        """Make segment `index` anew with another seed, and another text if one is given.
+
+        It begins behind the segment before, and ends before the first groups of the segment after, which are given to
+        the DiT as those before are (`x_mask`): both joins hold. Raises ValueError for a segment that there is not.
+        """
+        if not 0 <= index < len(self.project):
+            raise ValueError(f"segment {index}: the video has segments 0 to {len(self.project) - 1}")
+        text = self.project.read(index).text if text is None else text
+        after, tokens_after = None, None
+        if index + 1 < len(self.project):
+            following = self.project.read(index + 1)
+            keep = min(self.segment.overlap_latents, following.latents.shape[1])
+            after = following.latents[:, :keep]
+            if following.tokens is not None:
+                per_latent = len(following.tokens) / self.segment.latents
+                first = round(self.segment.overlap_latents * per_latent)
+                tokens_after = following.tokens[first : first + round(keep * per_latent)]
+        self._make(index, seed, text, after, tokens_after)
+
+    def extend(self, texts: Sequence[SegmentText], seed: int) -> Iterator[int]:
+        """Add a segment for each text; yields the number of each when it is there."""
+        for text in texts:
+            index = len(self.project)
+            self._make(index, seed, text)
+            yield index
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """The video, segment by segment: uint8 [T, H, W, 3]."""
+        start = self.project.start
+        for index, segment in enumerate(self.project):
+            latents = segment.latents
+            if index == 0 and start is not None and start.shown:
+                latents = behind_overlap(start.latents, latents)
+            yield self.generator.decoder.decode(latents)
+
+    def _make(
+        self,
+        index: int,
+        seed: int,
+        text: SegmentText,
+        after: np.ndarray | None = None,
+        tokens_after: np.ndarray | None = None,
+    ) -> None:
+        tokens, planner, options = None, self.generator.planner, self.project.options
+        if planner is not None and not options.baseline:
+            planned = planner.go_on(self._tokens_before(index), text, seed, index, options)
+            tokens = planned[-planner.segment_frames :].int().cpu().numpy()
+        guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
+        overlap = self._latents_before(index)
+        made = self.generator.renderer.render(text, guide, overlap, seed, index, options, after=after)
+        self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
+
+    def _tokens_before(self, index: int) -> torch.Tensor:
+        """What the AR goes on from: the tokens of the start, or of as many earlier segments as it looks at."""
+        planner = self.generator.planner
+        assert planner is not None
+        start = self.project.start
+        if not index:
+            return planner.tokens_of(start.latents if start else None)
+        parts: list[np.ndarray] = []
+        needed = self.generator.bundle.config.ar.context_groups * planner.group_grid[0]
+        for earlier in range(index - 1, -1, -1):
+            tokens = self.project.read(earlier).tokens
+            assert tokens is not None, "a guided project has tokens"
+            parts.insert(0, tokens if not earlier else tokens[self.segment.overlap_groups * planner.group_grid[0] :])
+            if sum(map(len, parts)) >= needed:
+                break
+        return torch.from_numpy(np.concatenate(parts)).long().to(self.generator.bundle.device)
+
+    def _latents_before(self, index: int) -> np.ndarray | None:
+        """The overlap that segment `index` takes over."""
+        start = self.project.start
+        found = start.latents if start else None
+        # a segment may add fewer latents than the next one takes over
+        first = max(0, index - 1 - -(-self.segment.overlap_latents // max(1, self._new_latents)))
+        for earlier in range(first, index):
+            latents = self.project.read(earlier).latents
+            found = latents if earlier == first and first else behind_overlap(found, latents)
+        return found if found is None or not index else found[:, -self.segment.overlap_latents :]
+
+    @property
+    def _new_latents(self) -> int:
+        return self.segment.latents - self.segment.overlap_latents

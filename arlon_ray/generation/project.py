@@ -1,0 +1,118 @@
+"""A video as what it was made of: the text, seed, tokens and latents of every segment, in a folder.
+
+project.json                   bundle, options, the start (whether its latents are part of the video)
+start.safetensors              latents that the first segment goes on from, where there are any
+segment-00003.safetensors      `tokens` [t', h', w'] (not of a baseline), `latents` [C, n, h, w]; text and seed beside
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from arlon_ray.artifact import one_line, write_json
+from arlon_ray.generation.given import Given
+from arlon_ray.generation.options import GenerationOptions
+from arlon_ray.generation.storyboard import ChangingText, SegmentText
+
+PROJECT_FILE, START_FILE = "project.json", "start.safetensors"
+
+
+class ProjectError(ValueError):
+    """A project that cannot be read, or was made with another bundle. One line."""
+
+
+@dataclass(frozen=True)
+class ProjectSegment:
+    """One segment; its latents are the new ones, without what it took over."""
+
+    text: SegmentText
+    seed: int
+    latents: np.ndarray
+    tokens: np.ndarray | None = None
+
+
+class Project:
+    """Segments in `folder`, each of which appears whole or not at all."""
+
+    def __init__(self, folder: Path, bundle: str, options: GenerationOptions, start: Given | None = None) -> None:
+        self.folder, self.bundle, self.options, self.start = folder, bundle, options, start
+
+    @classmethod
+    def create(cls, folder: Path, bundle: str, options: GenerationOptions, start: Given | None = None) -> Project:
+        """A new one without segments. `bundle` is the bundle's fingerprint. Raises ProjectError if one is there."""
+        if (folder / PROJECT_FILE).exists():
+            raise ProjectError(f"{folder}: there is a project already; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if start is not None:
+            _save(folder / START_FILE, {"latents": start.latents}, {})
+        shown = start is not None and start.shown
+        write_json(
+            folder / PROJECT_FILE, {"bundle": bundle, "options": options.model_dump(mode="json"), "shown": shown}
+        )
+        return cls(folder, bundle, options, start)
+
+    @classmethod
+    def open(cls, folder: Path, bundle: str) -> Project:
+        """Raises ProjectError if there is none, or one of another bundle."""
+        try:
+            noted = json.loads((folder / PROJECT_FILE).read_text())
+            options = GenerationOptions.model_validate(noted["options"])
+            made_with, shown = str(noted["bundle"]), bool(noted["shown"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ProjectError(f"{folder}: no project that can be read: {one_line(error)}") from None
+        if made_with != bundle:
+            raise ProjectError(f"{folder}: made with the bundle {made_with[:12]}…, but this one is {bundle[:12]}…")
+        start = None
+        if (folder / START_FILE).exists():
+            start = Given(_load(folder / START_FILE)[0]["latents"], shown)
+        return cls(folder, bundle, options, start)
+
+    def __len__(self) -> int:
+        return len(list(self.folder.glob("segment-*.safetensors")))
+
+    def __iter__(self) -> Iterator[ProjectSegment]:
+        return (self.read(index) for index in range(len(self)))
+
+    def read(self, index: int) -> ProjectSegment:
+        """Raises ProjectError if the segment is missing or damaged."""
+        arrays, noted = _load(self._path(index))
+        try:
+            said = json.loads(noted["text"])
+            shares = tuple(map(tuple, said["shares"])) if isinstance(said, dict) else ()
+            text = ChangingText(tuple(said["prompts"]), shares) if isinstance(said, dict) else str(said)
+            return ProjectSegment(text, int(noted["seed"]), arrays["latents"], arrays.get("tokens"))
+        except (KeyError, ValueError, TypeError) as error:
+            raise ProjectError(f"{self._path(index)}: damaged: {one_line(error)}") from None
+
+    def write(self, index: int, segment: ProjectSegment) -> None:
+        """In place of what segment `index` was."""
+        arrays = {"latents": segment.latents}
+        if segment.tokens is not None:
+            arrays["tokens"] = segment.tokens
+        said = segment.text if isinstance(segment.text, str) else asdict(segment.text)
+        _save(self._path(index), arrays, {"text": json.dumps(said), "seed": str(segment.seed)})
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"segment-{index:05d}.safetensors"
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray], noted: Mapping[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, dict(noted))
+    partial.replace(path)
+
+
+def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ProjectError(f"{path}: cannot be read: {one_line(error)}") from None

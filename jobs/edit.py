@@ -1,0 +1,79 @@
+"""Change a video that was made with `jobs/generate.py --project DIR`, and write it anew.
+
+`python jobs/edit.py --project DIR --segment 3 --seed 7 [--prompt "…"] --output video.mp4` makes one segment again, held
+to its neighbours; `python jobs/edit.py --project DIR --prompt "…" --segments 4 --output video.mp4` adds segments at the
+end. All else stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from arlon_ray.config import Config
+from arlon_ray.generation import Project, ProjectError, SegmentText, VideoEditor, VideoGenerator
+from arlon_ray.generation.video import GrowingVideo, encode_fragment
+from jobs.command_line import BOX, InputError, existing, parser, run
+from jobs.generate import check_output, open_bundle
+from jobs.storyboards import add_flags, segment_texts
+
+
+def one_text(arguments: argparse.Namespace, config: Config) -> SegmentText | None:
+    """The text of the one segment that is made again; None: the one that it has."""
+    if arguments.storyboard or arguments.seconds or arguments.segments is not None or arguments.transition:
+        raise InputError("--segment makes one segment again: of the texts only --prompt goes with it")
+    if not arguments.prompt:
+        return None
+    if len(arguments.prompt) > 1:
+        raise InputError(f"--segment makes one segment again: expected one --prompt, not {len(arguments.prompt)}")
+    return segment_texts(arguments, config)[0]
+
+
+def edit(editor: VideoEditor, segment: int | None, seed: int, texts: Sequence[SegmentText]) -> None:
+    """Make segment `segment` again (with the first text, if there is one), or add one for each text."""
+    if segment is not None:
+        try:
+            editor.reroll(segment, seed, texts[0] if texts else None)
+        except ValueError as error:
+            raise InputError(f"--segment: {error}") from None
+        return
+    for index in editor.extend(texts, seed):
+        print(f"segment {index} is there", file=sys.stderr)
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser(__doc__ or "", output="video.mp4", config=False)
+    flags.add_argument(
+        "--bundle", default=str(BOX), metavar="DIR", help="the bundle that made it (default: weights/tiny)"
+    )
+    flags.add_argument("--project", required=True, metavar="DIR", help="what `generate.py --project` kept")
+    flags.add_argument("--segment", type=int, metavar="K", help="make this segment again (the first is 0)")
+    flags.add_argument("--seed", type=int, default=0)
+    add_flags(flags)
+    arguments = flags.parse_args()
+    path = Path(arguments.output).expanduser().absolute()
+    check_output(path)
+    folder = existing(arguments.project, "--project")
+    bundle = open_bundle(existing(arguments.bundle, "--bundle"))
+    try:
+        project = Project.open(folder, bundle.fingerprint)
+    except ProjectError as error:
+        raise InputError(f"--project {error}") from None
+    if arguments.segment is None:
+        texts = segment_texts(arguments, bundle.config)
+    else:
+        again = one_text(arguments, bundle.config)
+        texts = [] if again is None else [again]
+    editor, video = VideoEditor(VideoGenerator(bundle), project), GrowingVideo(path)
+    edit(editor, arguments.segment, arguments.seed, texts)
+    for frames in editor.frames():
+        video.add(encode_fragment(frames, bundle.config.video.fps))
+    video.finish()
+    print(f"{path}: {video.frames} frames, {len(project)} segments")
+
+
+if __name__ == "__main__":
+    run(main)

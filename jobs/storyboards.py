@@ -1,0 +1,116 @@
+"""What a video is about, as the command line and files say it: prompts, how long each lasts, and how they meet."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from arlon_ray.artifact import one_line
+from arlon_ray.config import Config
+from arlon_ray.generation import Scene, SegmentText, segments_for, spread_prompts, storyboard
+from arlon_ray.models.text import load_token_counter
+from jobs.command_line import InputError, existing
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """The flags that say what a video is about."""
+    flags.add_argument("--prompt", action="append", help="repeat it for progressive prompts")
+    flags.add_argument(
+        "--seconds", type=float, action="append", metavar="S", help="length of the video, or once for each prompt"
+    )
+    flags.add_argument("--segments", type=int, metavar="N", help="length in segments (default: one a prompt)")
+    flags.add_argument(
+        "--storyboard", metavar="FILE", help="YAML or JSON: a list of {prompt: …, seconds: …}, instead of --prompt"
+    )
+    flags.add_argument(
+        "--transition", type=int, default=0, metavar="N",
+        help="latent frames (4 frames each) over which a prompt's text is blended with the one before (default: 0)",
+    )  # fmt: skip
+
+
+def segment_texts(arguments: argparse.Namespace, config: Config) -> list[SegmentText]:
+    """The text of every segment. Raises InputError that names the flag."""
+    scenes = _scenes(arguments)
+    _check_prompts(scenes, config, "--storyboard" if arguments.storyboard else "--prompt")
+    if scenes[0].seconds is not None:
+        if arguments.segments is not None:
+            raise InputError("--segments: how long the prompts last says already how long the video is")
+        try:
+            return storyboard(scenes, config, transition=arguments.transition)
+        except ValueError as error:
+            raise InputError(f"{'--storyboard' if arguments.storyboard else '--seconds'}: {error}") from None
+    if arguments.transition:
+        raise InputError("--transition: needs to know how long each prompt lasts: give --seconds once for each")
+    prompts = [scene.prompt for scene in scenes]
+    count, flag = len(prompts), "--prompt"
+    if arguments.segments is not None:
+        count, flag = arguments.segments, "--segments"
+    elif arguments.seconds:
+        count, flag = segments_for(arguments.seconds[0], config), f"--seconds {arguments.seconds[0]:g}"
+    try:
+        return list[SegmentText](spread_prompts(prompts, count))
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
+def _scenes(arguments: argparse.Namespace) -> list[Scene]:
+    """Prompts with their durations, all of them or none."""
+    if bool(arguments.prompt) == bool(arguments.storyboard):
+        raise InputError("expected --prompt or --storyboard, and not both")
+    if arguments.transition < 0:
+        raise InputError(f"--transition {arguments.transition}: expected 0 or more latent frames")
+    seconds = arguments.seconds or []
+    for length in seconds:
+        if not 0 < length < float("inf"):
+            raise InputError(f"--seconds {length:g}: expected a number above 0")
+    if arguments.segments is not None and seconds:
+        raise InputError("--segments and --seconds exclude each other: both say how long the video is")
+    if arguments.storyboard:
+        if seconds:
+            raise InputError("--seconds: the storyboard says how long its parts last")
+        return _read(existing(arguments.storyboard, "--storyboard"))
+    prompts = arguments.prompt
+    if len(seconds) > 1 and len(seconds) != len(prompts):
+        raise InputError(
+            f"--seconds is there {len(seconds)} times, --prompt {len(prompts)} times: expected once, or as often"
+        )
+    each = seconds if len(prompts) == len(seconds) and len(prompts) > 1 else [None] * len(prompts)
+    return [Scene(prompt, length) for prompt, length in zip(prompts, each, strict=True)]
+
+
+def _read(path: Path) -> list[Scene]:
+    try:
+        found: Any = yaml.safe_load(path.read_text())
+        parts = TypeAdapter(list[_Part]).validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(f"--storyboard {path}: {where}: {first['msg']}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--storyboard {path}: cannot be read: {one_line(error)}") from None
+    if not parts:
+        raise InputError(f"--storyboard {path}: empty; expected a list of prompts")
+    if len({part.seconds is None for part in parts}) > 1:
+        raise InputError(f"--storyboard {path}: all parts say how many seconds they last, or none does")
+    return [Scene(part.prompt, part.seconds) for part in parts]
+
+
+def _check_prompts(scenes: list[Scene], config: Config, flag: str) -> None:
+    """Raises InputError for an empty prompt, and for one that the text encoder would cut off."""
+    count_tokens, limit = load_token_counter(config.text), config.text.max_tokens
+    for prompt in dict.fromkeys(scene.prompt for scene in scenes):
+        if not prompt.strip():
+            raise InputError(f"{flag}: empty prompt; expected a description of the video")
+        if (tokens := count_tokens(prompt)) > limit:
+            raise InputError(f"{flag}: {tokens} tokens, at most {limit} ({' '.join(prompt.split())[:40]!r}…)")

@@ -1,0 +1,146 @@
+"""Editing what is finished: one segment between its neighbours, more at the end; projects on disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arlon_ray.generation import (
+    ChangingText,
+    Project,
+    ProjectError,
+    ProjectSegment,
+    SegmentText,
+    VideoEditor,
+    VideoGenerator,
+    default_options,
+    given_picture,
+)
+from arlon_ray.generation.video import read_video
+from jobs import command_line, edit, generate
+from tests.bundles import make_random_bundle
+
+
+@pytest.fixture(scope="module", params=[(), ("segment.groups=3",), ("segment.groups=3", "segment.overlap_groups=2")])
+def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
+    return VideoGenerator.from_bundle(make_random_bundle(tmp_path_factory.mktemp("bundle") / "b", *request.param))
+
+
+def made(
+    generator: VideoGenerator, folder: Path, texts: list[SegmentText], seed: int = 3
+) -> tuple[Project, list[np.ndarray]]:
+    options = default_options(generator.bundle.config.sampling, steps=2)
+    project = Project.create(folder, generator.bundle.fingerprint, options)
+    return project, list(generator.generate(texts, seed, options, project=project))
+
+
+def test_a_segment_is_made_again_between_its_neighbours(generator: VideoGenerator, tmp_path: Path) -> None:
+    project, before = made(generator, tmp_path / "p", ["a", "b", "c", "d"])
+    editor = VideoEditor(generator, project)
+    assert all(np.array_equal(a, b) for a, b in zip(before, editor.frames(), strict=True))
+    old = list(project)
+    editor.reroll(1, seed=9, text="a blue square")
+    for index, (was, now) in enumerate(zip(old, project, strict=True)):
+        assert np.array_equal(was.latents, now.latents) == (index != 1)
+    assert (project.read(1).text, project.read(1).seed) == ("a blue square", 9)
+    again = project.read(1)
+    editor.reroll(1, seed=9)  # the text that it has
+    assert np.array_equal(project.read(1).latents, again.latents) and project.read(1).text == "a blue square"
+    # what comes after is seen
+    following = project.read(2)
+    project.write(2, ProjectSegment(following.text, following.seed, following.latents + 1, following.tokens))
+    editor.reroll(1, seed=9)
+    assert not np.array_equal(project.read(1).latents, again.latents)
+    for index in (-1, 4):
+        with pytest.raises(ValueError, match=f"segment {index}: the video has segments 0 to 3"):
+            editor.reroll(index, seed=0)
+
+
+def test_the_last_segment_with_its_own_seed_is_what_it_was(generator: VideoGenerator, tmp_path: Path) -> None:
+    half = tuple(
+        float(i < generator.bundle.config.segment.latents - 3) for i in range(generator.bundle.config.segment.latents)
+    )
+    last = ChangingText(("c", "d"), (half, tuple(1 - share for share in half)))
+    project, _ = made(generator, tmp_path / "p", ["a", "b", last])
+    was = project.read(2)
+    assert was.text == last
+    VideoEditor(generator, project).reroll(2, seed=3)
+    assert np.array_equal(project.read(2).latents, was.latents) and np.array_equal(project.read(2).tokens, was.tokens)
+
+
+def test_extending_is_making_a_longer_video(generator: VideoGenerator, tmp_path: Path) -> None:
+    texts: list[SegmentText] = ["a", "b", "c", "d", "e"]
+    short, _ = made(generator, tmp_path / "short", texts[:2])
+    _, whole = made(generator, tmp_path / "long", texts)
+    editor = VideoEditor(generator, Project.open(tmp_path / "short", generator.bundle.fingerprint))
+    assert list(editor.extend(texts[2:], seed=3)) == [2, 3, 4] and len(short) == 5
+    assert all(np.array_equal(a, b) for a, b in zip(whole, editor.frames(), strict=True))
+
+
+def test_a_start_is_part_of_the_project(generator: VideoGenerator, tmp_path: Path) -> None:
+    options = default_options(generator.bundle.config.sampling, steps=2)
+    start = given_picture(generator.bundle, np.full((64, 64, 3), 200, np.uint8))
+    Project.create(tmp_path / "p", generator.bundle.fingerprint, options, start)
+    project = Project.open(tmp_path / "p", generator.bundle.fingerprint)
+    made_frames = list(generator.generate(["a", "b"], 1, options, start, project=project))
+    editor = VideoEditor(generator, project)
+    assert all(np.array_equal(a, b) for a, b in zip(made_frames, editor.frames(), strict=True))
+    assert len(next(editor.frames())) == 17 * generator.bundle.config.segment.groups
+    was = project.read(0).latents
+    editor.reroll(0, seed=5)
+    assert project.read(0).latents.shape == was.shape and not np.array_equal(project.read(0).latents, was)
+
+
+def test_projects_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    generator = VideoGenerator.from_bundle(make_random_bundle(tmp_path / "b"))
+    with pytest.raises(ProjectError, match="no project that can be read"):
+        Project.open(tmp_path, "b")
+    made(generator, tmp_path / "p", ["a", "b"])
+    with pytest.raises(ProjectError, match="there is a project already"):
+        made(generator, tmp_path / "p", ["a"])
+    with pytest.raises(ProjectError, match="made with the bundle"):
+        Project.open(tmp_path / "p", "0" * 64)
+    segment = tmp_path / "p" / "segment-00001.safetensors"
+    segment.write_bytes(segment.read_bytes()[:100])
+    with pytest.raises(ProjectError, match=r"segment-00001\.safetensors: cannot be read"):
+        Project.open(tmp_path / "p", generator.bundle.fingerprint).read(1)
+
+
+def run_job(monkeypatch: pytest.MonkeyPatch, job: object, *words: str) -> int:
+    """The exit code of `jobs/generate.py` or `jobs/edit.py` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["job.py", *words])
+    try:
+        command_line.run(job.main)  # type: ignore[attr-defined]
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_editing_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, project = ["--bundle", str(make_random_bundle(tmp_path / "b"))], ["--project", str(tmp_path / "p")]
+    video = ["--output", str(tmp_path / "v.mp4")]
+    common = [*bundle, *project, *video]
+    assert run_job(monkeypatch, generate, *common, "--prompt", "a", "--prompt", "b", "--prompt", "c") == 0
+    first = read_video(tmp_path / "v.mp4")
+    assert run_job(monkeypatch, edit, *common, "--segment", "1", "--seed", "4", "--prompt", "d") == 0
+    second = read_video(tmp_path / "v.mp4")
+    assert np.array_equal(first[:34], second[:34]) and not np.array_equal(first[34:51], second[34:51])
+    assert run_job(monkeypatch, edit, *common, "--prompt", "e", "--seconds", "3") == 0
+    assert len(read_video(tmp_path / "v.mp4")) == len(first) + 2 * 17
+    refusals = {
+        ("--segment", "9"): "--segment: segment 9: the video has segments 0 to 4",
+        ("--segment", "1", "--seconds", "3"): "--segment makes one segment again",
+        ("--segment", "1", "--prompt", "a", "--prompt", "b"): "expected one --prompt, not 2",
+        (): "expected --prompt or --storyboard",
+    }
+    for flags, expected in refusals.items():
+        capsys.readouterr()
+        assert run_job(monkeypatch, edit, *common, *flags) == 2
+        assert expected in capsys.readouterr().err
+    assert run_job(monkeypatch, generate, *common, "--prompt", "a") == 2
+    assert "there is a project already" in capsys.readouterr().err
