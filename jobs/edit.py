@@ -12,23 +12,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from arlon_ray.config import Config
-from arlon_ray.generation import Project, ProjectError, SegmentText, VideoEditor, VideoGenerator
+from arlon_ray.generation import Project, ProjectError, Scene, SegmentText, VideoEditor, VideoGenerator
 from arlon_ray.generation.video import GrowingVideo, encode_fragment
 from jobs.command_line import BOX, InputError, existing, parser, run
 from jobs.generate import check_output, open_bundle
-from jobs.storyboards import add_flags, segment_texts
+from jobs.storyboards import add_flags, read_scenes, segment_texts
 
 
-def one_text(arguments: argparse.Namespace, config: Config) -> SegmentText | None:
-    """The text of the one segment that is made again; None: the one that it has."""
+def one_scene(arguments: argparse.Namespace) -> list[Scene]:
+    """What the one segment that is made again is about; nothing: what it is about already."""
     if arguments.storyboard or arguments.seconds or arguments.segments is not None or arguments.transition:
         raise InputError("--segment makes one segment again: of the texts only --prompt goes with it")
     if not arguments.prompt:
-        return None
+        return []
     if len(arguments.prompt) > 1:
         raise InputError(f"--segment makes one segment again: expected one --prompt, not {len(arguments.prompt)}")
-    return segment_texts(arguments, config)[0]
+    return read_scenes(arguments)
 
 
 def edit(editor: VideoEditor, segment: int | None, seed: int, texts: Sequence[SegmentText]) -> None:
@@ -54,6 +53,7 @@ def main() -> None:
     flags.add_argument("--seed", type=int, default=0)
     add_flags(flags)
     arguments = flags.parse_args()
+    scenes = read_scenes(arguments) if arguments.segment is None else one_scene(arguments)
     path = Path(arguments.output).expanduser().absolute()
     check_output(path)
     folder = existing(arguments.project, "--project")
@@ -62,11 +62,7 @@ def main() -> None:
         project = Project.open(folder, bundle.fingerprint)
     except ProjectError as error:
         raise InputError(f"--project {error}") from None
-    if arguments.segment is None:
-        texts = segment_texts(arguments, bundle.config)
-    else:
-        again = one_text(arguments, bundle.config)
-        texts = [] if again is None else [again]
+    texts = segment_texts(arguments, scenes, bundle.config) if scenes else []
     editor, video = VideoEditor(VideoGenerator(bundle), project), GrowingVideo(path)
     edit(editor, arguments.segment, arguments.seed, texts)
     for frames in editor.frames():

@@ -238,7 +238,8 @@ class Evaluator:
             times.append(time.perf_counter())
             latents = self.generator.renderer.render(prompt.text, plan, overlap, seed, number, options).latents
             times.append(time.perf_counter())
-            frames.append(self.generator.decoder.decode(latents))
+            last = frames[-1][-1] if frames else None
+            frames.append(self.generator.decoder.decode(latents, last, options.seam_frames))
             times.append(time.perf_counter())
             parts += np.diff(times)
             overlap = behind_overlap(overlap, latents)[:, -keep:]

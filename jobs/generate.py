@@ -31,7 +31,7 @@ from arlon_ray.generation.video import GrowingVideo, encode_fragment
 from data_pipeline.decode import Clip, fit
 from data_pipeline.footage import FootageError, read_picture
 from jobs.command_line import BOX, InputError, existing, parser, run
-from jobs.storyboards import add_flags, segment_texts
+from jobs.storyboards import add_flags, read_scenes, segment_texts
 
 #: Frames of a clip that goes before the video which are held at a time.
 SHOWN_AT_ONCE = 4 * GROUP_FRAMES
@@ -147,10 +147,11 @@ def main() -> None:
     arguments = flags.parse_args()
     if arguments.image and arguments.video:
         raise InputError("--image and --video exclude each other: a video starts from one of them")
+    scenes = read_scenes(arguments)
     path = Path(arguments.output).expanduser().absolute()
     check_output(path)
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
-    texts = segment_texts(arguments, bundle.config)
+    texts = segment_texts(arguments, scenes, bundle.config)
     try:
         options = default_options(
             bundle.config.sampling,

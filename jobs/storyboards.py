@@ -39,10 +39,9 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def segment_texts(arguments: argparse.Namespace, config: Config) -> list[SegmentText]:
-    """The text of every segment. Raises InputError that names the flag."""
-    scenes = _scenes(arguments)
-    _check_prompts(scenes, config, "--storyboard" if arguments.storyboard else "--prompt")
+def segment_texts(arguments: argparse.Namespace, scenes: list[Scene], config: Config) -> list[SegmentText]:
+    """The text of every segment of these scenes. Raises InputError that names the flag."""
+    _check_lengths(scenes, config, "--storyboard" if arguments.storyboard else "--prompt")
     if scenes[0].seconds is not None:
         if arguments.segments is not None:
             raise InputError("--segments: how long the prompts last says already how long the video is")
@@ -64,8 +63,15 @@ def segment_texts(arguments: argparse.Namespace, config: Config) -> list[Segment
         raise InputError(f"{flag}: {error}") from None
 
 
+def read_scenes(arguments: argparse.Namespace) -> list[Scene]:
+    """Prompts with their durations, all of them or none. Raises InputError that names the flag."""
+    scenes = _scenes(arguments)
+    if any(not scene.prompt.strip() for scene in scenes):
+        raise InputError(f"{'--storyboard' if arguments.storyboard else '--prompt'}: empty prompt; describe the video")
+    return scenes
+
+
 def _scenes(arguments: argparse.Namespace) -> list[Scene]:
-    """Prompts with their durations, all of them or none."""
     if bool(arguments.prompt) == bool(arguments.storyboard):
         raise InputError("expected --prompt or --storyboard, and not both")
     if arguments.transition < 0:
@@ -106,11 +112,9 @@ def _read(path: Path) -> list[Scene]:
     return [Scene(part.prompt, part.seconds) for part in parts]
 
 
-def _check_prompts(scenes: list[Scene], config: Config, flag: str) -> None:
-    """Raises InputError for an empty prompt, and for one that the text encoder would cut off."""
+def _check_lengths(scenes: list[Scene], config: Config, flag: str) -> None:
+    """Raises InputError for a prompt that the text encoder would cut off."""
     count_tokens, limit = load_token_counter(config.text), config.text.max_tokens
     for prompt in dict.fromkeys(scene.prompt for scene in scenes):
-        if not prompt.strip():
-            raise InputError(f"{flag}: empty prompt; expected a description of the video")
         if (tokens := count_tokens(prompt)) > limit:
             raise InputError(f"{flag}: {tokens} tokens, at most {limit} ({' '.join(prompt.split())[:40]!r}…)")

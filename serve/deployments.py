@@ -21,7 +21,7 @@ from ray import serve
 from arlon_ray.config import Config, DeploymentConfig
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder
 from arlon_ray.generation.video import encode_fragment
-from serve.work import Job, Latents, Permit, Timed, Tokens
+from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens
 
 T = TypeVar("T")
 
@@ -110,9 +110,14 @@ class DecoderDeployment:
         self._fps = fps
         self._decoder = self._worker.now(FrameDecoder.from_bundle, bundle, device)
 
-    async def decode(self, latents: Latents) -> Timed[bytes]:
+    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """A fragment for `join_fragments` out of latents [C, n, h, w]."""
-        return await self._worker.run(lambda: encode_fragment(self._decoder.decode(_own(latents)), self._fps))
+
+        def decode() -> Decoded:
+            frames = self._decoder.decode(_own(latents), before, job.options.seam_frames)
+            return Decoded(encode_fragment(frames, self._fps), frames[-1].copy())
+
+        return await self._worker.run(decode)
 
 
 def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, serve.Application, serve.Application]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from serve.work import Job, Latents, Permit, Timed, Tokens
+from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class HandleStages:
         """See `Stages`."""
         return await _result(self._dit.render.remote(job, index, tokens, overlap))
 
-    async def decode(self, latents: Latents) -> Timed[bytes]:
+    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """See `Stages`."""
-        return await _result(self._decoder.decode.remote(latents))
+        return await _result(self._decoder.decode.remote(job, latents, before))
 
 
 async def _result(response: Any) -> Any:

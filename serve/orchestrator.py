@@ -11,7 +11,7 @@ import numpy as np
 from arlon_ray.generation import behind_overlap
 from arlon_ray.generation.video import join_fragments
 from serve.schema import SegmentStatus
-from serve.work import Job, Latents, PlanWindow, Stages, Timed, Tokens
+from serve.work import Frame, Job, Latents, PlanWindow, Stages, Timed, Tokens
 
 
 class StageError(RuntimeError):
@@ -97,7 +97,7 @@ class Orchestrator:
     async def _render(self, group: asyncio.TaskGroup) -> list[Path]:
         """Render segment by segment; decoding runs one segment behind. Returns the fragments' paths."""
         overlap: Latents | None = None
-        decoding: asyncio.Task[None] | None = None
+        decoding: asyncio.Task[Frame] | None = None
         fragments = []
         for index in range(len(self._job.prompts)):
             tokens = None if self._job.options.baseline else await self._planned.get()
@@ -110,21 +110,21 @@ class Orchestrator:
             await self._watcher.segment(index, "rendered", "dit", rendered)
             latents = rendered.value
             overlap = np.ascontiguousarray(behind_overlap(overlap, latents)[:, -self._overlap_latents :])
-            if decoding:
-                await decoding
+            before = await decoding if decoding else None
             fragments.append(self._folder / f"fragment-{index:05d}.mp4")
-            decoding = group.create_task(self._decode(index, latents, fragments[-1]))
+            decoding = group.create_task(self._decode(index, latents, before, fragments[-1]))
         if decoding:
             await decoding
         return fragments
 
-    async def _decode(self, index: int, latents: Latents, path: Path) -> None:
+    async def _decode(self, index: int, latents: Latents, before: Frame | None, path: Path) -> Frame:
         try:
-            fragment = await self._stages.decode(latents)
-            await asyncio.to_thread(path.write_bytes, fragment.value)
+            decoded = await self._stages.decode(self._job, latents, before)
+            await asyncio.to_thread(path.write_bytes, decoded.value.fragment)
         except Exception as error:
             raise StageError("decoding", index, error) from error
-        await self._watcher.segment(index, "completed", "decode", fragment)
+        await self._watcher.segment(index, "completed", "decode", decoded)
+        return decoded.value.last
 
 
 def _first(failures: BaseExceptionGroup) -> BaseException:

@@ -15,6 +15,7 @@ from arlon_ray.generation import GenerationOptions, SegmentText
 T = TypeVar("T")
 Tokens = NDArray[np.int32]  # [t', h', w'] of one segment
 Latents = NDArray[np.float32]  # [C, n, h, w]
+Frame = NDArray[np.uint8]  # [H, W, 3]
 
 #: Asked before each segment is planned: waits until the plan may go on; False: nobody waits for it any more.
 Permit = Callable[[int], Awaitable[bool]]
@@ -28,6 +29,14 @@ class Job:
     prompts: tuple[SegmentText, ...]
     seed: int
     options: GenerationOptions
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Frames as an mp4 fragment, and the last of them."""
+
+    fragment: bytes
+    last: Frame
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,8 @@ class Stages(Protocol):
     async def render(self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None) -> Timed[Latents]:
         """The new latents of segment `index`; `overlap` are the latents before it, None for the first segment."""
 
-    async def decode(self, latents: Latents) -> Timed[bytes]:
-        """An mp4 fragment."""
+    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
+        """An mp4 fragment; `before` is the last frame of the segment before, None for the first."""
 
 
 class PlanWindow:

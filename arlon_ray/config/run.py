@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from arlon_ray.config.base import Section
 from arlon_ray.config.data import DataConfig
 from arlon_ray.config.models import (
+    GROUP_FRAMES,
     ArConfig,
     DitConfig,
     SegmentConfig,
@@ -55,6 +56,9 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: all codes")
     top_p: float = Field(0.95, gt=0, le=1)
+    seam_frames: int = Field(
+        8, ge=0, lt=GROUP_FRAMES, description="frames behind each border of the VAE's groups that are blended into"
+    )
     baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
 
 

@@ -49,12 +49,14 @@ class VideoEditor:
 
     def frames(self) -> Iterator[np.ndarray]:
         """The video, segment by segment: uint8 [T, H, W, 3]."""
-        start = self.project.start
+        start, last = self.project.start, None
         for index, segment in enumerate(self.project):
             latents = segment.latents
             if index == 0 and start is not None and start.shown:
                 latents = behind_overlap(start.latents, latents)
-            yield self.generator.decoder.decode(latents)
+            frames = self.generator.decoder.decode(latents, last, self.project.options.seam_frames)
+            last = frames[-1].copy()
+            yield frames
 
     def _make(
         self,

@@ -57,9 +57,13 @@ class VideoGenerator:
         if self.planner is None:
             options = options.model_copy(update={"baseline": True})
         latents = in_background(self._rendered(prompts, seed, options, given, timeline, project), ahead=1)
+        last: np.ndarray | None = None
         with closing(latents):  # type: ignore[type-var]
             for index, shown in enumerate(latents):
-                yield timeline.timed("decoder", index, partial(self.decoder.decode, shown))
+                decode = partial(self.decoder.decode, shown, last, options.seam_frames)
+                frames = timeline.timed("decoder", index, decode)
+                last = frames[-1].copy()
+                yield frames
 
     def _rendered(
         self,

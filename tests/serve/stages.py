@@ -10,7 +10,7 @@ import numpy as np
 
 from arlon_ray.config import Config, load_config
 from arlon_ray.generation.video import encode_fragment
-from serve.work import Job, Latents, Permit, Timed, Tokens
+from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens
 
 
 def small_config(*overrides: str) -> Config:
@@ -31,6 +31,7 @@ class FakeStages:
         self.rendered: list[tuple[str, int]] = []
         self.overlaps: list[Latents | None] = []
         self.tokens: list[Tokens | None] = []
+        self.befores: list[int | None] = []
         self.cancelled: list[str] = []
         self.closed_plans = 0
         self.alive = self.most_alive = 0
@@ -65,6 +66,7 @@ class FakeStages:
         steps = np.arange(latents, dtype=np.float32)[None, :, None, None] + 100 * index
         return Timed(np.broadcast_to(steps, (1, latents, 2, 2)).copy(), time.time(), 0.01)
 
-    async def decode(self, latents: Latents) -> Timed[bytes]:
-        frames = np.zeros((latents.shape[1] // 5 * 17, 16, 16, 3), np.uint8)
-        return Timed(encode_fragment(frames, self.config.video.fps), time.time(), 0.0)
+    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
+        self.befores.append(None if before is None else int(before[0, 0, 0]))
+        frames = np.full((latents.shape[1] // 5 * 17, 16, 16, 3), len(self.befores), np.uint8)
+        return Timed(Decoded(encode_fragment(frames, self.config.video.fps), frames[-1]), time.time(), 0.0)

@@ -1,0 +1,79 @@
+"""Blending at the borders of groups: what it changes, what it leaves alone, and that it helps on real footage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arlon_ray.evaluation.joins import join_figures
+from arlon_ray.generation import VideoGenerator, default_options
+from arlon_ray.generation.seams import Frames, blend_seams
+from arlon_ray.models.vae import load_vae
+from arlon_ray.training.stages.vae import to_frames, to_video
+from data_pipeline.decode import Clip
+from tests.bundles import make_random_bundle
+
+VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
+
+
+def moving(count: int, first: int = 0) -> Frames:
+    """A textured disc that moves two pixels a frame over a textured ground."""
+    random = np.random.default_rng(0)
+    ground = np.kron(random.integers(60, 120, (16, 16, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    y, x = np.mgrid[:64, :64]
+    frames = np.stack([ground] * count)
+    for t in range(count):
+        disc = (y - 32) ** 2 + (x - 10 - 2 * (t + first) % 44) ** 2 < 81
+        frames[t][disc] = (200, 60, 40)
+    return frames
+
+
+def test_a_shift_of_brightness_is_spread_and_ends_stay() -> None:
+    frames = moving(34)
+    frames[17:] = frames[17:] + 9
+    blended = blend_seams(frames, None, 8)
+    assert np.array_equal(blended[:17], frames[:17]) and np.array_equal(blended[25:], frames[25:])
+    jump = lambda video: float(abs(video[17].astype(float).mean() - video[16].astype(float).mean()))  # noqa: E731
+    assert jump(blended) < 0.3 * jump(frames)
+    steps = np.diff(blended[16:27].astype(float).mean((1, 2, 3)))
+    assert steps.max() < 2.5  # no other place gets the jump instead
+
+
+def test_the_frame_before_the_first_is_a_border_too() -> None:
+    frames = moving(17, first=17) + 9
+    whole = blend_seams(np.concatenate([moving(17), frames]), None, 8)
+    assert np.array_equal(blend_seams(frames, moving(17)[-1], 8), whole[17:])
+    assert np.array_equal(blend_seams(frames, None, 8), frames)
+
+
+@pytest.mark.parametrize("count", [0, 8, 16])
+def test_a_cut_stays_a_cut(count: int) -> None:
+    frames = np.concatenate([moving(17), 255 - moving(17)])
+    blended = blend_seams(frames, None, count)
+    assert np.abs(blended.astype(int) - frames).mean() < 1.5
+    assert np.array_equal(blended[33], frames[33])
+
+
+def test_segments_are_blended_as_one_video(tmp_path: Path) -> None:
+    generator = VideoGenerator.from_bundle(make_random_bundle(tmp_path / "b"))
+    sampling = generator.bundle.config.sampling
+    plain, blended = (
+        np.concatenate(list(generator.generate(["a", "b", "c"], 1, default_options(sampling, seam_frames=count))))
+        for count in (0, 8)
+    )
+    assert np.array_equal(blended, blend_seams(plain, None, 8)) and not np.array_equal(plain, blended)
+
+
+@pytest.mark.skipif(not VIDEOS.is_dir(), reason="the real clips are not part of the repository")
+def test_less_shows_on_real_footage_at_the_same_error() -> None:
+    vae = load_vae("weights/tiny/vae")
+    clip = Clip(str(VIDEOS / "bikes.mp4"), 128, 160, 16.0)
+    true = clip.read(0, min(clip.frames // 17 * 17, 68))
+    decoded = to_frames(vae.decode(vae.encode(to_video(true[None]))))[0]
+    blended, borders = blend_seams(decoded, None, 8), range(17, len(true), 17)
+    before, after = (join_figures(video, list(borders))["join_difference"] for video in (decoded, blended))
+    assert after - 1 < 0.8 * (before - 1)
+    error = [float(np.square(video.astype(float) - true).mean()) for video in (decoded, blended)]
+    assert error[1] < 1.03 * error[0]
