@@ -42,6 +42,17 @@ def _interval(value: Found | None) -> str:
     return "–" if value is None else f"{value['mean']:.3f} ±{(value['high'] - value['low']) / 2:.3f}"
 
 
+def figures_table(columns: Mapping[str, Found], name: str) -> str:
+    """A line for each figure of `summary`, a column for each of several: mean, interval, and of how many videos."""
+    figures = sorted({figure for found in columns.values() for figure in found})
+    lines = [f"| {name} | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
+    for figure in figures:
+        found = [column.get(figure) for column in columns.values()]
+        cells = [f"{_interval(value)} ({value['videos']})" if value else "–" for value in found]
+        lines.append(f"| {figure} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def costs_table(parts: Mapping[str, Mapping[str, float]]) -> str:
     """What `jobs.evaluate.costs` found."""
     lines = ["| part | parameters | weights | GFLOP | peak memory |", "|---|---|---|---|---|"]

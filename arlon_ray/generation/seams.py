@@ -2,8 +2,8 @@
 
 The picture before a border is carried on along the optical flow and blended into the first frames behind it, less and
 less: w_k = 1 − (k + 1)/(n + 1) for the k-th of n frames, times exp(−(d/σ)²) where the two differ by d grey levels, so
-that what is really new (a cut, an object that comes out) stays. It needs no training and works with any VAE; what it does
-to the error against true frames and to joins is in docs/long_video.md. cv2 is imported where it is used.
+that what is really new (a cut, an object that comes out) stays. It needs no training and works with any VAE; what it
+does to the error against true frames and to joins is in docs/long_video.md. cv2 is imported where it is used.
 """
 
 from __future__ import annotations

@@ -249,3 +249,13 @@ def test_a_full_disk_keeps_the_segments_that_are_done(bundle: Path, tmp_path: Pa
         assert kept >= 34 and len(read_video(disk / "video.partial.mp4")) >= kept
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length(bundle: Path) -> None:
+    def peak(segments: int) -> float:
+        words = [sys.executable, "-m", "benchmarks.long_video", "--case", str(bundle), str(segments)]
+        ended = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+        return float(json.loads(ended.stdout.splitlines()[-1])["peak_mib"])
+
+    assert peak(60) < 1.05 * peak(6)
