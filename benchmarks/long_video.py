@@ -47,8 +47,8 @@ def measure(bundle: Path, segments: int) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     if "--case" in sys.argv:
-        bundle, segments = sys.argv[sys.argv.index("--case") + 1 :][:2]
-        print(json.dumps(measure(Path(bundle), int(segments))))
+        folder, segments = sys.argv[sys.argv.index("--case") + 1 :][:2]
+        print(json.dumps(measure(Path(folder), int(segments))))
         return
     flags = parser(__doc__ or "", output="long_video.json", config=False)
     flags.add_argument("--bundle", default=str(BOX), metavar="DIR")
@@ -57,13 +57,13 @@ def main() -> None:
     if min(arguments.lengths) < 2:
         raise InputError(f"--lengths {min(arguments.lengths)}: expected 2 or more segments")
     bundle, rows = existing(arguments.bundle, "--bundle"), []
-    for segments in arguments.lengths:
-        words = [sys.executable, "-m", "benchmarks.long_video", "--case", str(bundle), str(segments)]
+    for length in arguments.lengths:
+        words = [sys.executable, "-m", "benchmarks.long_video", "--case", str(bundle), str(length)]
         ended = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
         rows.append(json.loads(ended.stdout.splitlines()[-1]))
         row, serial = rows[-1], sum(rows[-1]["busy"].values())
         print(
-            f"{segments} segments: {row['peak_mib']:.0f} MiB, {row['segment_s']:.2f} s a segment "
+            f"{length} segments: {row['peak_mib']:.0f} MiB, {row['segment_s']:.2f} s a segment "
             f"(one after the other {serial:.2f}, the slowest stage {max(row['busy'].values()):.2f})",
             flush=True,
         )

@@ -3,9 +3,10 @@
 `python -m benchmarks.training --steps 20 --runs 3 --output benchmarks/results/training_two_cores.json`
 
 *bare*: batches, forward, backward, clipping and optimizer in this process, nothing else. *ray*: `train_stage` with one
-worker that has the same cores, ZeRO 1, a log line every step, checkpoints, and MLflow in SQLite. Both train the
-text-only DiT of the configuration on the same latents. A step of *ray* is the time between the first and the last
-figures that the driver sees, over the steps between them; that Ray starts is not in it, and stands beside it.
+worker that has the same cores, ZeRO 1, a log line every step, a checkpoint, and MLflow in SQLite. Both train the
+text-only DiT of the configuration on the same latents. A step of *ray* is the median time between the figures of two
+steps as the driver sees them, and its share of a checkpoint: what the one that is written costs more, over the
+configuration's own `checkpoint_every`. That Ray starts is not in it, and stands beside it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from arlon_ray.config import Config, TrainingConfig, override
+from arlon_ray.config import Config, override
 from arlon_ray.training.engine import Stage, autocast, build_objective, derived_seed
 from arlon_ray.training.optimizer import (
     build_optimizers,
@@ -49,7 +51,7 @@ WARM_UP = 3
 
 def stage_of(config: Config, vae: Path, steps: int) -> Stage:
     """The text-only DiT on rendered scenes; Ray's worker builds it by the same call."""
-    training = text_only(config, steps)
+    training = trained(config, steps)
     batch = config.dit.training.batch_size
     source = LatentScenes(config, min(SCENES, batch * steps), vae, "cpu").sized(batch)
     return DitStage(training, source, DitPaths(vae), {})
@@ -91,10 +93,11 @@ class _Times(QuietReporter):
             times = {name.removeprefix("time/"): its for name, its in values.items() if name.startswith("time/")}
             self.parts.append({"step_s": values["step_s"], **times})
 
-    def seconds(self) -> float:
-        """Of a step, all that happens between two of them included."""
-        (first, begin), (last, end) = self.heard[0], self.heard[-1]
-        return (end - begin) / (last - first)
+    def seconds(self) -> tuple[float, float]:
+        """Of a step, all that happens between two of them included; and what the checkpoint costs more than that."""
+        steps = [after - before for (_, before), (_, after) in pairwise(self.heard)]
+        step = statistics.median(steps)
+        return step, max(0.0, sum(steps) - step * len(steps))
 
     def means(self) -> dict[str, float]:
         """Of the parts."""
@@ -103,7 +106,7 @@ class _Times(QuietReporter):
 
 def ray_run(config: Config, vae: Path, steps: int) -> dict[str, Any]:
     """Seconds of a step through Ray Train and DeepSpeed, and of all that is not a step."""
-    times, training = _Times(), _training(config, steps)
+    times, training = _Times(), trained(config, steps).dit.training
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_stage(
@@ -117,12 +120,20 @@ def ray_run(config: Config, vae: Path, steps: int) -> dict[str, Any]:
             tracking=Tracking(config, Path(folder)),
             reporters=[times],
         )
-    whole = time.perf_counter() - begin
-    return {"step_s": times.seconds(), "not_steps_s": whole - times.seconds() * steps, "in_worker": times.means()}
+    whole, (step, checkpoint) = time.perf_counter() - begin, times.seconds()
+    return {
+        "step_s": step,
+        "checkpoint_s": checkpoint,
+        "step_with_its_share_s": step + checkpoint / config.dit.training.checkpoint_every,
+        "not_steps_s": whole - step * steps,
+        "in_worker": times.means(),
+    }
 
 
-def _training(config: Config, steps: int) -> TrainingConfig:
-    return text_only(config, steps).dit.training
+def trained(config: Config, steps: int) -> Config:
+    """The text-only DiT for so many steps, with one checkpoint in the middle, and the one at the end."""
+    middle = WARM_UP + (steps - WARM_UP) // 2
+    return override(text_only(config, steps), [f"dit.training.checkpoint_every={middle}"])
 
 
 def main() -> None:
@@ -136,7 +147,7 @@ def main() -> None:
         raise InputError(f"--steps {options.steps} --runs {options.runs}: expected at least {WARM_UP + 2} and 1")
     cores = torch.get_num_threads()
     more = ["cluster.num_workers=1", f"cluster.cpus_per_worker={cores}", "dit.training.log_every=1"]
-    config = override(read_config(options), [*more, f"dit.training.checkpoint_every={max(2, options.steps // 2)}"])
+    config = override(read_config(options), more)
     assert threads_per_worker(config) == cores
     vae = vae_folder(options.vae, config)
     # Ray has its workers give way to others, the bare loop does not: on a busy machine that would be measured
@@ -148,10 +159,16 @@ def main() -> None:
             bare.append(statistics.median(bare_steps(config, vae, options.steps)))
             ray.append(ray_run(config, vae, options.steps))
             print(f"{number + 1}/{options.runs}: bare {bare[-1]:.3f} s a step, ray {ray[-1]['step_s']:.3f}", flush=True)
-    ratios = [ours["step_s"] / theirs for ours, theirs in zip(ray, bare, strict=True)]
+    ratios = [ours["step_with_its_share_s"] / theirs for ours, theirs in zip(ray, bare, strict=True)]
     result = {
         "machine": machine(),
-        "config": {"name": config.name, "batch_size": config.dit.training.batch_size, "steps": options.steps},
+        "config": {
+            "name": config.name,
+            "batch_size": config.dit.training.batch_size,
+            "steps": options.steps,
+            "optimizer": config.dit.training.optimizer,
+            "checkpoint_every": config.dit.training.checkpoint_every,
+        },
         "bare_step_s": bare,
         "ray": ray,
         "ray_over_bare": statistics.median(ratios),

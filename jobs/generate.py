@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,13 @@ SHOWN_AT_ONCE = 4 * GROUP_FRAMES
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a video starts from, and the frames that are shown before it: a clip that it goes on from."""
+class Ends:
+    """What a video starts from and leads up to, and the clips that are shown before and behind it."""
 
     given: Given | None = None
     before: Clip | None = None
+    until: Given | None = None
+    after: Clip | None = None
 
 
 def make_video(
@@ -51,7 +54,7 @@ def make_video(
     path: Path,
     seed: int,
     options: GenerationOptions,
-    start: Start | None = None,
+    ends: Ends | None = None,
     timeline: Timeline | None = None,
     project: Project | None = None,
 ) -> int:
@@ -60,17 +63,19 @@ def make_video(
     While it is made, what is done can be watched in `NAME.partial.mp4`. That is what stays if it is interrupted, or the
     disk is full, and the error says so.
     """
-    start, video = start or Start(), GrowingVideo(path)
+    ends, video = ends or Ends(), GrowingVideo(path)
     fps = generator.bundle.config.video.fps
     timeline = timeline or Timeline()
     try:
-        if start.before is not None:
-            for part in start.before.parts(SHOWN_AT_ONCE):
-                video.add(encode_fragment(part, fps))
-        for index, part in enumerate(generator.generate(texts, seed, options, start.given, timeline, project)):
+        for part in ends.before.parts(SHOWN_AT_ONCE) if ends.before else ():
+            video.add(encode_fragment(part, fps))
+        made = generator.generate(texts, seed, options, ends.given, timeline, project, ends.until)
+        for index, part in enumerate(made):
             timeline.timed("file", index, lambda part=part: video.add(encode_fragment(part, fps)))  # type: ignore[misc]
             watch = f"  watch it in {video.partial}" if index == 0 < len(texts) - 1 else ""
             print(f"segment {index + 1}/{len(texts)}  {video.frames} frames{watch}", file=sys.stderr)
+        for part in ends.after.parts(SHOWN_AT_ONCE) if ends.after else ():
+            video.add(encode_fragment(part, fps))
         video.finish()
     except BaseException:
         if video.fragments:
@@ -79,19 +84,34 @@ def make_video(
     return video.frames
 
 
-def read_start(bundle: Bundle, image: str | None, video: str | None) -> Start:
-    """--image or --video, scaled and cut to the bundle's size (and rate). Raises InputError for what cannot be used."""
+def read_ends(bundle: Bundle, image: str | None, video: str | None, until: str | None) -> Ends:
+    """--image or --video, and --until, scaled and cut to the bundle's size (and rate).
+
+    Raises InputError for what cannot be used.
+    """
     size = (bundle.config.video.height, bundle.config.video.width)
-    flag = "--image" if image else "--video"
-    if not image and not video:
-        return Start()
-    path = existing(image or str(video), flag)
+    needed = bundle.config.segment.overlap_groups * GROUP_FRAMES
+    before = after = given = lead = None
+    if image:
+        with _named("--image", image) as path:
+            given = given_picture(bundle, fit(read_picture(path)[None], *size)[0])
+    if video:
+        with _named("--video", video) as path:
+            before = Clip(str(path), *size, bundle.config.video.fps)
+            count = min(before.frames, needed)
+            given = given_clip(bundle, before.read(before.frames - count, count))
+    if until:
+        with _named("--until", until) as path:
+            after = Clip(str(path), *size, bundle.config.video.fps)
+            lead = given_clip(bundle, after.read(0, min(after.frames, needed)))
+    return Ends(given, before, lead, after)
+
+
+@contextmanager
+def _named(flag: str, text: str) -> Iterator[Path]:
+    path = existing(text, flag)
     try:
-        if image:
-            return Start(given_picture(bundle, fit(read_picture(path)[None], *size)[0]))
-        clip = Clip(str(path), *size, bundle.config.video.fps)
-        count = min(clip.frames, bundle.config.segment.overlap_groups * GROUP_FRAMES)
-        return Start(given_clip(bundle, clip.read(clip.frames - count, count)), clip)
+        yield path
     except (FootageError, ValueError, RuntimeError, OSError) as error:
         raise InputError(f"{flag} {path}: {one_line(error)}") from None
 
@@ -121,11 +141,11 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: {above} is not writable")
 
 
-def new_project(folder: str, bundle: Bundle, options: GenerationOptions, start: Start) -> Project:
+def new_project(folder: str, bundle: Bundle, options: GenerationOptions, ends: Ends) -> Project:
     """Raises InputError if there is one already, or the folder cannot be made."""
     path = Path(folder).expanduser().absolute()
     try:
-        return Project.create(path, bundle.fingerprint, options, start.given)
+        return Project.create(path, bundle.fingerprint, options, ends.given)
     except (ProjectError, OSError) as error:
         raise InputError(f"--project {one_line(error)}") from None
 
@@ -141,6 +161,7 @@ def main() -> None:
     flags.add_argument("--token-guidance-scale", type=float)
     flags.add_argument("--image", metavar="FILE", help="the first frame: image to video")
     flags.add_argument("--video", metavar="FILE", help="a clip to go on from: its frames, then the new ones")
+    flags.add_argument("--until", metavar="FILE", help="a clip to lead up to: shown behind the new frames")
     flags.add_argument("--baseline", action="store_true", help="the text-only DiT, without the AR's tokens")
     flags.add_argument("--project", metavar="DIR", help="keep what each segment was made of, for jobs/edit.py")
     flags.add_argument("--trace", metavar="FILE", help="write who worked when, for ui.perfetto.dev")
@@ -165,10 +186,10 @@ def main() -> None:
         raise InputError(f"--{str(first['loc'][0]).replace('_', '-')}={first['input']}: {first['msg']}") from None
     if not bundle.guided and not options.baseline:
         print("this bundle is text-only: rendering without the AR's tokens", file=sys.stderr)
-    start = read_start(bundle, arguments.image, arguments.video)
+    ends = read_ends(bundle, arguments.image, arguments.video, arguments.until)
     generator, timeline = VideoGenerator(bundle), Timeline()
-    project = new_project(arguments.project, bundle, options, start) if arguments.project else None
-    frames = make_video(generator, texts, path, arguments.seed, options, start, timeline, project)
+    project = new_project(arguments.project, bundle, options, ends) if arguments.project else None
+    frames = make_video(generator, texts, path, arguments.seed, options, ends, timeline, project)
     if arguments.trace:
         timeline.write(Path(arguments.trace))
     seconds = time.perf_counter() - timeline.begin

@@ -43,12 +43,14 @@ class VideoGenerator:
         given: Given | None = None,
         timeline: Timeline | None = None,
         project: Project | None = None,
+        until: Given | None = None,
     ) -> Iterator[np.ndarray]:
         """Frames uint8 [T, H, W, 3] of one segment after the other; prompts[k] is the text of segment k
         (`storyboard` makes them of prompts with durations).
 
         The AR plans the next segment while the DiT renders one and the one before is decoded, each in a thread of its
-        own, at most one segment ahead. `given` is what the first segment starts from (`given_picture`, `given_clip`).
+        own, at most one segment ahead. `given` is what the first segment starts from (`given_picture`, `given_clip`),
+        `until` what the last one leads up to (the beginning of a clip, by `given_clip`); it is not part of the frames.
         A text-only bundle renders the baseline whatever the options say. `timeline` notes who worked when; `project`
         keeps what each segment was made of, for editing.
         """
@@ -56,7 +58,7 @@ class VideoGenerator:
         timeline = timeline or Timeline()
         if self.planner is None:
             options = options.model_copy(update={"baseline": True})
-        latents = in_background(self._rendered(prompts, seed, options, given, timeline, project), ahead=1)
+        latents = in_background(self._rendered(prompts, seed, options, given, timeline, project, until), ahead=1)
         last: np.ndarray | None = None
         with closing(latents):  # type: ignore[type-var]
             for index, shown in enumerate(latents):
@@ -73,6 +75,7 @@ class VideoGenerator:
         given: Given | None,
         timeline: Timeline,
         project: Project | None,
+        until: Given | None,
     ) -> Iterator[np.ndarray]:
         """The latents [C, n, h, w] to show of each segment."""
         keep = self.bundle.config.segment.overlap_latents
@@ -84,7 +87,9 @@ class VideoGenerator:
             for index, prompt in enumerate(prompts):
                 plan = next(plans, None)
                 tokens = plan.tokens if plan else None
-                render = partial(self.renderer.render, prompt, tokens, overlap, seed, index, options)
+                after = until.latents if until and index == len(prompts) - 1 else None
+                guide = tokens if tokens is None or after is None else self._led_up(tokens, after)
+                render = partial(self.renderer.render, prompt, guide, overlap, seed, index, options, after=after)
                 latents = timeline.timed("dit", index, render).latents
                 if project is not None:
                     project.write(index, ProjectSegment(prompt, seed, latents, tokens))
@@ -94,6 +99,11 @@ class VideoGenerator:
         finally:
             if (close := getattr(plans, "close", None)) is not None:
                 close()
+
+    def _led_up(self, tokens: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """A segment's tokens and those of the latents behind it."""
+        assert self.planner is not None
+        return np.concatenate([tokens, self.planner.tokens_of(after).int().cpu().numpy()])
 
 
 def _timed(plans: Iterator[SegmentTokens], timeline: Timeline) -> Iterator[SegmentTokens]:

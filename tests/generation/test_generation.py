@@ -159,3 +159,19 @@ def test_frames_whose_latents_no_patch_divides(tmp_path: Path) -> None:
     assert plan.tokens.shape == (2, 3, 3)
     parts = list(generator.generate(["a red circle", "b"], seed=1))
     assert [part.shape for part in parts] == [(34, 72, 88, 3), (17, 72, 88, 3)]
+
+
+def test_the_last_segment_leads_up_to_a_clip(generator: VideoGenerator) -> None:
+    bundle = generator.bundle
+    options = default_options(bundle.config.sampling, steps=2)
+    clip = np.linspace(0, 255, 17).astype(np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
+    until = given_clip(bundle, clip)
+    free, led = (np.concatenate(list(generator.generate(["a", "b"], 1, options, until=end))) for end in (None, until))
+    assert free.shape == led.shape and np.array_equal(free[:34], led[:34]) and not np.array_equal(free[34:], led[34:])
+    other = given_clip(bundle, 255 - clip)
+    assert not np.array_equal(
+        led[34:], np.concatenate(list(generator.generate(["a", "b"], 1, options, until=other)))[34:]
+    )
+    with pytest.raises(ValueError, match="whole groups of 5"):
+        tokens = np.zeros((10, 4, 4), np.int32)
+        generator.renderer.render("a", tokens, None, 0, 0, options, after=until.latents[:, :3])

@@ -103,6 +103,8 @@ def test_the_device_is_the_bundles(bundle: Path, monkeypatch: pytest.MonkeyPatch
         ("--video", b"", "Invalid data"),
         ("--video", "short", "has 10 frames at 16 a second: expected at least 17"),
         ("both", b"", "exclude each other"),
+        ("--until", b"", "Invalid data"),
+        ("--until", "short", "has 10 frames at 16 a second: expected at least 17"),
     ],
 )
 def test_what_a_video_cannot_start_from_is_refused(
@@ -128,9 +130,11 @@ def test_image_to_video_and_continuation_from_the_command_line(
     picture = np.broadcast_to(rows, (96, 128, 3)).copy()
     contact_sheet(tmp_path / "first.png", picture[None])
     write_video(tmp_path / "clip.mp4", np.stack([picture] * 48), 24)  # 2 s
-    for start, frames in ((["--image", "first.png"], 34), (["--video", "clip.mp4"], 32 + 17)):
+    cases = ((["--image", "first.png"], 34), (["--video", "clip.mp4"], 32 + 17))
+    for start, frames in (*cases, (["--video", "clip.mp4", "--until", "clip.mp4"], 32 + 17 + 32)):
         output = tmp_path / "video.mp4"
-        flags = ["--bundle", str(bundle), "--prompt", "a", "--output", str(output), start[0], str(tmp_path / start[1])]
+        ends = [part if part.startswith("--") else str(tmp_path / part) for part in start]
+        flags = ["--bundle", str(bundle), "--prompt", "a", "--output", str(output), *ends]
         monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
         generate.main()
         video = read_video(output)
@@ -138,6 +142,7 @@ def test_image_to_video_and_continuation_from_the_command_line(
         if start[0] == "--video":
             shown = fit(picture[None], 64, 64)[0].astype(int)
             assert np.abs(video[:32].astype(int) - shown).mean() < 3
+            assert frames == 49 or np.abs(video[-32:].astype(int) - shown).mean() < 3
 
 
 @pytest.mark.parametrize(
