@@ -177,7 +177,7 @@ def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     itself on the first call; the project's function, which is the same for matrices, takes its place.
     """
     if not any(group["use_muon"] for group in groups):
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=True)  # one pass over a partition that may be gigabytes
     original_muon.muon_update = muon_update
     muon_optimizer.muon_update = muon_update
     return muon_optimizer.MuonWithAuxAdam(groups)

@@ -306,5 +306,6 @@ def prepare_state(optimizer: torch.optim.Optimizer, parameter: Tensor, keys: Seq
     for key in keys:
         state[key] = torch.zeros_like(parameter, requires_grad=False)
     if "exp_avg" in keys:
-        # torch counts in a tensor, DeepSpeed's Muon with AdamW in a number
-        state["step"] = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW) else steps
+        # torch's fused AdamW counts in a tensor beside the parameter, DeepSpeed's Muon with AdamW in a number
+        counted = torch.tensor(float(steps), device=parameter.device)
+        state["step"] = counted if isinstance(optimizer, torch.optim.AdamW) else steps

@@ -147,7 +147,7 @@ def build_optimizers(groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer
     """Plain optimizers for the groups of `parameter_groups`."""
     muon = [group for group in groups if group["use_muon"]]
     adamw = [group for group in groups if not group["use_muon"]]
-    return [*([Muon(muon)] if muon else []), *([torch.optim.AdamW(adamw)] if adamw else [])]
+    return [*([Muon(muon)] if muon else []), *([torch.optim.AdamW(adamw, fused=True)] if adamw else [])]
 
 
 def set_learning_rates(param_groups: list[dict[str, Any]], scale: float) -> None:
