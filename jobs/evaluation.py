@@ -93,7 +93,8 @@ def parse_row(text: str) -> Row:
 def sampling_options(what: str, texts: Mapping[str, Any]) -> dict[str, Any]:
     """These options with their types. Raises InputError that names `what` if they are none of sampling."""
     try:
-        typed = default_options(SamplingConfig(), **texts)
+        numbers = {name: int(text) if str(text).isdecimal() else text for name, text in texts.items()}
+        typed = default_options(SamplingConfig(), **numbers)
     except ValidationError as error:
         raise InputError(f"{what}: {one_line(error)}") from None
     return {name: getattr(typed, name) for name in texts}

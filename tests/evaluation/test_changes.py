@@ -36,7 +36,7 @@ def test_a_change_that_comes_late_is_seen_late() -> None:
 def test_what_never_comes_has_no_delay() -> None:
     scenes = held_out_scenes(load_config("tiny"), "measure", 3)
     scene = next(scene for scene in scenes if scene.shots[0].things[0].direction != "still")
-    figures = change_figures(render(scene), 40, scene.shots[0], turned(scene).shots[0])
+    figures = change_figures(render(scene), 36, scene.shots[0], turned(scene).shots[0])
     assert (figures["before_direction"], figures["after_direction"]) == (1, 0) and "delay_direction" not in figures
     with pytest.raises(ValueError, match="the parts are too short"):
         change_figures(render(scene)[:50], 40, scene.shots[0], scene.shots[0])
