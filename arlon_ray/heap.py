@@ -1,21 +1,36 @@
-"""How the C library gives memory to threads."""
+"""How the C library gives memory to threads, and takes it back."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 
-#: The same for a process that is started with it, by the name of its environment variable.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
-_M_ARENA_MAX = -8
+#: glibc's settings by the names of environment variables, with their numbers for `mallopt`.
+_SETTINGS = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_THRESHOLD_": (-3, 32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+}
 
 
-def share_one_heap() -> None:
-    """Let threads that start from now on allocate from the process's own heap (glibc; elsewhere nothing happens).
+def keep_freed_memory() -> None:
+    """Let all threads that start from now on allocate from one heap, which keeps what is freed.
 
-    glibc gives each thread a heap of its own, which hands large pieces back to the system as soon as they are free: a
-    model that runs in a thread faults its activations in anew at every step, and takes a quarter longer on a CPU
-    (docs/training.md).
+    glibc gives each thread a heap of its own, and hands large pieces back to the system as soon as they are free: a
+    model on a CPU faults its activations in anew at every step, which takes a quarter longer and more, depending on
+    the order in which they are freed (docs/training.md). Elsewhere, and where the environment has settings of its own
+    (MALLOC_…), nothing happens.
     """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    for number, value in _chosen().values():
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(number, value)
+
+
+def heap_environment() -> dict[str, str]:
+    """The same for processes that are started with it."""
+    return {name: str(value) for name, (_, value) in _chosen().items()}
+
+
+def _chosen() -> dict[str, tuple[int, int]]:
+    return {} if any(name.startswith("MALLOC_") for name in os.environ) else _SETTINGS

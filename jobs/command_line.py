@@ -11,7 +11,7 @@ from pathlib import Path
 
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import Config, ConfigError, load_config, preset_names
-from arlon_ray.heap import share_one_heap
+from arlon_ray.heap import keep_freed_memory
 from arlon_ray.training.loop import StoppedError, TrainingError
 
 #: The bundle in the repository: what is used where no other is named.
@@ -103,7 +103,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a job. Exit codes: 2 and one line for bad input, 1 and one line for a training that broke or a full disk, 130
     for Ctrl-C, 75 (EX_TEMPFAIL: try again) where SIGTERM stopped a training.
     """
-    share_one_heap()
+    keep_freed_memory()
     try:
         main()
     except (ConfigError, ArtifactError, InputError) as error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from arlon_ray.config import Config
-from arlon_ray.heap import ENVIRONMENT
+from arlon_ray.heap import heap_environment
 
 #: Ray Train's workers hold their CPUs while Ray Data or Serve need some: with fewer than this, one waits for the other
 #: for ever. On a box with two cores they are logical: the threads share the cores.
@@ -34,7 +34,7 @@ def worker_environment(config: Config) -> dict[str, str]:
     threads = str(threads_per_worker(config))
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     # Ray Train runs the training in a thread
-    result = {**ENVIRONMENT, **passed_on, "PATH": path_with_interpreter()}
+    result = {**heap_environment(), **passed_on, "PATH": path_with_interpreter()}
     result |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     # Only without GPUs: DeepSpeed would otherwise look for them on its own.
     return result if config.cluster.use_gpu else {**result, "DS_ACCELERATOR": "cpu"}

@@ -21,7 +21,7 @@ from ray import serve
 from arlon_ray.config import Config, DeploymentConfig
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder
 from arlon_ray.generation.video import encode_fragment
-from arlon_ray.heap import share_one_heap
+from arlon_ray.heap import keep_freed_memory
 from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class _Worker:
     """One thread for a replica's model: calls take turns, and torch uses `threads` threads for each."""
 
     def __init__(self, threads: int) -> None:
-        share_one_heap()
+        keep_freed_memory()
         # OpenMP's limit holds for the thread that sets it
         self._pool = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, threads))
 
