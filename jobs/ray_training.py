@@ -19,7 +19,7 @@ from arlon_ray.training.engine import Stage
 from arlon_ray.training.loop import Reporter, StoppedError, TrainingError, run_stage
 from arlon_ray.training.reporting import ConsoleReporter
 from data_pipeline.manifest import differences
-from jobs.command_line import InputError
+from jobs.command_line import TRAINING_THREAD, InputError
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_metrics import RayMetrics
@@ -161,7 +161,7 @@ def _fit_once(name: str, task: dict[str, Any], config: Config, reader: JournalRe
         finally:
             ended.set()
 
-    threading.Thread(target=fit, name=f"train-{name}", daemon=True).start()
+    threading.Thread(target=fit, name=f"{TRAINING_THREAD}{name}", daemon=True).start()
     with _stopping_on_sigterm(stop_file(Path(task["folder"]), task["attempt"])):
         reader.follow(ended)
     return errors[0] if errors else None
