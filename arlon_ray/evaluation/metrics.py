@@ -49,13 +49,13 @@ from arlon_ray.evaluation.scenes import (
     rim,
 )
 from arlon_ray.evaluation.world import ACTIONS, RELATIONS, Deed, Shot, deed_of
+from arlon_ray.flow import flow_between, grey_of
 
 Features = NDArray[np.float64]
 
 POOL = 8
 #: VBench: a top-5 % flow of 6 pixels at 256, between frames of 8 a second.
 DYNAMIC_PIXELS, DYNAMIC_SIDE, DYNAMIC_FPS = 6.0, 256, 8.0
-FLOW_SIDE = 256
 #: Steps that flow is averaged over, and grey levels a pixel from which it can be followed.
 STEADY, FLAT = 5, 4.0
 
@@ -193,14 +193,8 @@ def dynamic(flow: NDArray[np.float32], size: tuple[int, ...], fps: float) -> boo
 
 def optical_flow(frames: Frames) -> NDArray[np.float32]:
     """Dense flow [T − 1, H, W, 2] (x, y) in pixels from each frame to the next; small frames are enlarged for it."""
-    import cv2
-
-    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    height, width = frames.shape[1:3]
-    scale = max(1, round(FLOW_SIDE / min(height, width)))
-    grey = [cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (width * scale, height * scale)) for frame in frames]
-    flows = [estimator.calc(before, after, None) for before, after in pairwise(grey)]  # type: ignore[call-overload]
-    return np.stack([cv2.resize(flow, (width, height)) / scale for flow in flows]).astype(np.float32)
+    size = (frames.shape[1], frames.shape[2])
+    return np.stack([flow_between(before, after, size) for before, after in pairwise(map(grey_of, frames))])
 
 
 def sharpness(frames: Frames, masks: Mask) -> float:

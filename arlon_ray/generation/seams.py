@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arlon_ray.config import GROUP_FRAMES
+from arlon_ray.flow import Grey, flow_between, grey_of
 
 #: Grey levels by which the carried-on picture may differ from a frame to count as the same thing.
 SIGMA = 40.0
-#: Side of the smallest pictures that flow is looked for in; smaller frames are enlarged.
-FLOW_SIDE = 256
 
 Frames = NDArray[np.uint8]
 
@@ -34,25 +33,22 @@ def blend_seams(frames: Frames, before: Frames | None, count: int) -> Frames:
         last = frames[start - 1] if start else before
         if last is None:
             continue
+        grey = grey_of(last)
         for k in range(min(count, len(frames) - start)):
             frame = frames[start + k].astype(np.float32)
-            carried = _carried(last, frames[start + k]).astype(np.float32)
+            carried = _carried(last, grey, frames[start + k]).astype(np.float32)
             unlike = np.abs(carried - frame).mean(-1, keepdims=True) / SIGMA
             weight = (1 - (k + 1) / (count + 1)) * np.exp(-np.square(unlike))
             blended[start + k] = (frame + weight * (carried - frame)).round().clip(0, 255)
     return blended
 
 
-def _carried(picture: Frames, to: Frames) -> Frames:
-    """What `picture` looks like where its parts are in `to`."""
+def _carried(picture: Frames, grey: Grey, to: Frames) -> Frames:
+    """What `picture`, whose grey is known, looks like where its parts are in `to`."""
     import cv2
 
     height, width = to.shape[:2]
-    scale = max(1, round(FLOW_SIDE / min(height, width)))
-    size = (width * scale, height * scale)
-    grey = [cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), size) for frame in (to, picture)]
-    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    flow = cv2.resize(estimator.calc(grey[0], grey[1], None), (width, height)) / scale  # type: ignore[call-overload]
+    flow = flow_between(grey_of(to), grey, (height, width))
     grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
     options: Any = {"interpolation": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_REPLICATE}
-    return np.asarray(cv2.remap(picture, grid + flow.astype(np.float32), None, **options), np.uint8)  # type: ignore[call-overload]
+    return np.asarray(cv2.remap(picture, grid + flow, None, **options), np.uint8)  # type: ignore[call-overload]

@@ -21,11 +21,6 @@ from arlon_ray.training.stages.vae import to_frames, to_video
 from tests.bundles import make_random_bundle
 
 
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
-    return VideoGenerator.from_bundle(make_random_bundle(tmp_path_factory.mktemp("bundle") / "b"))
-
-
 def test_a_long_video_has_its_frames_and_is_reproducible(generator: VideoGenerator) -> None:
     prompts = ["a red circle moves right", "a blue square moves up", "a blue square rests"]
     first, second = (list(generator.generate(prompts, seed=3)) for _ in range(2))

@@ -23,12 +23,7 @@ from arlon_ray.generation import (
     spread_prompts,
     storyboard,
 )
-from tests.bundles import make_random_bundle, small_config
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
-    return VideoGenerator.from_bundle(make_random_bundle(tmp_path_factory.mktemp("bundle") / "b"))
+from tests.bundles import small_config
 
 
 def shares(texts: list[SegmentText], config: Config, prompts: list[str]) -> np.ndarray:
