@@ -6,7 +6,6 @@ import argparse
 import errno
 import os
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from arlon_ray.training.loop import StoppedError, TrainingError
 #: The bundle in the repository: what is used where no other is named.
 BOX = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 
-
-#: How the threads in which Ray Train is waited for are called.
-TRAINING_THREAD = "train-"
 #: What every layer says of it, whatever the type of its error.
 DISK_FULL = os.strerror(errno.ENOSPC)
 
@@ -128,9 +124,4 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\ninterrupted: nothing is lost, run the same command again to go on", file=sys.stderr)
-        if any(thread.name.startswith(TRAINING_THREAD) for thread in threading.enumerate()):
-            # it is still in Ray's own code, which would be pulled away under it: a crash instead of an exit code
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(130)
         raise SystemExit(130) from None

@@ -7,10 +7,12 @@ the new one goes on in the same file. The file lies in the training's storage fo
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +103,31 @@ class JournalReader:
                 continue  # cut short by the death of a worker
             self._pass_on(event)
 
-    def follow(self, until: threading.Event, interval_s: float = 0.3) -> None:
-        """Pass on until `until` is set, in the calling thread."""
-        while not until.wait(interval_s):
-            self.drain()
-        self.drain()
+    @contextmanager
+    def following(self, interval_s: float = 0.3) -> Iterator[None]:
+        """Within the block a thread passes everything on. An error of a reporter ends the block, and is raised."""
+        ended, errors = threading.Event(), list[BaseException]()
+        caller = threading.get_ident()
+
+        def follow() -> None:
+            try:
+                while not ended.wait(interval_s):
+                    self.drain()
+                self.drain()
+            except BaseException as error:
+                errors.append(error)
+                if caller == threading.main_thread().ident and not ended.is_set():
+                    signal.pthread_kill(caller, signal.SIGINT)
+
+        thread = threading.Thread(target=follow, name="journal", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            if errors:
+                raise errors[0] from None
 
     def line(self, text: str) -> None:
         """Tell the reporters something that no worker knows."""

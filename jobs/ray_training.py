@@ -19,7 +19,7 @@ from arlon_ray.training.engine import Stage
 from arlon_ray.training.loop import Reporter, StoppedError, TrainingError, run_stage
 from arlon_ray.training.reporting import ConsoleReporter
 from data_pipeline.manifest import differences
-from jobs.command_line import TRAINING_THREAD, InputError
+from jobs.command_line import InputError
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_metrics import RayMetrics
@@ -145,26 +145,20 @@ def _fit(name: str, task: dict[str, Any], config: Config, reader: JournalReader)
 
 
 def _fit_once(name: str, task: dict[str, Any], config: Config, reader: JournalReader) -> BaseException | None:
-    """Run Ray Train in a thread, so that this one can follow the journal and take Ctrl-C as any program does.
+    """Run Ray Train to its end or its error, which is returned. Ctrl-C ends it as it ends any program.
 
-    (In the main thread Ray Train installs a handler of its own, which ends with exit code 0.) After Ctrl-C the
-    workers end with the Ray session; a checkpoint counts only once it is whole. Returns the error.
+    The workers then end with the Ray session; a checkpoint counts only once it is whole.
     """
     trainer = _trainer(task, config)
-    ended, errors = threading.Event(), []
-
-    def fit() -> None:
+    # Ray Train's own, which ends the process with exit code 0
+    trainer._register_sigint_handler = lambda controller: None
+    # Ray is asked from this thread alone: `ray.shutdown` under another that waits for it ends in a segmentation fault
+    with _stopping_on_sigterm(stop_file(Path(task["folder"]), task["attempt"])), reader.following():
         try:
             trainer.fit()
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            ended.set()
-
-    threading.Thread(target=fit, name=f"{TRAINING_THREAD}{name}", daemon=True).start()
-    with _stopping_on_sigterm(stop_file(Path(task["folder"]), task["attempt"])):
-        reader.follow(ended)
-    return errors[0] if errors else None
+        except Exception as error:
+            return error
+    return None
 
 
 @contextmanager

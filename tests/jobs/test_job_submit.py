@@ -16,6 +16,7 @@ import pytest
 from arlon_ray.config import load_config
 from data_pipeline.manifest import DatasetManifest, read_manifest
 from data_pipeline.synthetic import write_samples
+from jobs.ray_session import path_with_interpreter
 
 pytestmark = pytest.mark.ray
 
@@ -42,12 +43,15 @@ def submit_when_ready(command: list[str], environment: dict[str, str]) -> subpro
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node in a process group of its own, so that ending it touches no other Ray."""
-    port, dashboard = free_port(), free_port()
+    # also the agent's, whose default another Ray on this machine may hold: no job could be submitted then
+    port, dashboard, agent = free_port(), free_port(), free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PATH"] = path_with_interpreter()  # what a job calls `python`
     environment.pop("RAY_ADDRESS", None)
     head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4",
-         "--object-store-memory=200000000", "--disable-usage-stats"],
+        [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", "--disable-usage-stats",
+         "--object-store-memory=200000000"],
         env=environment, stdout=(tmp_path / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
