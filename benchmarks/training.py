@@ -45,8 +45,8 @@ from jobs.tracking import Tracking
 
 #: Rendered scenes that are trained on, at most.
 SCENES = 64
-#: Steps that warm up and do not count.
-WARM_UP = 3
+#: Steps that warm up and do not count: a worker's heap grows over about so many.
+WARM_UP = 10
 
 
 def stage_of(config: Config, vae: Path, steps: int) -> Stage:

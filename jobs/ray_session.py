@@ -21,6 +21,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 #: Passed on to workers from the driver's environment.
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
 
+_own = False
+
 
 def path_with_interpreter() -> str:
     """PATH with this interpreter's folder in front: DeepSpeed compiles with the `ninja` that lies there."""
@@ -51,6 +53,23 @@ def local_cpus(config: Config) -> int:
     return max(LEAST_LOCAL_CPUS, os.cpu_count() or 1, needed)
 
 
+def lacking(config: Config) -> str:
+    """What the fewest workers that may train need and all nodes together do not have, as text; else nothing."""
+    import ray
+
+    cluster, there = config.cluster, ray.cluster_resources()
+    workers = cluster.worker_counts[0]
+    needed = {"CPU": workers * cluster.cpus_per_worker, "GPU": workers * float(cluster.use_gpu)}
+    return ", ".join(
+        f"{n:g} {what} (there: {there.get(what, 0):g})" for what, n in needed.items() if n > there.get(what, 0)
+    )
+
+
+def is_own() -> bool:
+    """Whether the Ray that runs is a local one of this process, to which no node will come."""
+    return _own
+
+
 @contextmanager
 def connect(config: Config, *, dashboard: bool = False, worker_output: bool = False) -> Iterator[None]:
     """Within the block Ray is there. Ends only what it started.
@@ -59,6 +78,7 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
     pipeline keeps one for all stages). `worker_output` lets what workers print reach this terminal; progress does
     without it (see jobs/journal).
     """
+    global _own
     _set_environment()
     import ray
 
@@ -78,9 +98,11 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
             logging_level=logging.WARNING,
             configure_logging=True,
         )
+        _own = True
     try:
         yield
     finally:
+        _own = False
         ray.shutdown()
 
 

@@ -23,7 +23,7 @@ from jobs.command_line import InputError
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_metrics import RayMetrics
-from jobs.ray_session import connect, threads_per_worker, worker_environment
+from jobs.ray_session import connect, is_own, lacking, threads_per_worker, worker_environment
 from jobs.tracking import Tracking
 
 StageFactory = Callable[..., Stage]
@@ -88,6 +88,7 @@ def train_stage(
     with run as tracked, connect(config):
         console = [ConsoleReporter(name, training.steps)] if reporters is None else list(reporters)
         reader = JournalReader(folder, [*console, *([tracked] if tracked else []), RayMetrics(name)])
+        _check_resources(name, config, reader)
         task = {
             "stage_factory": stage_factory,
             "arguments": dict(arguments),
@@ -106,6 +107,18 @@ def train_stage(
     if not keep_checkpoints:
         shutil.rmtree(storage_folder(output), ignore_errors=True)
     return artifact
+
+
+def _check_resources(name: str, config: Config, reader: JournalReader) -> None:
+    """Ray waits without a word for what is not there. Raises InputError where it cannot come."""
+    if not (lacks := lacking(config)):
+        return
+    if is_own():
+        raise InputError(
+            f"{name}: the workers need {lacks}; set cluster.num_workers, cluster.cpus_per_worker or cluster.use_gpu to "
+            "what this machine has, or submit the job to a cluster"
+        )
+    reader.line(f"{name}: waiting for a node: the workers need {lacks}")
 
 
 def _refuse_other_settings(folder: Path, settings: Mapping[str, Any], output: Path) -> None:

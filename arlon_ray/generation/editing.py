@@ -68,7 +68,9 @@ class VideoEditor:
     ) -> None:
         tokens, planner, options = None, self.generator.planner, self.project.options
         if planner is not None and not options.baseline:
-            planned = planner.go_on(self._tokens_before(index), text, seed, index, options)
+            first = max(0, index - planner.segments_looked_at)
+            texts = [*(self.project.read(earlier).text for earlier in range(first, index)), text]
+            planned = planner.go_on(self._tokens_before(index), texts, seed, index, options)
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
         overlap = self._latents_before(index)

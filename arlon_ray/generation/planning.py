@@ -18,8 +18,13 @@ from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
-from arlon_ray.generation.storyboard import SegmentText
+from arlon_ray.generation.storyboard import SegmentText, prompts_in
 from arlon_ray.models.ar import ArTransformer, Grid, KeyValueCache
+
+
+import os
+
+CONTRAST = os.environ.get("CONTRAST") == "1"
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,17 @@ def sample_tokens(
     options: GenerationOptions,
     generator: torch.Generator,
     on_token: Callable[[int], None] | None = None,
+    against: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Continue `context` (int64 [t, h, w]: the first latent frames of `grid`, may be none) to the whole grid.
 
-    Returns int64 [t, h, w]. With `ar_guidance_scale` ≠ 1 the text and the null text run as a batch of two through one
-    cache. `on_token(n)` is called before every token and may raise, which stops the sampling there.
+    Returns int64 [t, h, w]. With `ar_guidance_scale` ≠ 1 the text and what it is guided away from (`against`: another
+    text and its mask; None: the null text) run as a batch of two through one cache. `on_token(n)` is called before every token and may raise, which stops the sampling there.
     """
     text, mask = text_1LE, mask_1L
     if options.ar_guidance_scale != 1.0:
-        null, null_mask = model.without_text(text, mask, torch.ones(1, dtype=torch.bool, device=text.device))
-        text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
+        other = against or model.without_text(text, mask, torch.ones(1, dtype=torch.bool, device=text.device))
+        text, mask = torch.cat([text, other[0]]), torch.cat([mask, other[1]])
     block_grid = model.block_grid(grid)
     total = block_grid[0] * block_grid[1] * block_grid[2]
     batch, length = mask.shape
@@ -150,7 +156,7 @@ class ArPlanner:
         """
         window = self.tokens_of(given)
         for index, text in enumerate(prompts):
-            window = self.go_on(window, text, seed, index, options, on_token)
+            window = self.go_on(window, prompts[: index + 1], seed, index, options, on_token)
             yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
 
     @property
@@ -158,11 +164,17 @@ class ArPlanner:
         """Token frames of a segment."""
         return self.config.segment.groups * self.group_grid[0]
 
+    @property
+    def segments_looked_at(self) -> int:
+        """Earlier segments whose tokens a segment is planned behind."""
+        segment = self.config.segment
+        return -(-self.config.ar.context_groups // (segment.groups - segment.overlap_groups))
+
     @torch.no_grad()
     def go_on(
         self,
         before: Tensor,
-        text: SegmentText,
+        texts: Sequence[SegmentText],
         seed: int,
         index: int,
         options: GenerationOptions,
@@ -170,7 +182,9 @@ class ArPlanner:
     ) -> Tensor:
         """Plan segment `index` behind tokens int64 [n, h', w'], of which the newest are looked at: those, and its own.
 
-        The first segment goes on from what it is given; a later one from all that was planned before it.
+        The first segment goes on from what it is given; a later one from all that was planned before it. `texts` are
+        its own and, before it, those of the segments that it looks at. Where it looks at what was planned by another
+        prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
         """
         per_group, segment = self.group_grid[0], self.config.segment
         window, end = before, self.segment_frames
@@ -178,11 +192,20 @@ class ArPlanner:
             window = before[-self.config.ar.context_groups * per_group :]
             end = len(window) + (segment.groups - segment.overlap_groups) * per_group
         generator = segment_generator(seed, index, "ar", self.bundle.device)
-        for prompt, until in self._parts(text, end, len(window)):
+        heard = self._heard(texts[:-1])
+        for prompt, until in self._parts(texts[-1], end, len(window)):
             grid = (until, *self.group_grid[1:])
-            embedding = self.text.encode([prompt])
-            window = sample_tokens(self.model, *embedding, window, grid, options, generator, on_token)
+            others = [other for other in heard if other != prompt]
+            against = self.text.encode(others[-1:]) if others and CONTRAST else None
+            window = sample_tokens(
+                self.model, *self.text.encode([prompt]), window, grid, options, generator, on_token, against
+            )
+            heard.append(prompt)
         return window
+
+    def _heard(self, texts: Sequence[SegmentText]) -> list[str]:
+        """The prompts by which the groups that the AR looks back at were planned, in order."""
+        return [prompt for text in texts[-self.segments_looked_at :] for prompt in prompts_in(text)]
 
     def _parts(self, text: SegmentText, end: int, known: int) -> Iterator[tuple[str, int]]:
         """(prompt, token frame before which it ends) of what is to be planned from frame `known` to `end`."""

@@ -44,6 +44,11 @@ class ChangingText:
 SegmentText = str | ChangingText
 
 
+def prompts_in(text: SegmentText) -> tuple[str, ...]:
+    """The prompts that count in a segment, in order."""
+    return (text,) if isinstance(text, str) else text.prompts
+
+
 def prompt_of(text: SegmentText, first: int = 0) -> str:
     """The prompt that counts most in a segment from latent frame `first` on."""
     if isinstance(text, str):

@@ -229,3 +229,9 @@ def test_what_cannot_be_split_is_refused_before_ray(config, tmp_path, training, 
     with pytest.raises(InputError, match=re.escape(message)):
         distributed(there, tmp_path, {**ADAMW, **training})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_that_this_machine_cannot_have_are_refused_at_once(ray_here, config, tmp_path: Path) -> None:
+    greedy = config.model_copy(update={"cluster": config.cluster.model_copy(update={"use_gpu": True})})
+    with pytest.raises(InputError, match=r"the workers need 2 GPU \(there: 0\); set cluster"):
+        distributed(greedy, tmp_path, ADAMW)
