@@ -16,11 +16,12 @@ from arlon_ray.artifact import write_json
 from arlon_ray.bundle import Bundle
 from arlon_ray.evaluation.changes import change_figures
 from arlon_ray.evaluation.metrics import summary
+from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options, storyboard
 from arlon_ray.generation import Scene as Part
-from arlon_ray.generation import VideoGenerator, default_options, storyboard
 from arlon_ray.generation.video import contact_sheet
 from data_pipeline.worlds import Scene, caption, held_out_scenes, turned
 from jobs.command_line import BOX, InputError, existing, output_folder, parser, run
+from jobs.evaluation import sampling_options
 from jobs.generate import open_bundle
 from jobs.tables import figures_table
 
@@ -38,11 +39,16 @@ def pairs(bundle: Bundle, kind: str, count: int) -> list[tuple[Scene, Scene]]:
 
 
 def measure_kind(
-    generator: VideoGenerator, kind: str, count: int, seconds: float, transition: int, output: Path
+    generator: VideoGenerator,
+    kind: str,
+    count: int,
+    seconds: float,
+    transition: int,
+    options: GenerationOptions,
+    output: Path,
 ) -> list[dict[str, float]]:
     """Figures of every video of one kind of change; the first few are pictured."""
     config, rows = generator.bundle.config, []
-    options = default_options(config.sampling)
     for number, (before, after) in enumerate(pairs(generator.bundle, kind, count)):
         parts = [Part(caption(before), seconds), Part(caption(after), seconds)]
         texts = storyboard(parts, config, transition=transition)
@@ -65,18 +71,27 @@ def main() -> None:
     flags.add_argument("--count", type=int, default=16, help="videos of each kind (default: 16)")
     flags.add_argument("--seconds", type=float, default=4.0, help="of each of the two prompts (default: 4)")
     flags.add_argument("--transition", type=int, default=0, help="latent frames over which texts are blended")
+    flags.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of sampling, repeatable: ar_contrast=false"
+    )
     arguments = flags.parse_args()
     if arguments.count < 1 or arguments.transition < 0:
         raise InputError("--count: expected 1 or more, --transition 0 or more")
     if not 2 <= arguments.seconds <= 600:
         raise InputError(f"--seconds {arguments.seconds:g}: expected 2 to 600, so that both parts can be read")
+    named = dict(text.partition("=")[::2] for text in arguments.option)
+    changed = sampling_options("--option", named)
     output = output_folder(arguments)
     generator = VideoGenerator(open_bundle(existing(arguments.bundle, "--bundle")))
+    options = default_options(generator.bundle.config.sampling, **changed)
     results: dict[str, Sequence[dict[str, float]]] = {}
     for kind in KINDS:
-        results[kind] = measure_kind(generator, kind, arguments.count, arguments.seconds, arguments.transition, output)
+        results[kind] = measure_kind(
+            generator, kind, arguments.count, arguments.seconds, arguments.transition, options, output
+        )
     found = report(results)
-    write_json(output / "changes.json", {"seconds": arguments.seconds, "transition": arguments.transition, **found})
+    settings = {"seconds": arguments.seconds, "transition": arguments.transition, "options": changed}
+    write_json(output / "changes.json", {**settings, **found})
     print(figures_table(found, "change"))
     print(output / "changes.json")
 

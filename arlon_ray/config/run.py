@@ -53,6 +53,9 @@ class SamplingConfig(Section):
         1.0, gt=0, le=1, description="noise that sampling starts from; below 1 the rest is the latent of the tokens"
     )
     ar_guidance_scale: float = Field(1.5, ge=0, description="text guidance of the AR; 1 costs nothing")
+    ar_contrast: bool = Field(
+        True, description="behind a change of the text the AR is guided away from the prompt before, not from no text"
+    )
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: all codes")
     top_p: float = Field(0.95, gt=0, le=1)

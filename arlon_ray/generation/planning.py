@@ -22,11 +22,6 @@ from arlon_ray.generation.storyboard import SegmentText, prompts_in
 from arlon_ray.models.ar import ArTransformer, Grid, KeyValueCache
 
 
-import os
-
-CONTRAST = os.environ.get("CONTRAST") == "1"
-
-
 @dataclass(frozen=True)
 class SegmentTokens:
     """One segment's plan: tokens int32 [t', h', w'] of all its latents, those of the overlap included."""
@@ -64,7 +59,8 @@ def sample_tokens(
     """Continue `context` (int64 [t, h, w]: the first latent frames of `grid`, may be none) to the whole grid.
 
     Returns int64 [t, h, w]. With `ar_guidance_scale` ≠ 1 the text and what it is guided away from (`against`: another
-    text and its mask; None: the null text) run as a batch of two through one cache. `on_token(n)` is called before every token and may raise, which stops the sampling there.
+    text and its mask; None: the null text) run as a batch of two through one cache. `on_token(n)` is called before
+    every token and may raise, which stops the sampling there.
     """
     text, mask = text_1LE, mask_1L
     if options.ar_guidance_scale != 1.0:
@@ -155,7 +151,7 @@ class ArPlanner:
         tokens. Raises ValueError for latents that do not fit.
         """
         window = self.tokens_of(given)
-        for index, text in enumerate(prompts):
+        for index in range(len(prompts)):
             window = self.go_on(window, prompts[: index + 1], seed, index, options, on_token)
             yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
 
@@ -196,7 +192,7 @@ class ArPlanner:
         for prompt, until in self._parts(texts[-1], end, len(window)):
             grid = (until, *self.group_grid[1:])
             others = [other for other in heard if other != prompt]
-            against = self.text.encode(others[-1:]) if others and CONTRAST else None
+            against = self.text.encode(others[-1:]) if others and options.ar_contrast else None
             window = sample_tokens(
                 self.model, *self.text.encode([prompt]), window, grid, options, generator, on_token, against
             )

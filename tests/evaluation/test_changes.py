@@ -45,11 +45,26 @@ def test_what_never_comes_has_no_delay() -> None:
 def test_the_job_measures_both_kinds_of_change(tmp_path: Path) -> None:
     bundle = make_random_bundle(tmp_path / "bundle")
     ended = run_script(
-        "evaluate_changes", "--bundle", str(bundle), "--count", "2", "--seconds", "2", "--output", str(tmp_path / "out")
+        "evaluate_changes",
+        "--bundle",
+        str(bundle),
+        "--count",
+        "2",
+        "--seconds",
+        "2",
+        "--output",
+        str(tmp_path / "out"),
+        "--option",
+        "steps=2",
+        "--option",
+        "ar_contrast=false",
     )
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "out" / "changes.json").read_text())
     assert found["direction"]["before_colour"]["videos"] == 2 and "after_action" in found["scene"]
     assert "| after_direction |" in ended.stdout and (tmp_path / "out" / "scene-1.png").stat().st_size > 1000
+    assert found["options"] == {"steps": 2, "ar_contrast": False}
+    unknown = run_script("evaluate_changes", "--option", "contrast=1", "--output", str(tmp_path / "out"))
+    assert unknown.returncode == 2 and "--option: contrast" in unknown.stderr
     refused = run_script("evaluate_changes", "--seconds", "1", "--output", str(tmp_path / "out"))
     assert refused.returncode == 2 and "--seconds 1: expected 2 to 600" in refused.stderr

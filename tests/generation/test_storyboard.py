@@ -4,6 +4,7 @@ of a text that changes."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -126,6 +127,31 @@ def test_tokens_follow_the_prompt_of_their_frame(generator: VideoGenerator) -> N
     # later segments: the text changes behind the overlap
     later = plan("a red circle", changing)[1]
     assert np.array_equal(later[:6], plan("a red circle", "a red circle")[1][:6])
+
+
+def test_where_the_ar_looks_at_another_prompts_tokens_it_is_guided_away_from_that(
+    generator: VideoGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner, heard = generator.planner, list[str]()
+
+    class Listening:
+        def encode(self, captions: Sequence[str]) -> object:
+            heard.extend(captions)
+            return generator.bundle.text.encode(captions)
+
+    monkeypatch.setattr(planner, "text", Listening())
+    behind = planner.segments_looked_at
+    prompts = ["a red circle"] * 2 + ["a blue square falls"] * (behind + 2)
+    options = default_options(generator.bundle.config.sampling, ar_guidance_scale=1000.0)
+    plans = [planned.tokens for planned in planner.plan(prompts, 0, options)]
+    assert heard == prompts[:2] + ["a red circle", "a blue square falls"] * behind + prompts[-2:]
+
+    without = options.model_copy(update={"ar_contrast": False})
+    heard.clear()
+    others = [planned.tokens for planned in planner.plan(prompts, 0, without)]
+    assert heard == prompts
+    same = [np.array_equal(ours, theirs) for ours, theirs in zip(plans, others, strict=True)]
+    assert same[:3] == [True, True, False]
 
 
 def test_a_changing_text_is_rendered_frame_by_frame(generator: VideoGenerator) -> None:
