@@ -79,6 +79,8 @@ class JournalReader:
         self.folder, self.reporters = folder, reporters
         self.artifact_kind: str | None = None
         self.stopped: str | None = None
+        #: Whether a worker has said anything.
+        self.heard = False
         path = folder / JOURNAL_FILE
         # What an earlier, interrupted run wrote was passed on then; its last line may be cut short.
         with path.open("a") as file:
@@ -135,7 +137,7 @@ class JournalReader:
             reporter.line(text)
 
     def _pass_on(self, event: dict[str, Any]) -> None:
-        kind = event["kind"]
+        kind, self.heard = event["kind"], True
         if kind == "done":
             self.artifact_kind = event["artifact_kind"]
         if kind == "stopped":

@@ -162,27 +162,50 @@ def _fit_once(name: str, task: dict[str, Any], config: Config, reader: JournalRe
 
     The workers then end with the Ray session; a checkpoint counts only once it is whole.
     """
-    trainer = _trainer(task, config)
-    # Ray Train's own, which ends the process with exit code 0
-    trainer._register_sigint_handler = lambda controller: None
+    import ray
+
+    trainer, controllers = _trainer(task, config), list[Any]()
+    # instead of Ray Train's own handler, which ends the process with exit code 0
+    trainer._register_sigint_handler = controllers.append
     # Ray is asked from this thread alone: `ray.shutdown` under another that waits for it ends in a segmentation fault
-    with _stopping_on_sigterm(stop_file(Path(task["folder"]), task["attempt"])), reader.following():
+    with _stopping_on_sigterm(name, stop_file(Path(task["folder"]), task["attempt"]), reader), reader.following():
         try:
             trainer.fit()
+        except KeyboardInterrupt:
+            for controller in controllers:
+                ray.kill(controller)
+            raise
         except Exception as error:
             return error
     return None
 
 
 @contextmanager
-def _stopping_on_sigterm(file: Path) -> Iterator[None]:
-    """Within the block SIGTERM asks the workers for a checkpoint and an end (schedulers send it before SIGKILL)."""
+def _stopping_on_sigterm(name: str, file: Path, reader: JournalReader) -> Iterator[None]:
+    """Within the block SIGTERM asks the workers for a checkpoint and an end (schedulers send it before SIGKILL).
+
+    Raises StoppedError where there is no worker yet that could hear it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: file.touch())
+
+    too_early = False
+
+    def stop(*_: object) -> None:
+        nonlocal too_early
+        file.touch()
+        if not reader.heard:
+            too_early = True
+            raise KeyboardInterrupt  # no other error gets through Ray's waiting
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if not too_early:
+            raise
+        raise StoppedError(f"{name}: stopped before it began; the same command begins again") from None
     finally:
         signal.signal(signal.SIGTERM, before)
         file.unlink(missing_ok=True)

@@ -231,7 +231,22 @@ def test_what_cannot_be_split_is_refused_before_ray(config, tmp_path, training, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workers_that_this_machine_cannot_have_are_refused_at_once(ray_here, config, tmp_path: Path) -> None:
-    greedy = config.model_copy(update={"cluster": config.cluster.model_copy(update={"use_gpu": True})})
+@pytest.fixture
+def greedy(config):
+    """Asks for GPUs, of which there are none."""
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"use_gpu": True})})
+
+
+def test_workers_that_this_machine_cannot_have_are_refused_at_once(ray_here, greedy, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the workers need 2 GPU \(there: 0\); set cluster"):
         distributed(greedy, tmp_path, ADAMW)
+
+
+def test_on_a_cluster_they_are_waited_for_until_somebody_stops_it(ray_here, greedy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("jobs.ray_training.is_own", lambda: False)
+    recorder, begin = Recorder(), time.monotonic()
+    threading.Timer(8, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(StoppedError, match="stopped before it began"):
+        distributed(greedy, tmp_path, ADAMW, recorder=recorder)
+    assert time.monotonic() - begin < 40
+    assert recorder.lines == ["regression: waiting for a node: the workers need 2 GPU (there: 0)"]
