@@ -208,9 +208,6 @@ class DitConfig(Section):
     temporal_attention: Literal["temporal", "joint"] = Field(
         "temporal", description="`joint`: temporal blocks attend over all tokens of the segment, not one place"
     )
-    group_phase: bool = Field(
-        False, description="tell latent frames their place in the VAE's group: the first of five stands for one frame"
-    )
     injection: InjectionConfig = InjectionConfig()
     coarse_probability: float = Field(0.5, ge=0, le=1, description="share of samples guided by the coarse codec")
     uncertainty_probability: float = Field(0.3, ge=0, le=1, description="share of samples with perturbed statistics")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arlon_ray.artifact import building, load_artifact
-from arlon_ray.config import GROUP_LATENTS, DitConfig
+from arlon_ray.config import DitConfig
 from arlon_ray.models.injection import BRANCH, ControlBranch, Modulation, SemanticInjection, listening_layers
 from arlon_ray.models.layers import (
     CrossAttention,
@@ -134,7 +134,7 @@ class PatchEmbedder(nn.Module):
 class STDiT3(nn.Module):
     """The velocity model. `injection` is None in the text-only baseline."""
 
-    muon_excluded = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder", "final_layer", "t_block", "group_phase")
+    muon_excluded = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder", "final_layer", "t_block")
     block_lists = ("spatial_blocks", "temporal_blocks")
 
     def __init__(self, config: DitConfig) -> None:
@@ -154,8 +154,6 @@ class STDiT3(nn.Module):
         self.temporal_blocks = nn.ModuleList(STDiT3Block(config, temporal=True) for _ in range(config.depth))
         patch = config.patch_size
         self.final_layer = FinalLayer(dim, patch[0] * patch[1] * patch[2] * self.out_channels)
-        # starts at zero: weights without it stay what they are
-        self.group_phase = nn.Parameter(torch.zeros(GROUP_LATENTS, dim)) if config.group_phase else None
         self._initialise()
         self.injection = SemanticInjection(config, self._new_pair) if config.injection.enabled else None
 
@@ -255,11 +253,6 @@ class STDiT3(nn.Module):
         tokens = self.x_embedder.proj(x)
         frames, rows, columns = tokens.shape[2:]
         x = rearrange(tokens, "b d t h w -> b t (h w) d") + condition.positions_SD
-        if self.group_phase is not None:
-            x = (
-                x
-                + self.group_phase[torch.arange(0, frames * patch[0], patch[0], device=x.device) % GROUP_LATENTS, None]
-            )
         noisy_BT = None if noisy_Bt is None else noisy_Bt[:, :: patch[0]]
         times_BD, time_BT6D = self._time(time_B, condition.fps_BD, noisy_BT)
         rotary = self.rope.angles(torch.arange(frames, device=x.device))

@@ -241,12 +241,10 @@ def initial_dit(path: str | Path) -> Artifact:
 
 
 def _initialise(dit: STDiT3, path: str) -> None:
-    """Load `path` into `dit`. Raises ArtifactError if anything is missing but what starts as if it were not there (the
-    injection, the places in groups), or does not fit.
-    """
+    """Load `path` into `dit`. Raises ArtifactError if anything but the injection is missing, or does not fit."""
     tensors = initial_dit(path).tensors()
     own = dit.state_dict()
-    missing = [name for name in own if name not in tensors and not name.startswith(("injection.", "group_phase"))]
+    missing = [name for name in own if name not in tensors and not name.startswith("injection.")]
     unexpected = [name for name in tensors if name not in own]
     wrong = [n for n, value in tensors.items() if n in own and own[n].shape != value.shape]
     for what, names in (("is missing", missing), ("is not part of this DiT", unexpected), ("has another shape", wrong)):
