@@ -237,11 +237,13 @@ def greedy(config):
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"use_gpu": True})})
 
 
+@pytest.mark.ray
 def test_workers_that_this_machine_cannot_have_are_refused_at_once(ray_here, greedy, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the workers need 2 GPU \(there: 0\); set cluster"):
         distributed(greedy, tmp_path, ADAMW)
 
 
+@pytest.mark.ray
 def test_on_a_cluster_they_are_waited_for_until_somebody_stops_it(ray_here, greedy, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("jobs.ray_training.is_own", lambda: False)
     recorder, begin = Recorder(), time.monotonic()
