@@ -21,6 +21,7 @@ OBJECT_STORE_BYTES = 512 * 2**20
 #: Passed on to workers from the driver's environment.
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
 
+#: Whether this process started the Ray that runs (see `is_own`).
 _own = False
 
 
@@ -53,13 +54,18 @@ def local_cpus(config: Config) -> int:
     return max(LEAST_LOCAL_CPUS, os.cpu_count() or 1, needed)
 
 
+def worker_resources(config: Config) -> dict[str, float]:
+    """What Ray reserves for one training worker."""
+    cluster = config.cluster
+    return {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})}
+
+
 def lacking(config: Config) -> str:
     """What the fewest workers that may train need and all nodes together do not have, as text; else nothing."""
     import ray
 
-    cluster, there = config.cluster, ray.cluster_resources()
-    workers = cluster.worker_counts[0]
-    needed = {"CPU": workers * cluster.cpus_per_worker, "GPU": workers * float(cluster.use_gpu)}
+    workers, there = config.cluster.worker_counts[0], ray.cluster_resources()
+    needed = {what: workers * amount for what, amount in worker_resources(config).items()}
     return ", ".join(
         f"{n:g} {what} (there: {there.get(what, 0):g})" for what, n in needed.items() if n > there.get(what, 0)
     )

@@ -23,7 +23,14 @@ from jobs.command_line import InputError
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_metrics import RayMetrics
-from jobs.ray_session import connect, is_own, lacking, threads_per_worker, worker_environment
+from jobs.ray_session import (
+    connect,
+    is_own,
+    lacking,
+    threads_per_worker,
+    worker_environment,
+    worker_resources,
+)
 from jobs.tracking import Tracking
 
 StageFactory = Callable[..., Stage]
@@ -234,7 +241,7 @@ def _trainer(task: dict[str, Any], config: Config) -> Any:
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class of Ray Train v1, which is not elastic
             use_gpu=cluster.use_gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
+            resources_per_worker=worker_resources(config),
         ),
         # mypy sees the class of Ray Train v1 behind this name
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]

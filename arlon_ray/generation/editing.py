@@ -68,30 +68,25 @@ class VideoEditor:
     ) -> None:
         tokens, planner, options = None, self.generator.planner, self.project.options
         if planner is not None and not options.baseline:
-            first = max(0, index - planner.segments_looked_at)
-            texts = [*(self.project.read(earlier).text for earlier in range(first, index)), text]
-            planned = planner.go_on(self._tokens_before(index), texts, seed, index, options)
+            earlier = [self.project.read(number) for number in planner.looked_at(index)]
+            texts = [*(segment.text for segment in earlier), text]
+            planned = planner.go_on(self._tokens_of(earlier, index), texts, seed, index, options)
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
         overlap = self._latents_before(index)
         made = self.generator.renderer.render(text, guide, overlap, seed, index, options, after=after)
         self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
 
-    def _tokens_before(self, index: int) -> torch.Tensor:
-        """What the AR goes on from: the tokens of the start, or of as many earlier segments as it looks at."""
-        planner = self.generator.planner
+    def _tokens_of(self, earlier: Sequence[ProjectSegment], index: int) -> torch.Tensor:
+        """What the AR plans segment `index` behind: the tokens of the segments that it looks at, or of the start."""
+        planner, start = self.generator.planner, self.project.start
         assert planner is not None
-        start = self.project.start
-        if not index:
+        if not earlier:
             return planner.tokens_of(start.latents if start else None)
         parts: list[np.ndarray] = []
-        needed = self.generator.bundle.config.ar.context_groups * planner.group_grid[0]
-        for earlier in range(index - 1, -1, -1):
-            tokens = self.project.read(earlier).tokens
-            assert tokens is not None, "a guided project has tokens"
-            parts.insert(0, tokens if not earlier else tokens[self.segment.overlap_groups * planner.group_grid[0] :])
-            if sum(map(len, parts)) >= needed:
-                break
+        for number, segment in enumerate(earlier, start=index - len(earlier)):
+            assert segment.tokens is not None, "a guided project has tokens"
+            parts.append(segment.tokens[self.segment.overlap_groups * planner.group_grid[0] if number else 0 :])
         return torch.from_numpy(np.concatenate(parts)).long().to(self.generator.bundle.device)
 
     def _latents_before(self, index: int) -> np.ndarray | None:

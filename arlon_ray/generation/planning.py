@@ -152,7 +152,8 @@ class ArPlanner:
         """
         window = self.tokens_of(given)
         for index in range(len(prompts)):
-            window = self.go_on(window, prompts[: index + 1], seed, index, options, on_token)
+            texts = [prompts[i] for i in (*self.looked_at(index), index)]
+            window = self.go_on(window, texts, seed, index, options, on_token)
             yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
 
     @property
@@ -160,11 +161,11 @@ class ArPlanner:
         """Token frames of a segment."""
         return self.config.segment.groups * self.group_grid[0]
 
-    @property
-    def segments_looked_at(self) -> int:
-        """Earlier segments whose tokens a segment is planned behind."""
+    def looked_at(self, index: int) -> range:
+        """The earlier segments whose tokens segment `index` is planned behind."""
         segment = self.config.segment
-        return -(-self.config.ar.context_groups // (segment.groups - segment.overlap_groups))
+        count = -(-self.config.ar.context_groups // (segment.groups - segment.overlap_groups))
+        return range(max(0, index - count), index)
 
     @torch.no_grad()
     def go_on(
@@ -179,8 +180,8 @@ class ArPlanner:
         """Plan segment `index` behind tokens int64 [n, h', w'], of which the newest are looked at: those, and its own.
 
         The first segment goes on from what it is given; a later one from all that was planned before it. `texts` are
-        its own and, before it, those of the segments that it looks at. Where it looks at what was planned by another
-        prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
+        those of the segments that it looks at (`looked_at`) and, last, its own. Where it looks at what was planned by
+        another prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
         """
         per_group, segment = self.group_grid[0], self.config.segment
         window, end = before, self.segment_frames
@@ -188,7 +189,7 @@ class ArPlanner:
             window = before[-self.config.ar.context_groups * per_group :]
             end = len(window) + (segment.groups - segment.overlap_groups) * per_group
         generator = segment_generator(seed, index, "ar", self.bundle.device)
-        heard = self._heard(texts[:-1])
+        heard = [prompt for earlier in texts[:-1] for prompt in prompts_in(earlier)]
         for prompt, until in self._parts(texts[-1], end, len(window)):
             grid = (until, *self.group_grid[1:])
             others = [other for other in heard if other != prompt]
@@ -198,10 +199,6 @@ class ArPlanner:
             )
             heard.append(prompt)
         return window
-
-    def _heard(self, texts: Sequence[SegmentText]) -> list[str]:
-        """The prompts by which the groups that the AR looks back at were planned, in order."""
-        return [prompt for text in texts[-self.segments_looked_at :] for prompt in prompts_in(text)]
 
     def _parts(self, text: SegmentText, end: int, known: int) -> Iterator[tuple[str, int]]:
         """(prompt, token frame before which it ends) of what is to be planned from frame `known` to `end`."""

@@ -44,21 +44,8 @@ def test_what_never_comes_has_no_delay() -> None:
 
 def test_the_job_measures_both_kinds_of_change(tmp_path: Path) -> None:
     bundle = make_random_bundle(tmp_path / "bundle")
-    ended = run_script(
-        "evaluate_changes",
-        "--bundle",
-        str(bundle),
-        "--count",
-        "2",
-        "--seconds",
-        "2",
-        "--output",
-        str(tmp_path / "out"),
-        "--option",
-        "steps=2",
-        "--option",
-        "ar_contrast=false",
-    )
+    options = ("--option", "steps=2", "--option", "ar_contrast=false", "--output", str(tmp_path / "out"))
+    ended = run_script("evaluate_changes", "--bundle", str(bundle), "--count", "2", "--seconds", "2", *options)
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "out" / "changes.json").read_text())
     assert found["direction"]["before_colour"]["videos"] == 2 and "after_action" in found["scene"]

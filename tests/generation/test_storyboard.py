@@ -24,6 +24,7 @@ from arlon_ray.generation import (
     spread_prompts,
     storyboard,
 )
+from arlon_ray.generation.storyboard import prompts_in
 from tests.bundles import small_config
 
 
@@ -107,9 +108,7 @@ def test_hundreds_of_prompts() -> None:
     begin = time.perf_counter()
     texts = storyboard(scenes, small_config(), transition=3)
     assert time.perf_counter() - begin < 5
-    said = list(
-        dict.fromkeys(prompt for text in texts for prompt in ([text] if isinstance(text, str) else text.prompts))
-    )
+    said = list(dict.fromkeys(prompt for text in texts for prompt in prompts_in(text)))
     assert said == [scene.prompt for scene in scenes]
 
 
@@ -140,7 +139,7 @@ def test_where_the_ar_looks_at_another_prompts_tokens_it_is_guided_away_from_tha
             return generator.bundle.text.encode(captions)
 
     monkeypatch.setattr(planner, "text", Listening())
-    behind = planner.segments_looked_at
+    behind = len(planner.looked_at(100))
     prompts = ["a red circle"] * 2 + ["a blue square falls"] * (behind + 2)
     options = default_options(generator.bundle.config.sampling, ar_guidance_scale=1000.0)
     plans = [planned.tokens for planned in planner.plan(prompts, 0, options)]
