@@ -9,7 +9,7 @@ from contextlib import suppress
 #: glibc's settings by the names of environment variables, with their numbers for `mallopt`.
 _SETTINGS = {
     "MALLOC_ARENA_MAX": (-8, 1),
-    "MALLOC_MMAP_THRESHOLD_": (-3, 32 * 2**20),
+    "MALLOC_MMAP_MAX_": (-4, 0),
     "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
 }
 
@@ -18,9 +18,9 @@ def keep_freed_memory() -> None:
     """Let all threads that start from now on allocate from one heap, which keeps what is freed.
 
     glibc gives each thread a heap of its own, and hands large pieces back to the system as soon as they are free: a
-    model on a CPU faults its activations in anew at every step, which takes a quarter longer and more, depending on
-    the order in which they are freed (docs/training.md). Elsewhere, and where the environment has settings of its own
-    (MALLOC_…), nothing happens.
+    model on a CPU faults its activations in anew at every step, and DeepSpeed the whole of the gradients, which takes a
+    quarter longer and more (docs/training.md). So no piece, however large, is mapped by itself. Elsewhere, and where
+    the environment has settings of its own (MALLOC_…), nothing happens.
     """
     for number, value in _chosen().values():
         with suppress(OSError, AttributeError):

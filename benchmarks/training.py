@@ -1,12 +1,13 @@
 """What Ray, DeepSpeed, checkpoints and tracking add to a step of training, beside a bare loop of the same model.
 
-`python -m benchmarks.training --steps 20 --runs 3 --output benchmarks/results/training_two_cores.json`
+`python -m benchmarks.training --steps 20 --output benchmarks/results/training_two_cores.json`
 
 *bare*: batches, forward, backward, clipping and optimizer in this process, nothing else. *ray*: `train_stage` with one
 worker that has the same cores, ZeRO 1, a log line every step, a checkpoint, and MLflow in SQLite. Both train the
-text-only DiT of the configuration on the same latents. A step of *ray* is the median time between the figures of two
-steps as the driver sees them, and its share of a checkpoint: what the one that is written costs more, over the
-configuration's own `checkpoint_every`. That Ray starts is not in it, and stands beside it.
+text-only DiT of the configuration on the same latents. They take turns step by step: the worker is stopped (SIGSTOP)
+while the bare loop makes a step, so that both meet the same machine, however busy others make it. A step of *ray* is
+the time between the figures of two steps as the driver hears them, less that of the stop; the step with the checkpoint
+counts for itself, as its share of the configuration's own `checkpoint_every`. That Ray starts stands beside it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -45,8 +47,8 @@ from jobs.tracking import Tracking
 
 #: Rendered scenes that are trained on, at most.
 SCENES = 64
-#: Steps that warm up and do not count: a worker's heap grows over about so many.
-WARM_UP = 10
+#: Steps that warm up and do not count: the heap grows over the first.
+WARM_UP = 3
 
 
 def stage_of(config: Config, vae: Path, steps: int) -> Stage:
@@ -57,12 +59,12 @@ def stage_of(config: Config, vae: Path, steps: int) -> Stage:
     return DitStage(training, source, DitPaths(vae), {})
 
 
-def bare_steps(config: Config, vae: Path, steps: int) -> list[float]:
-    """Seconds of every step of the bare loop."""
+def bare_steps(config: Config, vae: Path, steps: int) -> Iterator[float]:
+    """The bare loop; seconds of each step that it makes."""
     stage = stage_of(config, vae, steps)
     objective, training, device = build_objective(stage), stage.training, torch.device("cpu")
     optimizers, generator = build_optimizers(parameter_groups(objective, training)), torch.Generator()
-    clipped, seconds = clipped_parameters(objective), []
+    clipped = clipped_parameters(objective)
     for step in range(steps):
         begin = time.perf_counter()
         batch = stage.batch(step, 0, 1)
@@ -75,38 +77,49 @@ def bare_steps(config: Config, vae: Path, steps: int) -> list[float]:
         for optimizer in optimizers:
             set_learning_rates(optimizer.param_groups, learning_rate_scale(step, training))
             optimizer.step()
-        seconds.append(time.perf_counter() - begin)
-    return seconds[WARM_UP:]
+        yield time.perf_counter() - begin
 
 
-class _Times(QuietReporter):
-    """A Reporter that notes when it hears of each step, and the parts of a step as the worker times them."""
+class _Alternating(QuietReporter):
+    """A Reporter that lets the bare loop make a step whenever it hears of one, and notes what both took."""
 
-    def __init__(self) -> None:
-        self.heard: list[tuple[int, float]] = []
+    def __init__(self, bare: Iterator[float]) -> None:
+        self.bare: list[float] = []
+        self.ray: list[float] = []
         self.parts: list[dict[str, float]] = []
+        self._bare, self._resumed = bare, 0.0
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """See Reporter."""
-        if "step_s" in values and step > WARM_UP:
-            self.heard.append((step, time.perf_counter()))
-            times = {name.removeprefix("time/"): its for name, its in values.items() if name.startswith("time/")}
-            self.parts.append({"step_s": values["step_s"], **times})
-
-    def seconds(self) -> tuple[float, float]:
-        """Of a step, all that happens between two of them included; and what the checkpoint costs more than that."""
-        steps = [after - before for (_, before), (_, after) in pairwise(self.heard)]
-        step = statistics.median(steps)
-        return step, max(0.0, sum(steps) - step * len(steps))
-
-    def means(self) -> dict[str, float]:
-        """Of the parts."""
-        return {name: statistics.mean(part[name] for part in self.parts) for name in self.parts[0]}
+        if "step_s" not in values:
+            return
+        heard = time.perf_counter()
+        with _stopped_workers():
+            self.bare.append(next(self._bare))
+        self.ray.append(heard - self._resumed)
+        self.parts.append({"step_s": values["step_s"]} | {k: v for k, v in values.items() if k.startswith("time/")})
+        print(f"step {step}: bare {self.bare[-1]:.3f} s, ray {self.ray[-1]:.3f} s", flush=True)
+        self._resumed = time.perf_counter()
 
 
-def ray_run(config: Config, vae: Path, steps: int) -> dict[str, Any]:
-    """Seconds of a step through Ray Train and DeepSpeed, and of all that is not a step."""
-    times, training = _Times(), trained(config, steps).dit.training
+@contextmanager
+def _stopped_workers() -> Iterator[None]:
+    """The training worker of this process's own Ray stands still."""
+    workers = [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in child.name()]
+    if not workers:
+        raise RuntimeError("no worker of Ray Train among this process's children: its name must have changed")
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
+def compared(config: Config, vae: Path, steps: int) -> dict[str, Any]:
+    """Seconds of the steps of both, in turn, and of all that is not a step."""
+    times, training = _Alternating(bare_steps(config, vae, steps)), trained(config, steps).dit.training
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_stage(
@@ -120,13 +133,23 @@ def ray_run(config: Config, vae: Path, steps: int) -> dict[str, Any]:
             tracking=Tracking(config, Path(folder)),
             reporters=[times],
         )
-    whole, (step, checkpoint) = time.perf_counter() - begin, times.seconds()
+    whole = time.perf_counter() - begin
+    # a step is heard of before its checkpoint is written
+    written = training.checkpoint_every
+    counted = [i for i in range(WARM_UP, steps) if i != written]
+    bare, ray = ([seconds[i] for i in counted] for seconds in (times.bare, times.ray))
+    step, checkpoint = statistics.median(ray), max(0.0, times.ray[written] - statistics.median(ray))
+    share = checkpoint / config.dit.training.checkpoint_every
+    parts = [times.parts[i] for i in counted]
     return {
-        "step_s": step,
+        "bare_s": bare,
+        "ray_s": ray,
         "checkpoint_s": checkpoint,
-        "step_with_its_share_s": step + checkpoint / config.dit.training.checkpoint_every,
-        "not_steps_s": whole - step * steps,
-        "in_worker": times.means(),
+        "not_steps_s": whole - sum(times.bare) - step * steps,
+        "in_worker": {name.removeprefix("time/"): statistics.median(part[name] for part in parts) for name in parts[0]},
+        # what is heard comes in the rhythm in which the journal is read: of all steps together that is nothing
+        "ray_over_bare": sum(ray) / sum(bare) + share / statistics.mean(bare),
+        "quartiles": statistics.quantiles(ours / theirs for ours, theirs in zip(ray, bare, strict=True))[::2],
     }
 
 
@@ -140,11 +163,10 @@ def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="training.json")
     flags.add_argument("--vae", metavar="DIR", help="VAE artefact (default: vae.init of the configuration)")
-    flags.add_argument("--steps", type=int, default=20)
-    flags.add_argument("--runs", type=int, default=3, help="of bare and of ray, in turn")
+    flags.add_argument("--steps", type=int, default=20, help="of each (default: 20)")
     options = flags.parse_args()
-    if options.steps < WARM_UP + 2 or options.runs < 1:
-        raise InputError(f"--steps {options.steps} --runs {options.runs}: expected at least {WARM_UP + 2} and 1")
+    if options.steps < WARM_UP + 4:
+        raise InputError(f"--steps {options.steps}: expected at least {WARM_UP + 4}")
     cores = torch.get_num_threads()
     more = ["cluster.num_workers=1", f"cluster.cpus_per_worker={cores}", "dit.training.log_every=1"]
     config = override(read_config(options), more)
@@ -152,14 +174,8 @@ def main() -> None:
     vae = vae_folder(options.vae, config)
     # Ray has its workers give way to others, the bare loop does not: on a busy machine that would be measured
     os.environ.setdefault("RAY_worker_niceness", "0")
-    bare: list[float] = []
-    ray: list[dict[str, Any]] = []
     with connect(config):
-        for number in range(options.runs):
-            bare.append(statistics.median(bare_steps(config, vae, options.steps)))
-            ray.append(ray_run(config, vae, options.steps))
-            print(f"{number + 1}/{options.runs}: bare {bare[-1]:.3f} s a step, ray {ray[-1]['step_s']:.3f}", flush=True)
-    ratios = [ours["step_with_its_share_s"] / theirs for ours, theirs in zip(ray, bare, strict=True)]
+        found = compared(config, vae, options.steps)
     result = {
         "machine": machine(),
         "config": {
@@ -169,9 +185,7 @@ def main() -> None:
             "optimizer": config.dit.training.optimizer,
             "checkpoint_every": config.dit.training.checkpoint_every,
         },
-        "bare_step_s": bare,
-        "ray": ray,
-        "ray_over_bare": statistics.median(ratios),
+        **found,
     }
     Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
     print(f"a step takes {result['ray_over_bare']:.3f} times as long; {options.output}")

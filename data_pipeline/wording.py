@@ -69,6 +69,15 @@ _DOING = {
 }
 _PANS = (" The camera pans {d}.", " The camera moves {d}.", " A camera that pans {d}.")
 _THEN = ("Then: ", "After a cut: ", "Next: ")
+#: What stands for an object that a caption does not name, and how one of either kind goes and comes back.
+_SOMETHING = ("something", "an object", "a thing")
+_RETURNS = (
+    "{s} goes away and comes back{p}.",
+    "{s} goes away, is gone for a while and comes back{p}",
+    "we see {s}, which vanishes and returns{p}.",
+    "{s} shrinks into the distance and comes back later{p}.",
+    "a video of {s} that disappears and comes back{p}.",
+)
 #: {s} subject, {v} verb phrase, {g} participle phrase, {be} is/are, {p} place (with its blank, may be empty).
 _TEMPLATES = (
     "{s} {v}{p}.",
@@ -140,6 +149,14 @@ def compose_rich(random: np.random.Generator, shot: Shot) -> str:
     listed = f"{', '.join(deeds[:-1])} and {deeds[-1]}"
     camera = "" if shot.pan == "still" else str(_pick(random, _PANS)).format(d=shot.pan)
     return f"{_sentence(lie)}{place}: {listed}.{camera}"
+
+
+def compose_returning(random: np.random.Generator, shot: Shot) -> str:
+    """What goes and comes back, which half of the captions do not name."""
+    named = random.random() < 0.5
+    subject = _named(shot.things[0]) if named else str(_pick(random, _SOMETHING))
+    place = f" {_pick(random, _PLACE[shot.background])}" if random.random() < 0.5 else ""
+    return _sentence(str(_pick(random, _RETURNS)).format(s=subject, p=place))
 
 
 def _doing(random: np.random.Generator, thing: Thing) -> str:

@@ -1,9 +1,11 @@
-"""The two grades of the rendered world: what scenes there are, drawn by seed.
+"""The grades of the rendered world: what scenes there are, drawn by seed.
 
 `simple`: one object of 22–30 pixels (at 64), or two smaller ones that move together: equal ones, or two of different
 colours one beside or above the other. Few clear motions: learnable by the tiny preset.
 `rich`: two or three objects of different colours, each with an action of its own (bounce, circle, grow, stop, turn and
 the simple ones), relations, textured backgrounds, camera pans; one video in four has a cut to a second shot.
+`returning`: one object that goes away, is gone for three groups, and comes back as it was. Half of the captions do not
+say what it is: a model has to remember it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from arlon_ray.config import GROUP_FRAMES, Config
-from arlon_ray.evaluation.world import ACTIONS, COLOURS, DIRECTIONS, RELATIONS, SHAPES, SPEEDS, Shot, Thing
-from data_pipeline.wording import compose, compose_rich, join_shots
+from arlon_ray.evaluation.world import ACTIONS, COLOURS, DIRECTIONS, RELATIONS, RETURN, SHAPES, SPEEDS, Shot, Thing
+from data_pipeline.wording import compose, compose_returning, compose_rich, join_shots
 
 Random = np.random.Generator
 SIMPLE_BACKGROUNDS = ("dark", "light", "gradient", "stripes")
@@ -121,7 +123,7 @@ def shot_captions(scene: Scene) -> list[str]:
 
 
 def _caption(scene: Scene, number: int) -> str:
-    words = compose if scene.grade == "simple" else compose_rich
+    words = {"simple": compose, "rich": compose_rich, "returning": compose_returning}[scene.grade]
     return words(np.random.default_rng([scene.seed, 1, number]), scene.shots[number])
 
 
@@ -149,6 +151,13 @@ def _simple(random: Random, frames: int, height: int, width: int) -> tuple[Shot,
         for shape, colour, start in zip(shapes, colours, starts, strict=False)
     )
     return (_shot(random, frames, things, relation, SIMPLE_BACKGROUNDS),)
+
+
+def _returning(random: Random, frames: int, height: int, width: int) -> tuple[Shot, ...]:
+    shape, colour = str(random.choice(SHAPES)), str(random.choice(list(COLOURS)))
+    diameter = float(random.uniform(*ONE)) * min(height, width) / 64
+    thing = Thing(shape, colour, diameter, _anywhere(random, height, width), RETURN, "still", "normal")
+    return (_shot(random, frames, (thing,), None, SIMPLE_BACKGROUNDS),)
 
 
 def _rich(random: Random, frames: int, height: int, width: int) -> tuple[Shot, ...]:
@@ -233,4 +242,8 @@ def _related(
     return [first, _moved(first, dx, dy, height, width)]
 
 
-GRADES: dict[str, Callable[[Random, int, int, int], tuple[Shot, ...]]] = {"simple": _simple, "rich": _rich}
+GRADES: dict[str, Callable[[Random, int, int, int], tuple[Shot, ...]]] = {
+    "simple": _simple,
+    "rich": _rich,
+    "returning": _returning,
+}

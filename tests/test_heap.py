@@ -17,7 +17,7 @@ from arlon_ray.heap import keep_freed_memory
 keep_freed_memory()
 
 def step():
-    parts = [torch.ones(1_500_000) for _ in range(40)]  # 6 MB each, 59,000 pages together
+    parts = [torch.ones(size) for size in (1_500_000,) * 30 + (15_000_000,)]  # 6 MB and 60 MB: 59,000 pages together
     return sum(float(part[0]) for part in parts)
 
 def work():

@@ -134,6 +134,9 @@ class ArConfig(Section):
     text_dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained without text, for guidance")
     token_noise: float = Field(0.05, ge=0, lt=1, description="share of context tokens replaced by random codes")
     context_groups: int = Field(3, ge=1, description="groups of earlier tokens that the AR looks back on")
+    sink_groups: int = Field(
+        0, ge=0, description="groups that the video began with, which the AR looks back on however long ago they were"
+    )
     init: str | None = None
     first_frame_share: float = Field(
         0, ge=0, lt=1, description="share of the steps, at the start, that see the first latent frame of clips alone"

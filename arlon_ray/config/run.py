@@ -158,6 +158,11 @@ class Config(Section):
                 f"ar.context_groups={self.ar.context_groups} must cover segment.overlap_groups="
                 f"{self.segment.overlap_groups}"
             )
+        if self.ar.sink_groups > self.segment.groups:
+            raise ValueError(
+                f"ar.sink_groups={self.ar.sink_groups} must be of the first segment: at most segment.groups="
+                f"{self.segment.groups}"
+            )
         shared = self.dit.training.sequence_parallel
         if self.dit.num_heads % shared:
             raise ValueError(
@@ -172,7 +177,8 @@ class Config(Section):
     @property
     def ar_window_groups(self) -> int:
         """The most groups that the AR ever has at once when it plans."""
-        return max(self.segment.groups, self.ar.context_groups + self.segment.groups - self.segment.overlap_groups)
+        seen = self.ar.sink_groups + self.ar.context_groups
+        return max(self.segment.groups, seen + self.segment.groups - self.segment.overlap_groups)
 
     @property
     def latent_grid(self) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from arlon_ray.config import GROUP_FRAMES
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (226, 42, 42),
     "green": (46, 184, 66),
@@ -31,7 +33,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 }
 #: Pixels a frame where the shorter side is 64 pixels.
 SPEEDS = {"slow": 0.6, "normal": 0.9, "fast": 1.35}
-#: What an object does; all but `move` and `still` are of the rich grade.
+#: What an object of the simple or the rich grade does; all but `move` and `still` are of the rich one.
 ACTIONS = ("move", "still", "bounce", "circle", "grow", "stop", "turn")
 #: Where the first of two objects is, seen from the second.
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "above": (0, -1)}
@@ -69,6 +71,9 @@ Track = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 BOUNCE, CIRCLE = 8.0, 9.0
 #: How many times its first diameter an object has in the end that grows.
 GROWN = 1.7
+#: The one thing that objects of the returning grade do, again and again, and how many groups each part of it takes:
+#: being there, going away into the distance, being gone, coming back.
+RETURN, RETURNING = "return", (1, 1, 3, 1)
 
 
 def track(thing: Thing, frames: int, scale: float) -> Track:
@@ -90,6 +95,8 @@ def track(thing: Thing, frames: int, scale: float) -> Track:
     elif thing.action == "grow":
         way = np.zeros_like(t)
         radius = (radius * (1 + (GROWN - 1) * t / max(1, frames - 1))).astype(np.float32)
+    elif thing.action == RETURN:
+        way, radius = np.zeros_like(t), (radius * _nearness(t)).astype(np.float32)
     elif thing.action == "stop":
         way = np.minimum(way, half)
     elif thing.action == "turn" and thing.turned is not None:
@@ -99,6 +106,15 @@ def track(thing: Thing, frames: int, scale: float) -> Track:
     x = thing.start[0] + unit_x * way + more_x
     y = thing.start[1] + unit_y * way + more_y
     return x.astype(np.float32), y.astype(np.float32), radius.astype(np.float32)
+
+
+def _nearness(t: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How large what returns looks in each frame, of its own size; below 0 where it is gone."""
+    there, going, gone, coming = (groups * GROUP_FRAMES for groups in RETURNING)
+    at = t % (there + going + gone + coming)
+    away, back = 1 - (at - there + 1) / going, (at - there - going - gone + 1) / coming
+    inside = (at >= there + going) & (at < there + going + gone)
+    return np.where(inside, -1, np.where(at < there, 1, np.maximum(away, back))).astype(np.float32)
 
 
 @dataclass(frozen=True)

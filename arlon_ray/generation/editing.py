@@ -70,7 +70,8 @@ class VideoEditor:
         if planner is not None and not options.baseline:
             earlier = [self.project.read(number) for number in planner.looked_at(index)]
             texts = [*(segment.text for segment in earlier), text]
-            planned = planner.go_on(self._tokens_of(earlier, index), texts, seed, index, options)
+            before, begin = self._tokens_of(earlier, index), self._begin(index)
+            planned = planner.go_on(before, texts, seed, index, options, begin=begin)
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
         overlap = self._latents_before(index)
@@ -88,6 +89,15 @@ class VideoEditor:
             assert segment.tokens is not None, "a guided project has tokens"
             parts.append(segment.tokens[self.segment.overlap_groups * planner.group_grid[0] if number else 0 :])
         return torch.from_numpy(np.concatenate(parts)).long().to(self.generator.bundle.device)
+
+    def _begin(self, index: int) -> torch.Tensor | None:
+        """The tokens that the video began with, which the AR does not forget."""
+        planner = self.generator.planner
+        if not index or planner is None or not planner.model.config.sink_groups:
+            return None
+        tokens = self.project.read(0).tokens
+        assert tokens is not None, "a guided project has tokens"
+        return planner.sink_of(torch.from_numpy(tokens).long().to(self.generator.bundle.device))
 
     def _latents_before(self, index: int) -> np.ndarray | None:
         """The overlap that segment `index` takes over."""

@@ -19,7 +19,7 @@ from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import SegmentText, prompts_in
-from arlon_ray.models.ar import ArTransformer, Grid, KeyValueCache
+from arlon_ray.models.ar import ArTransformer, Grid, KeyValueCache, frame_times
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ def sample_tokens(
     generator: torch.Generator,
     on_token: Callable[[int], None] | None = None,
     against: tuple[Tensor, Tensor] | None = None,
+    times_t: Tensor | None = None,
 ) -> Tensor:
     """Continue `context` (int64 [t, h, w]: the first latent frames of `grid`, may be none) to the whole grid.
 
-    Returns int64 [t, h, w]. With `ar_guidance_scale` ≠ 1 the text and what it is guided away from (`against`: another
-    text and its mask; None: the null text) run as a batch of two through one cache. `on_token(n)` is called before
-    every token and may raise, which stops the sampling there.
+    Returns int64 [t, h, w]. `times_t` says when the grid's frames are, if not one after the other.
+    With `ar_guidance_scale` ≠ 1 the text and what it is guided away from (`against`: another text and its mask; None:
+    the null text) run as a batch of two through one cache. `on_token(n)` is called before every token and may raise,
+    which stops the sampling there.
     """
     text, mask = text_1LE, mask_1L
     if options.ar_guidance_scale != 1.0:
@@ -70,10 +72,10 @@ def sample_tokens(
     total = block_grid[0] * block_grid[1] * block_grid[2]
     batch, length = mask.shape
     cache = KeyValueCache(model, batch, length + total)
-    rotary = model.rotary(length, block_grid, length + total, text.device)
-    places = model.places(block_grid)
+    rotary = model.rotary(length, block_grid, length + total, text.device, times_t)
+    places = model.places(block_grid, times_t)
     blocks = model.to_blocks(context_thw[None])
-    x, attention = model.embed(text, mask, blocks.expand(batch, -1, -1), block_grid)
+    x, attention = model.embed(text, mask, blocks.expand(batch, -1, -1), block_grid, times_t)
     visible = torch.nn.functional.pad(mask, (0, total), value=True)[:, None, None]
     inner = model.to_blocks(torch.zeros(1, *grid, dtype=torch.long, device=text.device))[0] <= model.last
     done, drawn = blocks.shape[1], [blocks[0]]
@@ -122,7 +124,10 @@ def _draw_block(
 
 
 class ArPlanner:
-    """Plans videos from prompts. Memory does not grow with the video: the context is a window of groups."""
+    """Plans videos from prompts, looking back as far as the AR was trained to: a window of groups, and the first ones.
+
+    Memory does not grow with the video.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config = bundle, bundle.config
@@ -150,10 +155,11 @@ class ArPlanner:
         `given` are latents float32 [C, n, h, w] that the first segment starts with (`Given`): the AR goes on from their
         tokens. Raises ValueError for latents that do not fit.
         """
-        window = self.tokens_of(given)
+        window, begin = self.tokens_of(given), None
         for index in range(len(prompts)):
             texts = [prompts[i] for i in (*self.looked_at(index), index)]
-            window = self.go_on(window, texts, seed, index, options, on_token)
+            window = self.go_on(window, texts, seed, index, options, on_token, begin)
+            begin = self.sink_of(window) if begin is None else begin
             yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
 
     @property
@@ -162,10 +168,14 @@ class ArPlanner:
         return self.config.segment.groups * self.group_grid[0]
 
     def looked_at(self, index: int) -> range:
-        """The earlier segments whose tokens segment `index` is planned behind."""
+        """The earlier segments whose tokens segment `index` is planned right behind."""
         segment = self.config.segment
-        count = -(-self.config.ar.context_groups // (segment.groups - segment.overlap_groups))
+        count = -(-self.model.config.context_groups // (segment.groups - segment.overlap_groups))
         return range(max(0, index - count), index)
+
+    def sink_of(self, tokens: Tensor) -> Tensor:
+        """Those of the first segment's tokens [n, h', w'] that the AR looks back on however long the video gets."""
+        return tokens[: self.model.config.sink_groups * self.group_grid[0]]
 
     @torch.no_grad()
     def go_on(
@@ -176,18 +186,24 @@ class ArPlanner:
         index: int,
         options: GenerationOptions,
         on_token: Callable[[int], None] | None = None,
+        begin: Tensor | None = None,
     ) -> Tensor:
         """Plan segment `index` behind tokens int64 [n, h', w'], of which the newest are looked at: those, and its own.
 
-        The first segment goes on from what it is given; a later one from all that was planned before it. `texts` are
+        The first segment goes on from what it is given; a later one from all that was planned before it, and, where
+        that reaches back no more, from `begin`, the tokens that the video began with (`sink_of`). `texts` are
         those of the segments that it looks at (`looked_at`) and, last, its own. Where it looks at what was planned by
         another prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
         """
-        per_group, segment = self.group_grid[0], self.config.segment
-        window, end = before, self.segment_frames
+        per_group, segment, context = self.group_grid[0], self.config.segment, self.model.config.context_groups
+        window, end, sink, gap = before, self.segment_frames, 0, 0
         if index:
-            window = before[-self.config.ar.context_groups * per_group :]
+            window = before[-context * per_group :]
             end = len(window) + (segment.groups - segment.overlap_groups) * per_group
+            passed = (segment.groups_of(index) - context) * per_group  # frames that the window does not hold
+            if begin is not None and (sink := max(0, min(len(begin), passed))):
+                window, end, gap = torch.cat([begin[:sink], window]), end + sink, min(passed - sink, per_group)
+        times = frame_times(end, sink, gap)
         generator = segment_generator(seed, index, "ar", self.bundle.device)
         heard = [prompt for earlier in texts[:-1] for prompt in prompts_in(earlier)]
         for prompt, until in self._parts(texts[-1], end, len(window)):
@@ -195,10 +211,11 @@ class ArPlanner:
             others = [other for other in heard if other != prompt]
             against = self.text.encode(others[-1:]) if others and options.ar_contrast else None
             window = sample_tokens(
-                self.model, *self.text.encode([prompt]), window, grid, options, generator, on_token, against
-            )
+                self.model, *self.text.encode([prompt]), window, grid, options, generator, on_token, against,
+                times[:until],
+            )  # fmt: skip
             heard.append(prompt)
-        return window
+        return window[sink:]
 
     def _parts(self, text: SegmentText, end: int, known: int) -> Iterator[tuple[str, int]]:
         """(prompt, token frame before which it ends) of what is to be planned from frame `known` to `end`."""

@@ -168,12 +168,15 @@ class ArTransformer(nn.Module):
         text = torch.where(drop_B[:, None, None], self.null_text.to(text_BLE.dtype), text_BLE)
         return text, torch.where(drop_B[:, None], only_first, mask_BL)
 
-    def forward(self, text_BLE: Tensor, mask_BL: Tensor, tokens_Bthw: Tensor) -> Tensor:
-        """Logits [B, t, h, w, K]: each place's from the text and the tokens before it, block by block. For training."""
+    def forward(self, text_BLE: Tensor, mask_BL: Tensor, tokens_Bthw: Tensor, times_t: Tensor | None = None) -> Tensor:
+        """Logits [B, t, h, w, K]: each place's from the text and the tokens before it, block by block. For training.
+
+        `times_t` says when each frame is, in frames of the grid (None: one after the other; see `frame_times`).
+        """
         grid: Grid = tuple(tokens_Bthw.shape[1:])  # type: ignore[assignment]
         blocks = self.to_blocks(tokens_Bthw)
-        x, mask = self.embed(text_BLE, mask_BL, blocks[:, :-1], self.block_grid(grid))
-        positions = self.rotary(text_BLE.shape[1], self.block_grid(grid), x.shape[1], x.device)
+        x, mask = self.embed(text_BLE, mask_BL, blocks[:, :-1], self.block_grid(grid), times_t)
+        positions = self.rotary(text_BLE.shape[1], self.block_grid(grid), x.shape[1], x.device, times_t)
         for block in self.blocks:
             x = block(x, positions, mask)
         logits = self.logits(x[:, text_BLE.shape[1] :], blocks)
@@ -221,7 +224,9 @@ class ArTransformer(nn.Module):
         inner = (blocks_BNk <= self.last)[..., None]
         return self.join((self.codes(blocks_BNk.clamp(max=self.last)) * inner).flatten(2))
 
-    def embed(self, text_BLE: Tensor, mask_BL: Tensor, blocks_BNk: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, text_BLE: Tensor, mask_BL: Tensor, blocks_BNk: Tensor, grid: Grid, times_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Inputs [B, L + 1 + N, C] of text, start token and blocks, and their causal mask [B, 1, P, P].
 
         `grid` is that of the blocks.
@@ -230,7 +235,7 @@ class ArTransformer(nn.Module):
         count = blocks_BNk.shape[1]
         visual = torch.cat([self.start.expand(batch, 1, -1), self.embed_blocks(blocks_BNk)], dim=1)
         text = self.text_in(text_BLE.to(self.text_in.weight.dtype))
-        x = torch.cat([text, visual + self.places(grid)[: count + 1]], dim=1)
+        x = torch.cat([text, visual + self.places(grid, times_t)[: count + 1]], dim=1)
         total = length + 1 + count
         causal = torch.ones(total, total, dtype=torch.bool, device=x.device).tril()
         visible = F.pad(mask_BL, (0, 1 + count), value=True)
@@ -238,14 +243,16 @@ class ArTransformer(nn.Module):
         itself = torch.eye(total, dtype=torch.bool, device=x.device)
         return x, ((causal & visible[:, None, :]) | itself)[:, None]
 
-    def places(self, grid: Grid) -> Tensor:
+    def places(self, grid: Grid, times_t: Tensor | None = None) -> Tensor:
         """Embedding [t·h·w, C] of the place (t, h, w) in a grid of blocks that each visual position predicts."""
         half = self.config.dim // 2
-        coordinates = grid_coordinates(grid, self.head.weight.device)
+        coordinates = grid_coordinates(grid, self.head.weight.device, times_t)
         features = torch.cat([sinusoidal(coordinates[:, axis], half, 100.0) for axis in range(3)], dim=-1)
         return self.place(features.to(self.place.weight.dtype))
 
-    def rotary(self, text_length: int, grid: Grid, count: int, device: torch.device) -> Rotary:
+    def rotary(
+        self, text_length: int, grid: Grid, count: int, device: torch.device, times_t: Tensor | None = None
+    ) -> Rotary:
         """Rotations of the first `count` positions: none for text, (t, h, w) for blocks.
 
         Position text_length + n holds block n − 1 (n = 0: the start token) and predicts block n of `grid`.
@@ -253,7 +260,7 @@ class ArTransformer(nn.Module):
         head_dim = self.config.dim // self.config.heads
         pairs = head_dim // 2
         share = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
-        coordinates = grid_coordinates(grid, device)
+        coordinates = grid_coordinates(grid, device, times_t)
         angles = []
         for axis, number in enumerate(share):
             freqs = 100.0 ** (-torch.arange(number, device=device).float() / max(number, 1))
@@ -264,10 +271,21 @@ class ArTransformer(nn.Module):
         return Rotary((query.cos(), query.sin()), (key.cos(), key.sin()))
 
 
-def grid_coordinates(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """Integer coordinates (t, h, w) [t·h·w, 3] of a grid in raster order."""
+def grid_coordinates(grid: Grid, device: torch.device | str = "cpu", times_t: Tensor | None = None) -> Tensor:
+    """Integer coordinates (t, h, w) [t·h·w, 3] of a grid in raster order; `times_t` are those along t."""
     axes = [torch.arange(size, device=device) for size in grid]
+    if times_t is not None:
+        axes[0] = times_t.to(device)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def frame_times(frames: int, sink: int, gap: int) -> Tensor:
+    """When each of `frames` frames is [t], of which the first `sink` lie `gap` frames before the others.
+
+    The gap says that something is left out, not how much: it must be the same however long the video is.
+    """
+    times = torch.arange(frames)
+    return torch.where(times < sink, times, times + gap)
 
 
 def load_ar(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ArTransformer:

@@ -24,7 +24,10 @@ from jobs import command_line, edit, generate
 from tests.bundles import make_random_bundle
 
 
-@pytest.fixture(scope="module", params=[(), ("segment.groups=3",), ("segment.groups=3", "segment.overlap_groups=2")])
+@pytest.fixture(
+    scope="module",
+    params=[(), ("segment.groups=3", "ar.sink_groups=1"), ("segment.groups=3", "segment.overlap_groups=2")],
+)
 def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
     return VideoGenerator.from_bundle(make_random_bundle(tmp_path_factory.mktemp("bundle") / "b", *request.param))
 

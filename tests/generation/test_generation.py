@@ -49,6 +49,30 @@ def test_plans_carry_the_overlap_and_follow_the_prompt(generator: VideoGenerator
     assert not np.array_equal(plans[2].tokens, changed[2].tokens)
 
 
+def test_the_first_segment_is_not_forgotten(tmp_path: Path) -> None:
+    """With a sink a plan depends on how the video began, beyond its window too; up to there it is as without."""
+    plans = {}
+    for sink in (0, 1):
+        planner = ArPlanner.from_bundle(make_random_bundle(tmp_path / str(sink), f"ar.sink_groups={sink}"))
+        options = default_options(planner.config.sampling, ar_guidance_scale=1.0, top_k=1)
+        plans[sink] = [plan.tokens for plan in planner.plan(["a"] * 8, 0, options)]
+        context = planner.model.config.context_groups
+        reached = next(n for n in range(8) if planner.config.segment.groups_of(n) > context)
+        begin = torch.from_numpy(plans[sink][0]).long()
+        other = planner.sink_of((begin + 1) % 8)
+        window = torch.from_numpy(np.concatenate([plans[sink][0], *(p[5:] for p in plans[sink][1:7])])).long()
+        for index in (reached - 1, reached, 7):
+            before = window[: 5 * planner.config.segment.groups_of(index)]
+            as_it_was, changed = (
+                planner.go_on(before, ["a"], 0, index, options, begin=first)[-10:].numpy()
+                for first in (planner.sink_of(begin), other)
+            )
+            assert np.array_equal(as_it_was, plans[sink][index])
+            assert np.array_equal(as_it_was, changed) == (not sink or index < reached)
+    same = [np.array_equal(ours, theirs) for ours, theirs in zip(*plans.values(), strict=True)]
+    assert all(same[:reached]) and not all(same)
+
+
 def test_the_overlap_is_seen_by_the_next_segment(generator: VideoGenerator) -> None:
     renderer: DiTRenderer = generator.renderer
     options = default_options(generator.bundle.config.sampling)

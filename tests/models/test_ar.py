@@ -11,7 +11,7 @@ import torch
 from arlon_ray.config import ArConfig, SamplingConfig
 from arlon_ray.generation.options import GenerationOptions, default_options
 from arlon_ray.generation.planning import draw, sample_tokens
-from arlon_ray.models.ar import ArTransformer
+from arlon_ray.models.ar import ArTransformer, frame_times
 
 GRID = (4, 2, 3)
 #: Places of the grid in the order in which they are drawn.
@@ -125,3 +125,15 @@ def test_top_k_and_top_p_leave_out_the_rest() -> None:
     # softmax: .64 .24 .09 .03 .01; the first two reach .85
     assert seen(top_p=0.85) == {0, 1}
     assert seen(temperature=0.05) == {0}
+
+
+def test_frames_that_follow_a_gap_are_elsewhere(model: ArTransformer, text) -> None:
+    """Cached sampling and the full forward agree about when frames are, and the gap is noticed behind it alone."""
+    times, tokens = frame_times(4, sink=1, gap=3), random_tokens(4)
+    assert times.tolist() == [0, 4, 5, 6] and frame_times(3, sink=1, gap=0).tolist() == [0, 1, 2]
+    plain, apart = (model(*text, tokens, when)[0] for when in (None, times))
+    assert torch.equal(plain[0], apart[0]) and not torch.allclose(plain[1], apart[1], atol=1e-3)
+    assert torch.equal(plain, model(*text, tokens, torch.arange(4))[0])
+    context = tokens[0, :2]
+    drawn = sample_tokens(model, *text, context, GRID, greedy(), torch.Generator().manual_seed(0), times_t=times)
+    assert torch.equal(drawn[2:], model(*text, drawn[None], times)[0].argmax(-1)[2:])

@@ -45,10 +45,35 @@ def test_an_ar_starts_on_first_frames_as_long_as_it_is_told_to(parts: dict[str, 
     stage = ArStage(config, source, ArPaths(parts["codec_fine"], parts["vae"]), {})
     objective, generator = stage.objective(), torch.Generator().manual_seed(0)
     whole = source.batch(0, 0, 1)["tokens_fine"]
-    first, later = (objective.window(stage.batch(step, 0, 1), generator) for step in (1, 2))
+    (first, _), (later, times) = (objective.window(stage.batch(step, 0, 1), generator) for step in (1, 2))
+    assert times is None
     assert first.shape == (4, 1, *whole.shape[2:]) and torch.equal(first, source.batch(1, 0, 1)["tokens_fine"][:, :1])
     assert later.shape[1] > 1 and later.shape[2:] == whole.shape[2:]
     assert objective(stage.batch(0, 0, 1), generator).loss.isfinite()
+
+
+def test_an_ar_with_a_sink_sees_the_beginning_and_any_place_behind_it(parts: dict[str, Path]) -> None:
+    config = small_config("ar.sink_groups=1", "ar.context_groups=2", "ar.first_frame_share=0")
+    most = config.ar_window_groups
+    assert most == 1 + 2 + config.segment.groups - config.segment.overlap_groups
+    source = ToySource(config, 4, groups=8)
+    stage = ArStage(config, source, ArPaths(parts["codec_fine"], parts["vae"]), {})
+    objective, generator = stage.objective(), torch.Generator().manual_seed(0)
+    batch = stage.batch(0, 0, 1)
+    batch["tokens_fine"] = torch.randint(8, batch["tokens_fine"].shape, generator=generator)
+    groups = batch["tokens_fine"].unflatten(1, (8, -1))
+    per_group, starts = groups.shape[2], set()
+    for _ in range(60):
+        tokens, times = objective.window(batch, generator)
+        parted = tokens.unflatten(1, (most, -1))
+        (start,) = (g for g in range(1, 8) if torch.equal(parted[:, 1:], groups[:, g : g + most - 1]))
+        starts.add(start)
+        assert torch.equal(parted[:, 0], groups[:, 0])
+        assert times.tolist() == [t + per_group * (t >= per_group and start > 1) for t in range(most * per_group)]
+    assert starts == set(range(1, 8 - most + 2))
+    short = {**batch, "tokens_fine": batch["tokens_fine"][:, : most * per_group]}
+    assert torch.equal(objective.window(short, generator)[0], short["tokens_fine"])
+    assert objective(batch, generator).loss.isfinite()
 
 
 def test_text_is_cut_to_the_longest_caption() -> None:

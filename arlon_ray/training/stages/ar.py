@@ -20,7 +20,7 @@ from arlon_ray.artifact import Artifact, load_artifact, save_artifact
 from arlon_ray.config import GROUP_LATENTS, CodecConfig, Config
 from arlon_ray.generation.options import default_options
 from arlon_ray.generation.planning import sample_tokens
-from arlon_ray.models.ar import ArTransformer
+from arlon_ray.models.ar import ArTransformer, frame_times
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
@@ -49,7 +49,7 @@ class ArObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
         """Cross-entropy of a window of fine tokens, some of the context replaced by noise, and accuracy."""
-        tokens = self.window(batch, generator)
+        tokens, times = self.window(batch, generator)
         (text, mask), settings = trimmed(batch), self.config.ar
         if self.training:
             drop = torch.rand(len(tokens), generator=generator, device=tokens.device) < settings.text_dropout
@@ -59,18 +59,28 @@ class ArObjective(nn.Module):
             noisy = torch.rand(inputs.shape, generator=generator, device=inputs.device) < settings.token_noise
             other = torch.randint(self.model.codebook_size, inputs.shape, generator=generator, device=inputs.device)
             inputs = torch.where(noisy, other, inputs)
-        logits, targets = self.model(text, mask, inputs).float().flatten(0, 3), tokens.flatten()
+        logits, targets = self.model(text, mask, inputs, times).float().flatten(0, 3), tokens.flatten()
         loss = F.cross_entropy(logits, targets)
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return Losses(loss, {"accuracy": accuracy}, targets.numel())
 
-    def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-        """Tokens [B, t', h', w'] of as many groups as sampling ever has at once."""
+    def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, t', h', w'] of as many groups as sampling ever has at once, and when their frames are [t'].
+
+        With a sink the first groups of a longer clip stay, and the others are from any place behind them.
+        """
         tokens = batch["tokens_fine"]
         if tokens.shape[1] < self.frames_per_group:  # a single frame
-            return tokens
-        groups = tokens.shape[1] // self.frames_per_group
-        return cut(tokens, group_window(groups, self.config.ar_window_groups, generator), groups, axis=1)
+            return tokens, None
+        groups, most = tokens.shape[1] // self.frames_per_group, self.config.ar_window_groups
+        sink = self.config.ar.sink_groups if groups > most else 0
+        behind = group_window(groups - sink, most - sink, generator)
+        window = cut(tokens, slice(behind.start + sink, behind.stop + sink), groups, axis=1)
+        if not sink:
+            return window, None
+        tokens = torch.cat([cut(tokens, slice(0, sink), groups, axis=1), window], dim=1)
+        gap = self.frames_per_group if behind.start else 0
+        return tokens, frame_times(tokens.shape[1], sink * self.frames_per_group, gap)
 
 
 class ArStage:
