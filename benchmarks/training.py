@@ -86,7 +86,6 @@ class _Alternating(QuietReporter):
     def __init__(self, bare: Iterator[float]) -> None:
         self.bare: list[float] = []
         self.ray: list[float] = []
-        self.parts: list[dict[str, float]] = []
         self._bare, self._resumed = bare, 0.0
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -97,7 +96,6 @@ class _Alternating(QuietReporter):
         with _stopped_workers():
             self.bare.append(next(self._bare))
         self.ray.append(heard - self._resumed)
-        self.parts.append({"step_s": values["step_s"]} | {k: v for k, v in values.items() if k.startswith("time/")})
         print(f"step {step}: bare {self.bare[-1]:.3f} s, ray {self.ray[-1]:.3f} s", flush=True)
         self._resumed = time.perf_counter()
 
@@ -140,13 +138,11 @@ def compared(config: Config, vae: Path, steps: int) -> dict[str, Any]:
     bare, ray = ([seconds[i] for i in counted] for seconds in (times.bare, times.ray))
     step, checkpoint = statistics.median(ray), max(0.0, times.ray[written] - statistics.median(ray))
     share = checkpoint / config.dit.training.checkpoint_every
-    parts = [times.parts[i] for i in counted]
     return {
         "bare_s": bare,
         "ray_s": ray,
         "checkpoint_s": checkpoint,
         "not_steps_s": whole - sum(times.bare) - step * steps,
-        "in_worker": {name.removeprefix("time/"): statistics.median(part[name] for part in parts) for name in parts[0]},
         # what is heard comes in the rhythm in which the journal is read: of all steps together that is nothing
         "ray_over_bare": sum(ray) / sum(bare) + share / statistics.mean(bare),
         "quartiles": statistics.quantiles(ours / theirs for ours, theirs in zip(ray, bare, strict=True))[::2],

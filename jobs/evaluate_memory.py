@@ -15,7 +15,7 @@ import torch
 
 from arlon_ray.artifact import write_json
 from arlon_ray.bundle import Bundle
-from arlon_ray.config import ConfigError, override
+from arlon_ray.config import override
 from arlon_ray.evaluation.memory import GROUPS, return_figures
 from arlon_ray.evaluation.metrics import summary
 from arlon_ray.generation import VideoGenerator, default_options
@@ -78,11 +78,8 @@ def main() -> None:
     if not bundle.guided:
         raise InputError(f"--bundle {arguments.bundle}: is text-only: without an AR there is no memory to measure")
     sinks = sorted(set(arguments.sinks or [0, bundle.ar.config.sink_groups]))
-    for sink in sinks:
-        try:
-            override(bundle.config, [f"ar.sink_groups={sink}"])
-        except ConfigError as error:
-            raise InputError(f"--sinks {sink}: {error}") from None
+    if not 0 <= sinks[0] <= sinks[-1] <= bundle.config.segment.groups:
+        raise InputError(f"--sinks: expected 0 to {bundle.config.segment.groups}, the groups of a segment")
     output = output_folder(arguments)
     found = {}
     for sink in sinks:

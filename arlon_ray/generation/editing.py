@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from arlon_ray.generation.generator import VideoGenerator
+from arlon_ray.generation.planning import Beginning
 from arlon_ray.generation.project import Project, ProjectSegment
 from arlon_ray.generation.rendering import behind_overlap
 from arlon_ray.generation.storyboard import SegmentText
@@ -70,7 +71,7 @@ class VideoEditor:
         if planner is not None and not options.baseline:
             earlier = [self.project.read(number) for number in planner.looked_at(index)]
             texts = [*(segment.text for segment in earlier), text]
-            before, begin = self._tokens_of(earlier, index), self._begin(index)
+            before, begin = self._tokens_of(earlier, index), self._beginning(index, text)
             planned = planner.go_on(before, texts, seed, index, options, begin=begin)
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
@@ -90,14 +91,18 @@ class VideoEditor:
             parts.append(segment.tokens[self.segment.overlap_groups * planner.group_grid[0] if number else 0 :])
         return torch.from_numpy(np.concatenate(parts)).long().to(self.generator.bundle.device)
 
-    def _begin(self, index: int) -> torch.Tensor | None:
-        """The tokens that the video began with, which the AR does not forget."""
-        planner = self.generator.planner
-        if not index or planner is None or not planner.model.config.sink_groups:
+    def _beginning(self, index: int, text: SegmentText) -> Beginning | None:
+        """What the prompt of segment `index` began with, if that was before it and the AR does not lose sight of it."""
+        planner, first = self.generator.planner, index
+        if planner is None or not planner.model.config.sink_groups:
             return None
-        tokens = self.project.read(0).tokens
-        assert tokens is not None, "a guided project has tokens"
-        return planner.sink_of(torch.from_numpy(tokens).long().to(self.generator.bundle.device))
+        found: ProjectSegment | None = None
+        while first and (earlier := self.project.read(first - 1)).text == text:
+            found, first = earlier, first - 1
+        if found is None:
+            return None
+        assert found.tokens is not None, "a guided project has tokens"
+        return planner.beginning(torch.from_numpy(found.tokens).long().to(self.generator.bundle.device), first)
 
     def _latents_before(self, index: int) -> np.ndarray | None:
         """The overlap that segment `index` takes over."""

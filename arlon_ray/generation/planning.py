@@ -30,6 +30,14 @@ class SegmentTokens:
     tokens: np.ndarray
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The tokens int64 [n, h', w'] that a prompt began with, the first of them of group `group` of the video."""
+
+    tokens: Tensor
+    group: int
+
+
 def draw(logits_K: Tensor, options: GenerationOptions, generator: torch.Generator) -> Tensor:
     """One token (int64 scalar) from logits [K] after temperature, top-k and top-p (nucleus).
 
@@ -123,6 +131,14 @@ def _draw_block(
     return torch.stack(tokens)
 
 
+def first_of_its_prompt(texts: Sequence[SegmentText], index: int) -> int:
+    """The first of the segments up to `index` that are all of its text."""
+    first = index
+    while first and texts[first - 1] == texts[index]:
+        first -= 1
+    return first
+
+
 class ArPlanner:
     """Plans videos from prompts, looking back as far as the AR was trained to: a window of groups, and the first ones.
 
@@ -158,8 +174,9 @@ class ArPlanner:
         window, begin = self.tokens_of(given), None
         for index in range(len(prompts)):
             texts = [prompts[i] for i in (*self.looked_at(index), index)]
+            begin = None if first_of_its_prompt(prompts, index) == index else begin
             window = self.go_on(window, texts, seed, index, options, on_token, begin)
-            begin = self.sink_of(window) if begin is None else begin
+            begin = begin or self.beginning(window[-self.segment_frames :], index)
             yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
 
     @property
@@ -173,9 +190,11 @@ class ArPlanner:
         count = -(-self.model.config.context_groups // (segment.groups - segment.overlap_groups))
         return range(max(0, index - count), index)
 
-    def sink_of(self, tokens: Tensor) -> Tensor:
-        """Those of the first segment's tokens [n, h', w'] that the AR looks back on however long the video gets."""
-        return tokens[: self.model.config.sink_groups * self.group_grid[0]]
+    def beginning(self, tokens: Tensor, index: int) -> Beginning:
+        """Of the tokens [t', h', w'] of segment `index`, the first of its prompt, what the AR never loses sight of."""
+        group = self.config.segment.groups_of(index) if index else 0
+        new = tokens[self.config.segment.overlap_groups * self.group_grid[0] if index else 0 :]
+        return Beginning(new[: self.model.config.sink_groups * self.group_grid[0]], group)
 
     @torch.no_grad()
     def go_on(
@@ -186,23 +205,24 @@ class ArPlanner:
         index: int,
         options: GenerationOptions,
         on_token: Callable[[int], None] | None = None,
-        begin: Tensor | None = None,
+        begin: Beginning | None = None,
     ) -> Tensor:
         """Plan segment `index` behind tokens int64 [n, h', w'], of which the newest are looked at: those, and its own.
 
-        The first segment goes on from what it is given; a later one from all that was planned before it, and, where
-        that reaches back no more, from `begin`, the tokens that the video began with (`sink_of`). `texts` are
-        those of the segments that it looks at (`looked_at`) and, last, its own. Where it looks at what was planned by
-        another prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
+        The first segment goes on from what it is given; a later one from all that was planned before it, and from
+        `begin`, what its prompt began with, where it looks back no further than behind that. `texts` are those of the
+        segments that it looks at (`looked_at`) and, last, its own. Where it looks at what was planned by another
+        prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
         """
         per_group, segment, context = self.group_grid[0], self.config.segment, self.model.config.context_groups
         window, end, sink, gap = before, self.segment_frames, 0, 0
         if index:
             window = before[-context * per_group :]
             end = len(window) + (segment.groups - segment.overlap_groups) * per_group
-            passed = (segment.groups_of(index) - context) * per_group  # frames that the window does not hold
-            if begin is not None and (sink := max(0, min(len(begin), passed))):
-                window, end, gap = torch.cat([begin[:sink], window]), end + sink, min(passed - sink, per_group)
+        if begin is not None:
+            passed = (segment.groups_of(index) - context - begin.group) * per_group  # frames out of sight
+            if sink := max(0, min(len(begin.tokens), passed)):
+                window, end, gap = torch.cat([begin.tokens[:sink], window]), end + sink, min(passed - sink, per_group)
         times = frame_times(end, sink, gap)
         generator = segment_generator(seed, index, "ar", self.bundle.device)
         heard = [prompt for earlier in texts[:-1] for prompt in prompts_in(earlier)]

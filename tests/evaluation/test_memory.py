@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from arlon_ray.evaluation.memory import GROUPS, return_figures
 from data_pipeline.synthetic import render
 from data_pipeline.worlds import caption, sample_scene
+from tests.bundles import make_random_bundle
+from tests.scripts import run_script
 
 
 def test_on_rendered_scenes_all_comes_back() -> None:
@@ -44,3 +49,19 @@ def test_half_of_the_captions_do_not_say_what_it_is() -> None:
         assert (thing.colour in text) == (f"{thing.colour} {thing.shape}" in text)
         told += thing.colour in text
     assert 70 < told < 130
+
+
+def test_the_job_compares_sinks(tmp_path: Path) -> None:
+    bundle = make_random_bundle(tmp_path / "bundle", "ar.sink_groups=1", "sampling.steps=1")
+    ended = run_script("evaluate_memory", "--bundle", str(bundle), "--count", "1", "--output", str(tmp_path / "out"))
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert sorted(found) == ["tokens, sink 0", "tokens, sink 1", "video, sink 0", "video, sink 1"]
+    assert all(row["gone"]["videos"] == 1 for row in found.values())
+    assert len(list((tmp_path / "out").glob("sink1-video-*.png"))) == 1
+    for flags, message in (
+        (("--sinks", "9"), "--sinks: expected 0 to 2, the groups of a segment"),
+        (("--count", "0"), "--count: expected 1 or more"),
+    ):
+        refused = run_script("evaluate_memory", "--bundle", str(bundle), *flags, "--output", str(tmp_path / "no"))
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr

@@ -17,6 +17,7 @@ from arlon_ray.generation import (
     given_clip,
     given_picture,
 )
+from arlon_ray.generation.planning import Beginning
 from arlon_ray.training.stages.vae import to_frames, to_video
 from tests.bundles import make_random_bundle
 
@@ -49,28 +50,28 @@ def test_plans_carry_the_overlap_and_follow_the_prompt(generator: VideoGenerator
     assert not np.array_equal(plans[2].tokens, changed[2].tokens)
 
 
-def test_the_first_segment_is_not_forgotten(tmp_path: Path) -> None:
-    """With a sink a plan depends on how the video began, beyond its window too; up to there it is as without."""
-    plans = {}
+def test_what_a_prompt_began_with_is_not_forgotten(tmp_path: Path) -> None:
+    """With a sink a plan depends on it, behind its window too; up to there, and for the prompt before, it does not."""
+    plans, prompts = {}, ["a"] * 8 + ["b"] * 8
     for sink in (0, 1):
         planner = ArPlanner.from_bundle(make_random_bundle(tmp_path / str(sink), f"ar.sink_groups={sink}"))
         options = default_options(planner.config.sampling, ar_guidance_scale=1.0, top_k=1)
-        plans[sink] = [plan.tokens for plan in planner.plan(["a"] * 8, 0, options)]
-        context = planner.model.config.context_groups
-        reached = next(n for n in range(8) if planner.config.segment.groups_of(n) > context)
-        begin = torch.from_numpy(plans[sink][0]).long()
-        other = planner.sink_of((begin + 1) % 8)
-        window = torch.from_numpy(np.concatenate([plans[sink][0], *(p[5:] for p in plans[sink][1:7])])).long()
-        for index in (reached - 1, reached, 7):
-            before = window[: 5 * planner.config.segment.groups_of(index)]
-            as_it_was, changed = (
-                planner.go_on(before, ["a"], 0, index, options, begin=first)[-10:].numpy()
-                for first in (planner.sink_of(begin), other)
-            )
-            assert np.array_equal(as_it_was, plans[sink][index])
-            assert np.array_equal(as_it_was, changed) == (not sink or index < reached)
+        plans[sink] = [plan.tokens for plan in planner.plan(prompts, 0, options)]
+        tokens = torch.from_numpy(np.concatenate([plans[sink][0], *(plan[5:] for plan in plans[sink][1:])])).long()
+        # segments of two groups, each of which adds one; the window holds three
+        for start, in_sight in ((0, 2), (8, 11)):
+            first = planner.beginning(torch.from_numpy(plans[sink][start]).long(), start)
+            assert torch.equal(first.tokens, tokens[5 * first.group :][: 5 * sink])
+            other = Beginning((first.tokens + 1) % 8, first.group)
+            for index in (in_sight, in_sight + 1, start + 7):
+                one, changed = (
+                    planner.go_on(tokens[: 5 * (index + 1)], prompts[index : index + 1], 0, index, options, begin=begin)
+                    for begin in (first, other)
+                )
+                assert np.array_equal(one[-10:].numpy(), plans[sink][index])
+                assert torch.equal(one, changed) == (not sink or index == in_sight)
     same = [np.array_equal(ours, theirs) for ours, theirs in zip(*plans.values(), strict=True)]
-    assert all(same[:reached]) and not all(same)
+    assert all(same[:3]) and not any(same[4:8])
 
 
 def test_the_overlap_is_seen_by_the_next_segment(generator: VideoGenerator) -> None:
