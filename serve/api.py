@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -60,6 +60,11 @@ def build_api(service: VideoService, model: str) -> FastAPI:
     @app.get("/v1/videos/{video_id}/content", response_class=FileResponse)
     async def content(video_id: str) -> FileResponse:
         return FileResponse(await service.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+
+    @app.get("/v1/videos/{video_id}/stream", response_class=StreamingResponse)
+    async def stream(video_id: str) -> StreamingResponse:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies too send what comes at once
+        return StreamingResponse(await service.stream(video_id), media_type="video/mp4", headers=headers)
 
     @app.delete("/v1/videos/{video_id}")
     async def delete(video_id: str) -> VideoDeleted:

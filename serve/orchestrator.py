@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from arlon_ray.generation import behind_overlap
-from arlon_ray.generation.video import join_fragments
+from arlon_ray.generation.video import GrowingVideo
 from serve.schema import SegmentStatus
 from serve.work import Frame, Job, Latents, PlanWindow, Stages, Timed, Tokens
 
@@ -42,12 +42,18 @@ class Orchestrator:
     def __init__(
         self, job: Job, stages: Stages, folder: Path, watcher: Watcher, *, overlap_latents: int, planned_ahead: int
     ) -> None:
-        """Fragments and the finished `video.mp4` are written to `folder`."""
+        """`video.mp4` is written to `folder`; until it is finished it grows there as `partial`."""
         self._job, self._stages, self._folder, self._watcher = job, stages, folder, watcher
         self._overlap_latents = overlap_latents
+        self._file = GrowingVideo(folder / "video.mp4")
         self._window = PlanWindow(planned_ahead)
         # bounded by the window: nothing is planned that the window does not admit
         self._planned: asyncio.Queue[Tokens] = asyncio.Queue()
+
+    @property
+    def partial(self) -> Path:
+        """The segments that are done: a fragmented mp4, which is there from the first one on until the last is."""
+        return self._file.partial
 
     async def may_plan(self, index: int) -> bool:
         """What the AR asks before it plans segment `index`: waits for the window; False ends the plan."""
@@ -68,11 +74,8 @@ class Orchestrator:
                     await self._watcher.started()
                 else:
                     group.create_task(self._plan())
-                fragments = await self._render(group)
-            path = await asyncio.to_thread(join_fragments, fragments, self._folder / "video.mp4")
-            for fragment in fragments:
-                fragment.unlink()
-            return path
+                await self._render(group)
+            return await asyncio.to_thread(self._file.finish)
         except ExceptionGroup as failures:
             raise _first(failures) from failures
         finally:
@@ -94,11 +97,10 @@ class Orchestrator:
         if index < len(self._job.prompts):
             raise StageError("planning", index, EOFError("the plan ended early"))
 
-    async def _render(self, group: asyncio.TaskGroup) -> list[Path]:
-        """Render segment by segment; decoding runs one segment behind. Returns the fragments' paths."""
+    async def _render(self, group: asyncio.TaskGroup) -> None:
+        """Render segment by segment; decoding runs one segment behind."""
         overlap: Latents | None = None
         decoding: asyncio.Task[Frame] | None = None
-        fragments = []
         for index in range(len(self._job.prompts)):
             tokens = None if self._job.options.baseline else await self._planned.get()
             await self._window.advance(index)
@@ -111,16 +113,12 @@ class Orchestrator:
             latents = rendered.value
             overlap = np.ascontiguousarray(behind_overlap(overlap, latents)[:, -self._overlap_latents :])
             before = await decoding if decoding else None
-            fragments.append(self._folder / f"fragment-{index:05d}.mp4")
-            decoding = group.create_task(self._decode(index, latents, before, fragments[-1]))
-        if decoding:
-            await decoding
-        return fragments
+            decoding = group.create_task(self._decode(index, latents, before))
 
-    async def _decode(self, index: int, latents: Latents, before: Frame | None, path: Path) -> Frame:
+    async def _decode(self, index: int, latents: Latents, before: Frame | None) -> Frame:
         try:
             decoded = await self._stages.decode(self._job, latents, before)
-            await asyncio.to_thread(path.write_bytes, decoded.value.fragment)
+            await asyncio.to_thread(self._file.add, decoded.value.fragment)
         except Exception as error:
             raise StageError("decoding", index, error) from error
         await self._watcher.segment(index, "completed", "decode", decoded)

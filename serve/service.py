@@ -10,10 +10,12 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from arlon_ray.config import Config
 from arlon_ray.generation import SegmentText, new_frames, playing_time, prompt_of
@@ -36,6 +38,7 @@ logger = logging.getLogger("ray.serve")
 
 #: Share of the progress, in percent, that a segment in this state has made.
 _PROGRESS: dict[SegmentStatus, int] = {"queued": 0, "planned": 10, "rendering": 10, "rendered": 90, "completed": 100}
+_PIECE = 2**16  # bytes of a stream that are sent at once
 _FIRST_GUESS_S = 10.0  # length of a job, before one has finished
 
 
@@ -50,6 +53,11 @@ class _Active:
     task: asyncio.Task[None] | None = None
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     pending: asyncio.Task[None] | None = None  # a save that has not yet looked at the video
+    partial: Path | None = None  # the file that grows
+    changed: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # set at the next change, when another takes its place
+    ended: bool = False
 
     async def save(self) -> None:
         # one after the other, or an older state might be written last; a copy, for the video changes meanwhile
@@ -61,6 +69,12 @@ class _Active:
         """Write the state without keeping the work waiting; changes that come together are written together."""
         if self.pending is None:
             self.pending = asyncio.create_task(self.save())
+
+    def tell(self, ended: bool = False) -> None:
+        """Wake all who wait for a change."""
+        self.ended = self.ended or ended
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     async def started(self) -> None:
         if self.video.status == "queued":
@@ -80,6 +94,7 @@ class _Active:
         # 100 is for a file that can be fetched
         self.video.progress = min(99, done // len(self.video.segments))
         self.save_soon()
+        self.tell()
 
 
 class VideoService:
@@ -147,29 +162,63 @@ class VideoService:
             raise RequestError(message, param="video_id", code=f"video_{video.status}", status=409)
         return self._folder / video_id / "video.mp4"
 
+    async def stream(self, video_id: str) -> AsyncIterator[bytes]:
+        """The video as it is made: a fragmented mp4, segment by segment; the file of one that is finished.
+
+        Ends where the making ends, if it fails or is stopped. Raises RequestError: unknown (404), failed (409).
+        """
+        active = self._waiting.get(video_id) or self._running.get(video_id)
+        file = await self._grown(active) if active else (await self.content(video_id)).open("rb")
+        return self._pieces(file, active)
+
+    async def _grown(self, active: _Active) -> BinaryIO:
+        """The file of a video that is being made, as soon as there is one, or the finished one."""
+        while True:
+            changed = active.changed
+            with suppress(FileNotFoundError):
+                if active.partial:
+                    return active.partial.open("rb")
+            if active.ended:
+                return (await self.content(active.video.id)).open("rb")
+            await changed.wait()
+
+    async def _pieces(self, file: BinaryIO, active: _Active | None) -> AsyncIterator[bytes]:
+        with file:  # what is open can be read to its end, whoever renames or removes it
+            while True:
+                changed, ended = (active.changed, active.ended) if active else (None, True)
+                while piece := await asyncio.to_thread(file.read, _PIECE):
+                    yield piece
+                if ended or changed is None:
+                    return
+                await changed.wait()
+
     async def delete(self, video_id: str) -> None:
         """Forget a video. One that is being made is stopped: no denoising step begins after the one at work.
 
         Raises RequestError (404).
         """
         await self.get(video_id)
-        self._waiting.pop(video_id, None)
-        active = self._running.get(video_id)
+        active = self._waiting.pop(video_id, None) or self._running.get(video_id)
         if active and active.task:
             active.task.cancel()
             await asyncio.wait({active.task})
         if not await asyncio.to_thread(self._store.delete, video_id):
             raise _unknown(video_id)
+        if active:
+            active.tell(ended=True)
         await asyncio.to_thread(shutil.rmtree, self._folder / video_id, True)
 
     async def close(self) -> None:
         """Stop all work. What was unfinished is marked so when the service starts again."""
+        all_active = [*self._waiting.values(), *self._running.values()]
         self._waiting.clear()
-        tasks = {active.task for active in self._running.values() if active.task}
+        tasks = {active.task for active in all_active if active.task}
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        for active in all_active:
+            active.tell(ended=True)
         self._store.close()
 
     def _refuse_if_full(self) -> None:
@@ -219,10 +268,12 @@ class VideoService:
             # an empty context: Serve ties calls to the HTTP request in whose context they are made, and this work
             # outlives it
             active.task = asyncio.create_task(self._make(active), context=contextvars.Context())
-            active.task.add_done_callback(partial(self._finished, active.video.id))
+            active.task.add_done_callback(partial(self._finished, active))
 
-    def _finished(self, video_id: str, _: asyncio.Task[None]) -> None:
-        del self._running[video_id]
+    def _finished(self, active: _Active, task: asyncio.Task[None]) -> None:
+        del self._running[active.video.id]
+        if not task.cancelled():  # who stops it says so, when its traces are gone
+            active.tell(ended=True)
         self._start_waiting()
 
     async def _make(self, active: _Active) -> None:
@@ -235,6 +286,7 @@ class VideoService:
             overlap_latents=config.segment.overlap_latents,
             planned_ahead=config.serve.planned_ahead,
         )
+        active.partial = orchestrator.partial
         try:
             await orchestrator.run()
             video.status, video.progress = "completed", 100

@@ -18,19 +18,33 @@ Scenario = Callable[[httpx.AsyncClient, FakeStages], Coroutine[Any, Any, None]]
 
 
 def play(scenario: Scenario, folder: Path, *overrides: str, count_tokens: Callable[[str], int] | None = None) -> None:
-    """Run a scenario against a fresh service with its files in `folder`."""
+    """Run a scenario against the API of a fresh service with its files in `folder`."""
+
+    async def over_http(service: VideoService, stages: FakeStages) -> None:
+        transport = httpx.ASGITransport(build_api(service, stages.config.name), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await scenario(client, stages)
+
+    serve_alone(over_http, folder, *overrides, count_tokens=count_tokens)
+
+
+def serve_alone(
+    scenario: Callable[[VideoService, FakeStages], Coroutine[Any, Any, None]],
+    folder: Path,
+    *overrides: str,
+    count_tokens: Callable[[str], int] | None = None,
+) -> None:
+    """The same without HTTP."""
 
     async def run() -> None:
         config = small_config("serve.max_running=1", *overrides)
         stages = FakeStages(config)
         service = VideoService(config, JobStore.in_folder(folder), stages, folder / "videos", count_tokens)
-        transport = httpx.ASGITransport(build_api(service, config.name), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            try:
-                async with asyncio.timeout(30):
-                    await scenario(client, stages)
-            finally:
-                await service.close()
+        try:
+            async with asyncio.timeout(30):
+                await scenario(service, stages)
+        finally:
+            await service.close()
 
     asyncio.run(run())
 

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 
 from arlon_ray.generation.video import read_video
-from tests.serve.play import play, post, until
+from serve.schema import RequestError, VideoRequest
+from serve.service import VideoService
+from serve.work import Job
+from tests.serve.play import play, post, serve_alone, until
 from tests.serve.stages import FakeStages
 
 
@@ -39,8 +42,68 @@ def test_from_request_to_file(tmp_path: Path) -> None:
         starts = [overlap[0, :, 0, 0].tolist() for overlap in stages.overlaps[1:] if overlap is not None]
         assert starts == [[5, 6, 7, 8, 9], [100, 101, 102, 103, 104], [200, 201, 202, 203, 204]]
         assert sorted(entry.name for entry in (tmp_path / "videos" / video["id"]).iterdir()) == ["video.mp4"]
+        streamed = await client.get(f"/v1/videos/{video['id']}/stream")
+        assert streamed.headers["content-type"] == "video/mp4" and streamed.content == content.content
+        missing = await client.get("/v1/videos/video_0/stream")
+        assert (missing.status_code, missing.json()["error"]["param"]) == (404, "video_id")
 
     play(scenario, tmp_path)
+
+
+def test_segments_can_be_watched_while_the_rest_is_made(tmp_path: Path) -> None:
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        plain, go_on = stages.render, asyncio.Event()
+
+        async def render(job: Job, index: int, *others: Any) -> Any:
+            if index == 2:
+                await go_on.wait()
+            return await plain(job, index, *others)
+
+        stages.render = render  # type: ignore[method-assign]
+        created = await service.create(VideoRequest(prompt="a", num_segments=4))
+        early, late, got = await service.stream(created.id), await service.stream(created.id), b""
+        while not got or len(read_video(io.BytesIO(got))) < 34 + 17:
+            got += await anext(early)
+        assert (await service.get(created.id)).status == "in_progress"
+        first = await anext(late)
+        assert got.startswith(first) and not go_on.is_set()
+        go_on.set()
+        whole = got + b"".join([piece async for piece in early])
+        assert whole == first + b"".join([piece async for piece in late])
+        frames = read_video(io.BytesIO(whole))
+        assert (await service.get(created.id)).status == "completed"
+        assert np.array_equal(frames, read_video(await service.content(created.id))) and len(frames) == 34 + 3 * 17
+        # a finished one is the file itself, and one that is waiting is streamed when its turn comes
+        assert (
+            b"".join([piece async for piece in await service.stream(created.id)])
+            == (await service.content(created.id)).read_bytes()
+        )
+        running, waiting = [(await service.create(VideoRequest(prompt="a"))).id for _ in range(2)]
+        streams = await asyncio.gather(service.stream(running), service.stream(waiting))
+        assert [len(read_video(io.BytesIO(b"".join([p async for p in pieces])))) for pieces in streams] == [34, 34]
+
+    serve_alone(scenario, tmp_path)
+
+
+def test_a_stream_ends_with_its_video(tmp_path: Path) -> None:
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        stages.fail_at = 2
+        failing = await service.create(VideoRequest(prompt="a", num_segments=4))
+        seen = b"".join([piece async for piece in await service.stream(failing.id)])
+        assert len(read_video(io.BytesIO(seen))) in (34, 34 + 17)  # what is being decoded is given up
+        with pytest.raises(RequestError) as failed:
+            await service.stream(failing.id)
+        stages.gate.clear()
+        stopped = [(await service.create(VideoRequest(prompt="a"))).id for _ in range(2)]
+        watched = [asyncio.create_task(service.stream(video_id)) for video_id in stopped]
+        await asyncio.sleep(0.1)
+        for video_id in stopped:
+            await service.delete(video_id)
+        errors = await asyncio.gather(*watched, return_exceptions=True)
+        codes = [error.code for error in (failed.value, *errors) if isinstance(error, RequestError)]
+        assert codes == ["video_failed", "not_found", "not_found"]
+
+    serve_alone(scenario, tmp_path)
 
 
 def test_an_overlap_longer_than_what_is_new_reaches_further_back(tmp_path: Path) -> None:

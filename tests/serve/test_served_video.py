@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import socket
 import time
@@ -77,6 +78,12 @@ def test_two_prompts_over_four_segments(served: Served, tmp_path: Path) -> None:
         segments=[{"prompt": prompt} for prompt in PROMPTS], num_segments=4, seed=11, num_inference_steps=6
     )
     assert created["status"] == "queued"
+    with served.client.stream("GET", f"/v1/videos/{created['id']}/stream", timeout=50) as watched:
+        pieces = watched.iter_bytes()
+        first = next(pieces)
+        assert len(read_video(io.BytesIO(first))) == 34
+        assert served.client.get(f"/v1/videos/{created['id']}").json()["status"] == "in_progress"
+        streamed = first + b"".join(pieces)
     video = served.until(created["id"], "completed", "failed")
     assert video["status"] == "completed", video["error"]
     assert [segment["prompt"] for segment in video["segments"]] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
@@ -86,6 +93,7 @@ def test_two_prompts_over_four_segments(served: Served, tmp_path: Path) -> None:
     segment = served.config.segment
     expected = segment.groups * 17 + 3 * (segment.groups - segment.overlap_groups) * 17
     assert len(decord.VideoReader(str(path), num_threads=1)) == expected
+    assert np.array_equal(read_video(io.BytesIO(streamed)), read_video(path))
     assert read_video(path).shape == (expected, served.config.video.height, served.config.video.width, 3)
 
     # the AR plans the next segment before the DiT is done with this one
