@@ -135,7 +135,7 @@ class ArConfig(Section):
     token_noise: float = Field(0.05, ge=0, lt=1, description="share of context tokens replaced by random codes")
     context_groups: int = Field(3, ge=1, description="groups of earlier tokens that the AR looks back on")
     sink_groups: int = Field(
-        0, ge=0, description="groups that the video began with, which the AR looks back on however long ago they were"
+        0, ge=0, description="groups that the prompt began with, which the AR looks back on however long ago they were"
     )
     init: str | None = None
     first_frame_share: float = Field(

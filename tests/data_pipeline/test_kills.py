@@ -100,6 +100,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> dict[int
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_kills_at_random_moments_leave_the_dataset_of_an_unbroken_run(
     tmp_path: Path, videos: Path, unbroken: dict[int, int]
 ) -> None:

@@ -98,6 +98,7 @@ def test_raw_video_to_served_video_and_again(videos: Path, output: Path) -> None
     assert "samples/s" not in seen and time.monotonic() - begin < 60, f"something was done again: {seen}"
 
 
+@pytest.mark.slow
 def test_variants_of_its_bundle_and_codebooks_on_its_data(videos: Path, output: Path, tmp_path: Path) -> None:
     if not (output / "bundle").exists():  # this test was asked for alone
         subprocess.run(command(output, videos), cwd=ROOT, check=True, timeout=500)
