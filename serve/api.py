@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from arlon_ray.config import Config
 from arlon_ray.models.text import load_token_counter
 from serve.handles import HandleStages
 from serve.jobs_store import JobStore
-from serve.schema import RequestError, Video, VideoDeleted, VideoList, VideoRequest, error_body
+from serve.schema import Model, ModelList, RequestError, Video, VideoDeleted, VideoList, VideoRequest, error_body
 from serve.service import VideoService
 
 API = "VideoAPI"
@@ -34,6 +35,7 @@ def build_api(service: VideoService, model: str) -> FastAPI:
         await service.close()
 
     app = FastAPI(title="ARLON-Ray", version=__version__, lifespan=lifespan)
+    served = Model(id=model, created=int(time.time()))
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
@@ -70,6 +72,16 @@ def build_api(service: VideoService, model: str) -> FastAPI:
     async def delete(video_id: str) -> VideoDeleted:
         await service.delete(video_id)
         return VideoDeleted(id=video_id)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[served])
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Model:
+        if name != model:
+            raise RequestError(f"model must be {model!r}", param="model", code="model_not_found", status=404)
+        return served
 
     @app.get("/healthz")
     async def health() -> dict[str, Any]:

@@ -169,6 +169,22 @@ class VideoList(BaseModel):
     has_more: bool
 
 
+class Model(BaseModel):
+    """The model that is served; `created` is since when (Unix seconds)."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "arlon-ray"
+
+
+class ModelList(BaseModel):
+    """All models: one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
 class VideoDeleted(BaseModel):
     """The answer to DELETE."""
 

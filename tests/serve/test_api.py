@@ -117,6 +117,20 @@ def test_an_overlap_longer_than_what_is_new_reaches_further_back(tmp_path: Path)
     play(scenario, tmp_path, "segment.groups=3", "segment.overlap_groups=2")
 
 
+def test_the_model_is_named_as_requests_may_name_it(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        listed = (await client.get("/v1/models")).json()
+        (model,) = listed["data"]
+        assert (listed["object"], model["object"], model["id"]) == ("list", "model", stages.config.name)
+        assert (await client.get(f"/v1/models/{model['id']}")).json() == model
+        await post(client, prompt="a", model=model["id"])
+        for path in ("/v1/models/sora-2", "/v1/models/a/b"):
+            missing = await client.get(path)
+            assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+    play(scenario, tmp_path)
+
+
 def test_the_baseline_has_no_plan(tmp_path: Path) -> None:
     async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
         video = await until(client, (await post(client, prompt="a", num_segments=2, baseline=True))["id"], "completed")
