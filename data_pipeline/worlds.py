@@ -66,7 +66,8 @@ def sample_scene(
         raise ValueError(f"grade {grade!r}: expected one of {', '.join(GRADES)}")
     random = np.random.default_rng([seed, 0, list(GRADES).index(grade)])
     frames = int(random.choice(list(groups))) * GROUP_FRAMES
-    return Scene(seed, grade, height, width, GRADES[grade](random, frames, height, width))
+    draw, _ = GRADES[grade]
+    return Scene(seed, grade, height, width, draw(random, frames, height, width))
 
 
 def training_seed(seed: int, index: int) -> int:
@@ -123,7 +124,7 @@ def shot_captions(scene: Scene) -> list[str]:
 
 
 def _caption(scene: Scene, number: int) -> str:
-    words = {"simple": compose, "rich": compose_rich, "returning": compose_returning}[scene.grade]
+    _, words = GRADES[scene.grade]
     return words(np.random.default_rng([scene.seed, 1, number]), scene.shots[number])
 
 
@@ -242,8 +243,9 @@ def _related(
     return [first, _moved(first, dx, dy, height, width)]
 
 
-GRADES: dict[str, Callable[[Random, int, int, int], tuple[Shot, ...]]] = {
-    "simple": _simple,
-    "rich": _rich,
-    "returning": _returning,
+#: How each grade's scenes are drawn, and how one of its shots is worded.
+GRADES: dict[str, tuple[Callable[[Random, int, int, int], tuple[Shot, ...]], Callable[[Random, Shot], str]]] = {
+    "simple": (_simple, compose),
+    "rich": (_rich, compose_rich),
+    "returning": (_returning, compose_returning),
 }

@@ -59,7 +59,7 @@ def tokens_alone(generator: VideoGenerator, prompts: list[str], seed: int) -> np
     assert planner is not None
     options, parts = default_options(bundle.config.sampling), list[np.ndarray]()
     for plan in planner.plan(prompts, seed, options):
-        new = plan.tokens[bundle.config.segment.overlap_groups * planner.group_grid[0] if parts else 0 :]
+        new = plan.tokens[planner.overlap_frames(plan.index) :]
         latents = bundle.codec.decode(torch.from_numpy(new)[None].long().to(bundle.device), bundle.config.latent_grid)
         parts.append(generator.decoder.decode(latents[0].float().cpu().numpy()))
     return np.concatenate(parts)

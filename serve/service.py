@@ -54,9 +54,7 @@ class _Active:
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     pending: asyncio.Task[None] | None = None  # a save that has not yet looked at the video
     partial: Path | None = None  # the file that grows
-    changed: asyncio.Event = field(
-        default_factory=asyncio.Event
-    )  # set at the next change, when another takes its place
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # the next change sets it; a new one takes its place
     ended: bool = False
 
     async def save(self) -> None:

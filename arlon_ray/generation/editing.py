@@ -88,7 +88,7 @@ class VideoEditor:
         parts: list[np.ndarray] = []
         for number, segment in enumerate(earlier, start=index - len(earlier)):
             assert segment.tokens is not None, "a guided project has tokens"
-            parts.append(segment.tokens[self.segment.overlap_groups * planner.group_grid[0] if number else 0 :])
+            parts.append(segment.tokens[planner.overlap_frames(number) :])
         return torch.from_numpy(np.concatenate(parts)).long().to(self.generator.bundle.device)
 
     def _beginning(self, index: int, text: SegmentText) -> Beginning | None:

@@ -131,14 +131,6 @@ def _draw_block(
     return torch.stack(tokens)
 
 
-def first_of_its_prompt(texts: Sequence[SegmentText], index: int) -> int:
-    """The first of the segments up to `index` that are all of its text."""
-    first = index
-    while first and texts[first - 1] == texts[index]:
-        first -= 1
-    return first
-
-
 class ArPlanner:
     """Plans videos from prompts, looking back as far as the AR was trained to: a window of groups, and the first ones.
 
@@ -174,7 +166,7 @@ class ArPlanner:
         window, begin = self.tokens_of(given), None
         for index in range(len(prompts)):
             texts = [prompts[i] for i in (*self.looked_at(index), index)]
-            begin = None if first_of_its_prompt(prompts, index) == index else begin
+            begin = begin if index and prompts[index - 1] == prompts[index] else None
             window = self.go_on(window, texts, seed, index, options, on_token, begin)
             begin = begin or self.beginning(window[-self.segment_frames :], index)
             yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
@@ -193,8 +185,13 @@ class ArPlanner:
     def beginning(self, tokens: Tensor, index: int) -> Beginning:
         """Of the tokens [t', h', w'] of segment `index`, the first of its prompt, what the AR never loses sight of."""
         group = self.config.segment.groups_of(index) if index else 0
-        new = tokens[self.config.segment.overlap_groups * self.group_grid[0] if index else 0 :]
-        return Beginning(new[: self.model.config.sink_groups * self.group_grid[0]], group)
+        return Beginning(
+            tokens[self.overlap_frames(index) :][: self.model.config.sink_groups * self.group_grid[0]], group
+        )
+
+    def overlap_frames(self, index: int) -> int:
+        """Token frames of segment `index` that are those of the segment before: what follows them is new."""
+        return self.config.segment.overlap_groups * self.group_grid[0] if index else 0
 
     @torch.no_grad()
     def go_on(
