@@ -1,0 +1,126 @@
+// The way to the server: JSON, files, and the events of one video. See docs/serving.md.
+
+const KEY = "arlon.key";
+const base = new URL("v1/", document.baseURI);
+const wait = (ms, signal) =>
+  new Promise((done) => {
+    const timer = setTimeout(done, ms);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), done()), { once: true });
+  });
+
+export class ApiError extends Error {
+  constructor(status, { message, param = null, code = null }) {
+    super(message);
+    Object.assign(this, { status, param, code });
+  }
+}
+
+// of this tab alone, and gone with it
+export const key = () => sessionStorage.getItem(KEY) ?? "";
+export const setKey = (text) => (text ? sessionStorage.setItem(KEY, text) : sessionStorage.removeItem(KEY));
+
+let ask = async () => false;
+/** `question` is asked for a key where the server wants one; it resolves to whether there is one now. */
+export const onKeyNeeded = (question) => (ask = question);
+let asking = null;
+
+export const kindOf = (id) => (id.startsWith("draft_") ? "drafts" : "videos");
+export const pathOf = (id, rest = "") => `${kindOf(id)}/${encodeURIComponent(id)}${rest}`;
+
+/** fetch of a path below /v1/ with the key. Raises ApiError, after asking for a key where one is needed. */
+export async function request(path, { headers = {}, ...options } = {}) {
+  for (;;) {
+    const used = key();
+    const authorization = used ? { Authorization: `Bearer ${used}` } : {};
+    let response;
+    try {
+      response = await fetch(new URL(path, base), { ...options, headers: { ...headers, ...authorization } });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError(0, { message: "The server cannot be reached." });
+    }
+    if (response.ok) return response;
+    if (response.status === 401) {
+      if (used !== key()) continue; // another request has brought a new key meanwhile
+      asking ??= ask(Boolean(used)).finally(() => (asking = null));
+      if (await asking) continue;
+    }
+    throw await errorOf(response);
+  }
+}
+
+async function errorOf(response) {
+  let found = {};
+  try {
+    found = (await response.json()).error ?? {};
+  } catch {
+    // not the API's own answer: a proxy's, perhaps
+  }
+  const message = found.message ?? `The server answered ${response.status}.`;
+  return new ApiError(response.status, { ...found, message });
+}
+
+export async function call(method, path, body) {
+  const json = { "Content-Type": "application/json" };
+  const response = await request(path, { method, ...(body && { headers: json, body: JSON.stringify(body) }) });
+  return response.json();
+}
+
+/** An address for <img>, <video> and downloads. With a key it is a blob, for these can send none: release it. */
+export async function mediaUrl(path) {
+  if (!key()) return new URL(path, base).href;
+  return URL.createObjectURL(await (await request(path)).blob());
+}
+
+export function release(url) {
+  if (url?.startsWith("blob:")) URL.revokeObjectURL(url);
+}
+
+/**
+ * Tells `onEvent(type, data)` what happens to a video until it has ended or `signal` is aborted. `seen.id` is the last
+ * event that was read: after a lost connection, or in another call, only what came later is told.
+ * Raises ApiError where there is nothing to watch (404: perhaps a server without events).
+ */
+export async function watch(id, onEvent, { signal, seen = {} }) {
+  for (let pause = 500; !signal.aborted; pause = Math.min(2 * pause, 10000)) {
+    try {
+      const headers = { Accept: "text/event-stream", ...(seen.id && { "Last-Event-ID": seen.id }) };
+      const response = await request(pathOf(id, "/events"), { headers, signal, cache: "no-store" });
+      for await (const event of eventsOf(response.body)) {
+        pause = 500;
+        if (event.id) seen.id = event.id;
+        onEvent(event.type, event.data);
+        if (["completed", "failed", "deleted"].includes(event.type)) seen.ended = true;
+      }
+      if (seen.ended) return;
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof ApiError && error.status && error.status < 500 && error.status !== 429) throw error;
+    }
+    await wait(pause, signal);
+  }
+}
+
+/** The events in a stream of bytes. EventSource would read them too, but it cannot send a key. */
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let event = { type: "message", data: "", id: "" };
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "") {
+        if (event.data) yield { ...event, data: JSON.parse(event.data) };
+        event = { type: "message", data: "", id: "" };
+        continue;
+      }
+      const [, name, text] = /^([^:]*):? ?(.*)$/s.exec(line);
+      if (name === "event") event.type = text;
+      else if (name === "id") event.id = text;
+      else if (name === "data") event.data += text;
+    }
+  }
+}

@@ -1,0 +1,123 @@
+// Shows a video while it is made: what arrives of the growing mp4 is handed to the player at once.
+// A plain <video src> would do without a key, but browsers wait there for more bytes than a short segment has.
+
+import { mediaUrl, pathOf, release, request } from "./api.js";
+
+const Source = globalThis.ManagedMediaSource ?? globalThis.MediaSource;
+const KEEP_S = 20; // of what was played already, where the browser has no room for more
+const once = (target, name) => new Promise((done) => target.addEventListener(name, done, { once: true }));
+
+/** The codec of an mp4 that begins with `bytes`, as in `avc1.64000a`: null while its headers are not all there. */
+export function codecOf(bytes) {
+  for (let at = 4; at + 8 <= bytes.length; at++) {
+    if (String.fromCharCode(...bytes.subarray(at, at + 4)) !== "avcC") continue;
+    const profile = bytes.subarray(at + 5, at + 8);
+    return `avc1.${[...profile].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+  }
+  return null;
+}
+
+function joined(parts) {
+  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
+  }
+  return whole;
+}
+
+export class Player {
+  #video;
+  #url = null;
+  #stop = new AbortController();
+
+  constructor(video) {
+    this.#video = video;
+  }
+
+  /** Nothing is shown, and what was being fetched is not fetched any more. */
+  clear() {
+    this.#stop.abort();
+    this.#stop = new AbortController();
+    this.#video.removeAttribute("src");
+    this.#video.load();
+    release(this.#url);
+    this.#url = null;
+  }
+
+  #show(url) {
+    const before = this.#url;
+    this.#url = url;
+    this.#video.src = url;
+    release(before);
+  }
+
+  /** A finished file; it goes on where the player was. Raises ApiError. */
+  async file(id) {
+    this.#stop.abort();
+    this.#stop = new AbortController();
+    const { signal } = this.#stop;
+    const url = await mediaUrl(pathOf(id, "/content"));
+    if (signal.aborted) return release(url);
+    const at = this.#video.currentTime;
+    this.#show(url);
+    if (at) this.#video.currentTime = at;
+  }
+
+  /** What is made of `id` so far and all that follows; true when its end was reached. `seconds`: its final length. */
+  async stream(id, seconds) {
+    this.clear();
+    const { signal } = this.#stop;
+    try {
+      if (!Source) return false;
+      const response = await request(pathOf(id, "/stream"), { signal, cache: "no-store" });
+      return await this.#feed(response.body.getReader(), seconds, signal);
+    } catch {
+      return false; // deleted, failed, or out of reach: the events say which
+    }
+  }
+
+  async #feed(reader, seconds, signal) {
+    const head = [];
+    let codec = null;
+    while (!codec) {
+      const { value, done } = await reader.read();
+      if (done) return false;
+      head.push(value);
+      codec = codecOf(joined(head));
+    }
+    const type = `video/mp4; codecs="${codec}"`;
+    if (!Source.isTypeSupported(type)) return false;
+    const source = new Source();
+    this.#video.disableRemotePlayback = true; // Safari's condition for a ManagedMediaSource
+    this.#show(URL.createObjectURL(source));
+    await once(source, "sourceopen");
+    const buffer = source.addSourceBuffer(type);
+    if (seconds > 0) source.duration = seconds;
+    if (!matchMedia("(prefers-reduced-motion: reduce)").matches) this.#video.play().catch(() => {});
+    for (let piece = { value: joined(head) }; !piece.done; piece = await reader.read()) {
+      if (signal.aborted) return false;
+      await this.#append(buffer, piece.value, signal);
+    }
+    if (source.readyState === "open") source.endOfStream();
+    return true;
+  }
+
+  async #append(buffer, bytes, signal) {
+    for (;;) {
+      try {
+        buffer.appendBuffer(bytes);
+        return await once(buffer, "updateend");
+      } catch (error) {
+        if (error.name !== "QuotaExceededError" || signal.aborted) throw error;
+        const until = this.#video.currentTime - KEEP_S;
+        if (until > 0) {
+          buffer.remove(0, until);
+          await once(buffer, "updateend");
+        }
+        await new Promise((done) => setTimeout(done, 1000));
+      }
+    }
+  }
+}
