@@ -85,11 +85,9 @@ class VideoEditor:
         assert planner is not None
         if not earlier:
             return planner.tokens_of(start.latents if start else None)
-        parts: list[np.ndarray] = []
-        for number, segment in enumerate(earlier, start=index - len(earlier)):
-            assert segment.tokens is not None, "a guided project has tokens"
-            parts.append(segment.tokens[planner.overlap_frames(number) :])
-        return torch.from_numpy(np.concatenate(parts)).long().to(self.generator.bundle.device)
+        known = [segment.tokens for segment in earlier if segment.tokens is not None]
+        assert len(known) == len(earlier), "a guided project has tokens"
+        return planner.joined(known, index - len(earlier))
 
     def _beginning(self, index: int, text: SegmentText) -> Beginning | None:
         """What the prompt of segment `index` began with, if that was before it and the AR does not lose sight of it."""

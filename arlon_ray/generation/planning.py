@@ -155,21 +155,50 @@ class ArPlanner:
         options: GenerationOptions,
         on_token: Callable[[int], None] | None = None,
         given: np.ndarray | None = None,
+        planned: Sequence[np.ndarray] = (),
     ) -> Iterator[SegmentTokens]:
         """One plan a segment, in order; prompts[k] is the text of segment k. Equal arguments, equal tokens.
 
         Where the text changes within a segment, each token is planned with the prompt that counts most in its frames.
 
         `given` are latents float32 [C, n, h, w] that the first segment starts with (`Given`): the AR goes on from their
-        tokens. Raises ValueError for latents that do not fit.
+        tokens. `planned` are the tokens int32 [t', h', w'] of the first segments, where those are there already: only
+        what follows is planned, as if all had been planned in one go. Raises ValueError for tokens that do not fit.
         """
         window, begin = self.tokens_of(given), None
-        for index in range(len(prompts)):
+        if planned:
+            self._check(planned, len(prompts))
+            window, begin = self._behind(prompts, planned)
+        for index in range(len(planned), len(prompts)):
             texts = [prompts[i] for i in (*self.looked_at(index), index)]
             begin = begin if index and prompts[index - 1] == prompts[index] else None
             window = self.go_on(window, texts, seed, index, options, on_token, begin)
             begin = begin or self.beginning(window[-self.segment_frames :], index)
             yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
+
+    def _check(self, planned: Sequence[np.ndarray], segments: int) -> None:
+        expected = (self.segment_frames, *self.group_grid[1:])
+        if len(planned) > segments:
+            raise ValueError(
+                f"tokens of {len(planned)} segments for a video of {segments}: expected at most {segments}"
+            )
+        for index, tokens in enumerate(planned):
+            if tokens.shape != expected:
+                raise ValueError(f"tokens of shape {list(tokens.shape)} of segment {index}: expected {list(expected)}")
+
+    def _behind(self, prompts: Sequence[SegmentText], planned: Sequence[np.ndarray]) -> tuple[Tensor, Beginning]:
+        """What the AR looks at behind the planned segments, and what the prompt of the last of them began with."""
+        seen = self.looked_at(len(planned))
+        first = len(planned) - 1
+        while first and prompts[first - 1] == prompts[first]:
+            first -= 1
+        began = torch.from_numpy(np.array(planned[first])).long().to(self.bundle.device)
+        return self.joined([planned[index] for index in seen], seen.start), self.beginning(began, first)
+
+    def joined(self, segments: Sequence[np.ndarray], first: int) -> Tensor:
+        """Tokens int64 [n, h', w'] of the segments from `first` on (each [t', h', w']), what they share only once."""
+        parts = [tokens[self.overlap_frames(index) :] for index, tokens in enumerate(segments, start=first)]
+        return torch.from_numpy(np.concatenate(parts)).long().to(self.bundle.device)
 
     @property
     def segment_frames(self) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from arlon_ray.generation import (
     ArPlanner,
+    ChangingText,
     DiTRenderer,
     VideoGenerator,
     default_options,
@@ -195,3 +196,28 @@ def test_the_last_segment_leads_up_to_a_clip(generator: VideoGenerator) -> None:
     with pytest.raises(ValueError, match="whole groups of 5"):
         tokens = np.zeros((10, 4, 4), np.int32)
         generator.renderer.render("a", tokens, None, 0, 0, options, after=until.latents[:, :3])
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("ar.sink_groups=1",), ("segment.groups=3", "segment.overlap_groups=2", "ar.sink_groups=2")]
+)
+def test_a_plan_goes_on_behind_what_is_planned(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """To the last bit, wherever it stopped: with prompts that change, a start, and a first group kept in sight."""
+    generator = VideoGenerator.from_bundle(make_random_bundle(tmp_path / "b", *overrides))
+    planner, options = generator.planner, default_options(generator.bundle.config.sampling, ar_guidance_scale=20.0)
+    frames = generator.bundle.config.segment.latents
+    half = tuple(float(frame < frames - 3) for frame in range(frames))
+    changing = ChangingText(("a", "b"), (half, tuple(1 - share for share in half)))
+    given = np.random.default_rng(2).normal(size=(8, 2, 8, 8)).astype(np.float32)
+    for prompts, start in ((["a"] * 4 + [changing, "b", "b", "b", "c"], None), (["a"] * 6, given)):
+        whole = [plan.tokens for plan in planner.plan(prompts, 3, options, given=start)]
+        for stopped in (1, 4, 6, len(prompts)):
+            rest = list(planner.plan(prompts, 3, options, given=start, planned=whole[:stopped]))
+            assert [plan.index for plan in rest] == list(range(stopped, len(prompts)))
+            assert all(np.array_equal(plan.tokens, whole[plan.index]) for plan in rest)
+        other = [*whole[:3], (whole[3] + 1) % 8]
+        assert not np.array_equal(next(planner.plan(prompts, 3, options, planned=other)).tokens, whole[4])
+    with pytest.raises(ValueError, match="tokens of 9 segments for a video of 2"):
+        next(planner.plan(["a"] * 2, 0, options, planned=[whole[0]] * 9))
+    with pytest.raises(ValueError, match="of segment 1: expected"):
+        next(planner.plan(["a"] * 3, 0, options, planned=[whole[0], whole[1][1:]]))
