@@ -1,0 +1,233 @@
+"""Bearer keys: who may use the service, and as whom. Only a key's hash is kept.
+
+A key is `arlon_PREFIX_SECRET`. The prefix finds its row; the secret is 256 random bits, so that a plain hash of it is
+as good as a slow one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from logging import getLogger
+
+from sqlalchemy import Engine, String, select, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from arlon_ray.config import ConfigError, ServeConfig
+from serve.callers import Caller, Role
+
+#: How long a revoked key may go on working, for a key that has been looked up is believed so long.
+BELIEVED_S = 5.0
+#: `last_used_at` is written no more often.
+_USE_NOTED_S = 60.0
+_MOST_BELIEVED = 10_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]{0,63}", re.ASCII)
+_KEY = re.compile(r"arlon_([0-9a-f]{12})_[A-Za-z0-9_-]{43}", re.ASCII)
+
+logger = getLogger(__name__)
+
+
+class KeyNameError(ValueError):
+    """A name that no key can be made for, or that has none. One line that says what to do."""
+
+
+class _Base(DeclarativeBase):
+    pass
+
+
+class _Row(_Base):
+    __tablename__ = "keys"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(64), index=True)
+    role: Mapped[str] = mapped_column(String(8))
+    prefix: Mapped[str] = mapped_column(String(12), unique=True, index=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[int]
+    last_used_at: Mapped[int | None]
+    revoked_at: Mapped[int | None]
+    requests_per_minute: Mapped[int | None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A key that is good: whose it is, and the limit of its own that it has, if any."""
+
+    caller: Caller
+    requests_per_minute: int | None = None
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """What may be shown of a key. Times are Unix seconds."""
+
+    name: str
+    role: Role
+    prefix: str
+    created_at: int
+    last_used_at: int | None
+    revoked_at: int | None
+    requests_per_minute: int | None
+
+
+class Keys:
+    """The keys in a database, which may be the job store's. Methods block, and raise SQLAlchemyError without it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        _Base.metadata.create_all(engine)
+
+    def add(
+        self, name: str, role: Role = "user", requests_per_minute: int | None = None, *, another: bool = False
+    ) -> str:
+        """Make a key and return it: it can never be read again.
+
+        A name has one key, or with `another` more of them, of one role: a new one can be handed out before the old one
+        is revoked. A name whose keys are all revoked may be used again, and owns what it owned. Raises KeyNameError.
+        """
+        if not _NAME.fullmatch(name):
+            raise KeyNameError(f"name {name!r}: expected up to 64 letters, digits and @._+-, a letter or digit first")
+        prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        key = f"arlon_{prefix}_{secret}"
+        with Session(self._engine) as session, session.begin():
+            roles = set(session.scalars(select(_Row.role).where(_Row.name == name, _Row.revoked_at.is_(None))))
+            if roles and not another:
+                raise KeyNameError(f"{name} has a key: revoke it first, or ask for another one beside it")
+            if roles - {role}:
+                raise KeyNameError(f"{name} is {roles.pop()}: a name has one role; revoke its keys first")
+            session.add(
+                _Row(
+                    name=name, role=role, prefix=prefix, sha256=_hash(key), created_at=int(time.time()),
+                    requests_per_minute=requests_per_minute,
+                )
+            )  # fmt: skip
+        return key
+
+    def find(self, key: str) -> Known | None:
+        """Whose key it is; None for one that is unknown or revoked."""
+        match = _KEY.fullmatch(key)
+        if match is None:
+            return None
+        with Session(self._engine) as session:
+            row = session.scalar(select(_Row).where(_Row.prefix == match[1]))
+        # compared also where there is nothing to find, so that time tells nothing of prefixes
+        good = hmac.compare_digest(_hash(key), row.sha256 if row else "0" * 64)
+        if row is None or not good or row.revoked_at is not None:
+            return None
+        if time.time() - (row.last_used_at or 0) > _USE_NOTED_S:
+            self._note_use(row.number)
+        return Known(Caller(row.name, "admin" if row.role == "admin" else "user"), row.requests_per_minute)
+
+    def _note_use(self, number: int) -> None:
+        try:
+            with Session(self._engine) as session, session.begin():
+                session.execute(update(_Row).where(_Row.number == number).values(last_used_at=int(time.time())))
+        except SQLAlchemyError:  # a database that is busy is no reason to refuse anybody
+            logger.warning("the use of a key could not be noted", exc_info=True)
+
+    def list(self) -> list[KeyInfo]:
+        """All keys, the oldest first."""
+        with Session(self._engine) as session:
+            return [
+                KeyInfo(
+                    row.name, "admin" if row.role == "admin" else "user", row.prefix, row.created_at,
+                    row.last_used_at, row.revoked_at, row.requests_per_minute,
+                )
+                for row in session.scalars(select(_Row).order_by(_Row.number))
+            ]  # fmt: skip
+
+    def revoke(self, name: str) -> int:
+        """Revoke all keys of a name, or the one with that prefix; returns how many. Raises KeyNameError for none."""
+        good = _Row.revoked_at.is_(None) & ((_Row.name == name) | (_Row.prefix == name))
+        with Session(self._engine) as session, session.begin():
+            rows = session.scalars(select(_Row).where(good)).all()
+            for row in rows:
+                row.revoked_at = int(time.time())
+            if not rows:
+                raise KeyNameError(f"{name} has no key that works")
+            return len(rows)
+
+    def any(self) -> bool:
+        """Whether there is a key that works."""
+        with Session(self._engine) as session:
+            return session.scalar(select(_Row.number).where(_Row.revoked_at.is_(None)).limit(1)) is not None
+
+
+class KeyCheck:
+    """Looks keys up for an event loop, and believes what it found for `BELIEVED_S`."""
+
+    def __init__(self, keys: Keys, clock: Callable[[], float] = time.monotonic) -> None:
+        self._keys, self._clock = keys, clock
+        self._believed: dict[str, tuple[float, Known]] = {}
+        # a thread of its own: a flood of wrong keys does not keep the others of the process waiting
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
+
+    async def __call__(self, key: str) -> Known | None:
+        """See `Keys.find`."""
+        digest = _hash(key)  # of bytes that the client chose: no bytes of a key are kept
+        until, known = self._believed.get(digest, (0.0, None))
+        if known is not None and self._clock() < until:
+            return known
+        known = await asyncio.get_running_loop().run_in_executor(self._thread, self._keys.find, key)
+        if known is None:
+            self._believed.pop(digest, None)
+        else:
+            if len(self._believed) >= _MOST_BELIEVED:
+                self._believed.clear()
+            self._believed[digest] = (self._clock() + BELIEVED_S, known)
+        return known
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there. A name other than localhost might be anything."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def check_auth(settings: ServeConfig) -> bool:
+    """Whether keys are needed. Raises ConfigError if they are switched off for a host that others can reach."""
+    if settings.auth == "auto":
+        return not is_loopback(settings.host)
+    if settings.auth == "off" and not is_loopback(settings.host):
+        raise ConfigError(
+            f"serve.auth=off, but serve.host={settings.host} lets other machines in: leave serve.auth=auto and make "
+            "keys with `python jobs/keys.py add NAME`, or set serve.host=127.0.0.1"
+        )
+    return settings.auth == "on"
+
+
+def open_keys(settings: ServeConfig, engine: Engine, hint: str = "--data DIR") -> KeyCheck | None:
+    """The keys of the service, or None where none are needed. Says in the log how to make one if there is none.
+
+    `hint` is the flag of jobs/keys.py that leads to this database. Raises ConfigError as `check_auth` does.
+    """
+    if not check_auth(settings):
+        return None
+    keys = Keys(engine)
+    if not keys.any():
+        logger.warning("no key can use the service yet: make one with `python jobs/keys.py add NAME %s`", hint)
+    return KeyCheck(keys)
+
+
+def bearer(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The key in a request's headers; None if there is none, or more than one."""
+    found = [value for name, value in headers if name.lower() == b"authorization"]
+    if len(found) != 1:
+        return None
+    scheme, _, key = found[0].decode("latin-1").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode(errors="replace")).hexdigest()
