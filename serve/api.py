@@ -1,136 +1,201 @@
-"""HTTP: the OpenAI Videos API over a `VideoService`, and the Ray Serve deployment that runs it."""
+"""HTTP: the OpenAI Videos API over a `VideoService`, and what goes beyond it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from ray import serve
-from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from arlon_ray import __version__
 from arlon_ray.config import Config
-from arlon_ray.models.text import load_token_counter
-from serve.handles import HandleStages
-from serve.jobs_store import JobStore
-from serve.schema import Model, ModelList, RequestError, Video, VideoDeleted, VideoList, VideoRequest, error_body
+from serve.active import as_text
+from serve.bodies import BODY, first_frame, read_video_request
+from serve.callers import LOCAL, Caller
+from serve.pictures import FILES, Variant
+from serve.schema import (
+    DraftTokens,
+    ExtendRequest,
+    Model,
+    ModelList,
+    PlanRequest,
+    RemixRequest,
+    RequestError,
+    RerollRequest,
+    Video,
+    VideoDeleted,
+    VideoList,
+    VideoRequest,
+    error_body,
+)
 from serve.service import VideoService
 
-API = "VideoAPI"
+#: How often a client should ask, in milliseconds (the OpenAI client heeds it).
+_POLL = {"openai-poll-after-ms": "500"}
+_AT_ONCE = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies too send what comes at once
 
 
-def build_api(service: VideoService, model: str) -> FastAPI:
-    """The routes over `service`, which is closed when the application ends."""
+def _caller(request: Request) -> Caller:
+    return getattr(request.state, "caller", LOCAL)
+
+
+def _request_id(request: Request) -> str:
+    return getattr(request.state, "request_id", "")
+
+
+def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
+    if last_event_id and not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 10):
+        raise RequestError("expected the number of an event", param="Last-Event-ID")
+    return int(last_event_id or 0)
+
+
+From = Annotated[Caller, Depends(_caller)]
+RequestId = Annotated[str, Depends(_request_id)]
+Key = Annotated[str | None, Header(min_length=1, max_length=255)]
+
+
+def build_api(service: VideoService, config: Config) -> FastAPI:
+    """The routes over `service`, which is started and closed with the application."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
         yield
         await service.close()
 
     app = FastAPI(title="ARLON-Ray", version=__version__, lifespan=lifespan)
-    served = Model(id=model, created=int(time.time()))
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _broken)
+    app.include_router(_videos(service, config))
+    app.include_router(_drafts(service, config))
+    app.include_router(_about(service, config.name))
+    app.openapi = partial(_with_body, app)  # type: ignore[method-assign]
+    return app
 
-    @app.post("/v1/videos")
-    async def create(request: VideoRequest) -> Video:
-        return await service.create(request)
 
-    @app.get("/v1/videos")
+def _videos(service: VideoService, config: Config) -> APIRouter:
+    router = APIRouter(prefix="/v1/videos", tags=["videos"])
+
+    @router.post("", openapi_extra=BODY)
+    async def create(request: Request, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
+        asked, picture = await read_video_request(request, config)
+        return await service.create(asked, who, picture, idempotency_key, request_id)
+
+    @router.post("/extensions")
+    async def extend(asked: ExtendRequest, who: From, request_id: RequestId) -> Video:
+        return await service.extend(asked, who, request_id)
+
+    @router.post("/{video_id}/remix")
+    async def remix(video_id: str, asked: RemixRequest, who: From, request_id: RequestId) -> Video:
+        return await service.remix(video_id, asked, who, request_id)
+
+    _reading(router, service, "video")
+    return router
+
+
+def _drafts(service: VideoService, config: Config) -> APIRouter:
+    router = APIRouter(prefix="/v1/drafts", tags=["drafts"])
+
+    @router.post("")
+    async def create(asked: PlanRequest, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
+        picture = await first_frame(asked, config)
+        return await service.create(asked, who, picture, idempotency_key, request_id)
+
+    @router.get("/{video_id}/tokens")
+    async def tokens(video_id: str, who: From) -> DraftTokens:
+        return await service.tokens(video_id, who)
+
+    @router.post("/{video_id}/segments/{index}/reroll")
+    async def reroll(video_id: str, index: int, asked: RerollRequest, who: From) -> Video:
+        return await service.reroll(video_id, index, asked, who)
+
+    _reading(router, service, "draft")
+    return router
+
+
+def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "draft"]) -> None:
+    """The routes that videos and drafts have alike."""
+
+    @router.get("")
     async def page(
+        who: From,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
-        videos, more = await service.page(after, limit, order == "desc")
+        videos, more = await service.page(kind, who, after, limit, order == "desc")
         first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
         return VideoList(data=videos, first_id=first, last_id=last, has_more=more)
 
-    @app.get("/v1/videos/{video_id}")
-    async def retrieve(video_id: str) -> Video:
-        return await service.get(video_id)
+    @router.get("/{video_id}")
+    async def retrieve(video_id: str, who: From, response: Response) -> Video:
+        response.headers.update(_POLL)
+        return await service.get(video_id, who, kind)
 
-    @app.get("/v1/videos/{video_id}/content", response_class=FileResponse)
-    async def content(video_id: str) -> FileResponse:
-        return FileResponse(await service.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+    @router.get("/{video_id}/content", response_class=FileResponse)
+    async def content(video_id: str, who: From, variant: Variant = "video") -> Response:
+        found = await service.content(video_id, who, kind, variant)
+        media = "video/mp4" if variant == "video" else "image/png"
+        name = f"{video_id}{Path(FILES[variant]).suffix}"
+        if isinstance(found, bytes):
+            headers = {"content-disposition": f'attachment; filename="{name}"'}
+            return Response(found, media_type=media, headers=headers)
+        return FileResponse(found, media_type=media, filename=name)
 
-    @app.get("/v1/videos/{video_id}/stream", response_class=StreamingResponse)
-    async def stream(video_id: str) -> StreamingResponse:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies too send what comes at once
-        return StreamingResponse(await service.stream(video_id), media_type="video/mp4", headers=headers)
+    @router.get("/{video_id}/stream", response_class=StreamingResponse)
+    async def stream(video_id: str, who: From) -> StreamingResponse:
+        watched = await service.stream(video_id, who, kind)
+        return StreamingResponse(watched, media_type="video/mp4", headers=_AT_ONCE)
 
-    @app.delete("/v1/videos/{video_id}")
-    async def delete(video_id: str) -> VideoDeleted:
-        await service.delete(video_id)
-        return VideoDeleted(id=video_id)
+    @router.get("/{video_id}/events", response_class=StreamingResponse)
+    async def events(video_id: str, who: From, after: Annotated[int, Depends(_last_event)]) -> StreamingResponse:
+        happening = await service.events(video_id, after, who, kind)
+        lines = (as_text(event) async for event in happening)
+        return StreamingResponse(lines, media_type="text/event-stream", headers=_AT_ONCE)
 
-    @app.get("/v1/models")
+    @router.delete("/{video_id}")
+    async def delete(video_id: str, who: From) -> VideoDeleted:
+        await service.delete(video_id, who, kind)
+        return VideoDeleted(id=video_id, object="video.deleted" if kind == "video" else "draft.deleted")
+
+
+def _about(service: VideoService, model: str) -> APIRouter:
+    router = APIRouter(tags=["service"])
+    served = Model(id=model, created=int(time.time()))
+
+    @router.get("/v1/models")
     async def models() -> ModelList:
         return ModelList(data=[served])
 
-    @app.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Model:
         if name != model:
             raise RequestError(f"model must be {model!r}", param="model", code="model_not_found", status=404)
         return served
 
-    @app.get("/healthz")
+    @router.get("/healthz")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": model, **service.counts()}
 
-    return app
+    return router
 
 
-@serve.ingress()
-class VideoAPI:
-    """The ingress. It holds no model, only the text encoder's tokenizer.
-
-    One replica, because the queue and the running jobs live in its memory.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        data_dir: str,
-        ar: DeploymentHandle | None,
-        dit: DeploymentHandle,
-        decoder: DeploymentHandle,
-    ) -> None:
-        own = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
-        self._model = config.name
-        self._stages = HandleStages(ar, dit, decoder, own)
-        folder = Path(data_dir)
-        store, count_tokens = JobStore.in_folder(folder), load_token_counter(config.text)
-        self._service = VideoService(config, store, self._stages, folder / "videos", count_tokens)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._model)
-
-    async def may_plan(self, job_id: str, index: int) -> bool:
-        """Called by the AR's replicas; see `HandleStages.may_plan`."""
-        return await self._stages.may_plan(job_id, index)
-
-
-def bind_api(config: Config, data_dir: str, stages: tuple[serve.Application | None, ...]) -> serve.Application:
-    """The ingress over the bound stages."""
-    deployment = serve.deployment(
-        name=API,
-        num_replicas=1,
-        # status requests and downloads, not work: the queue of jobs has its own bound
-        max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_timeout_s=5,
-    )(VideoAPI)
-    return deployment.bind(config, data_dir, *stages)
+def _with_body(app: FastAPI) -> dict[str, Any]:
+    """The description of the API, with the body that `read_video_request` reads itself."""
+    if app.openapi_schema is None:
+        described = FastAPI.openapi(app)
+        body = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        described["components"]["schemas"] |= {**body.pop("$defs", {}), "VideoRequest": body}
+    return FastAPI.openapi(app)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:

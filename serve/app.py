@@ -13,8 +13,8 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from arlon_ray.config import Config, ConfigError
-from serve.api import bind_api
 from serve.deployments import bind_stages
+from serve.ingress import bind_api
 
 APP = "arlon"
 
@@ -38,8 +38,12 @@ def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve
     Raises ConfigError as `check_devices` does.
     """
     check_devices(config)
-    data = Path(config.serve.data_dir or data_dir).expanduser().absolute()
-    return bind_api(config, str(data), bind_stages(config, str(Path(bundle).expanduser().absolute())))
+    data = str(config.serve.data_dir or data_dir)
+    if "://" not in data:
+        data = str(Path(data).expanduser().absolute())
+    elif config.serve.database_url is None:
+        raise ConfigError(f"serve.data_dir={data}: a database is no file of a bucket: set serve.database_url too")
+    return bind_api(config, data, bind_stages(config, str(Path(bundle).expanduser().absolute())))
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from logging import getLogger
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,10 +20,10 @@ import torch
 from ray import serve
 
 from arlon_ray.config import Config, DeploymentConfig
-from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder
+from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, given_picture
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
-from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens
+from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
 
@@ -57,16 +58,21 @@ class ArDeployment:
         self._worker = _Worker(threads)
         self._planner = self._worker.now(ArPlanner.from_bundle, bundle, device)
 
-    async def plan(self, job: Job, permit: Permit) -> AsyncIterator[Timed[Tokens]]:
-        """Tokens of the job's segments, in order; `permit(index)` is awaited before each and may end the plan."""
+    async def plan(
+        self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None
+    ) -> AsyncIterator[Timed[Tokens]]:
+        """Tokens of the job's segments, in order; `permit(index)` is awaited before each and may end the plan.
+
+        `planned` are the tokens of the first segments, where those are there already: it goes on behind them.
+        """
         stop = threading.Event()
-        segments = self._planner.plan(job.prompts, job.seed, job.options, on_token=lambda _: _unless(stop))
+        segments = self._planner.plan(job.prompts, job.seed, job.options, lambda _: _unless(stop), _own(given), planned)
         try:
-            for index in range(len(job.prompts)):
+            for index in range(len(planned), len(job.prompts)):
                 if not await permit(index):
                     return
-                planned = await self._worker.run(next, segments)
-                yield Timed(planned.value.tokens, planned.started, planned.seconds)
+                made = await self._worker.run(next, segments)
+                yield Timed(made.value.tokens, made.started, made.seconds)
         finally:
             stop.set()
 
@@ -79,13 +85,22 @@ class DitDeployment:
         self._renderer = self._worker.now(DiTRenderer.from_bundle, bundle, device)
         self._counts = {"steps": 0, "segments": 0}
 
-    async def render(self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None) -> Timed[Latents]:
-        """The new latents [C, n, h, w] of segment `index`."""
-        stop = threading.Event()
+    async def render(
+        self,
+        job: Job,
+        index: int,
+        tokens: Tokens | None,
+        overlap: Latents | None,
+        told: Told | None = None,
+    ) -> Timed[Latents]:
+        """The new latents [C, n, h, w] of segment `index`. `told(index, step)` hears of every step that begins."""
+        stop, loop = threading.Event(), asyncio.get_running_loop()
 
-        def on_step(_: int) -> None:
+        def on_step(step: int) -> None:
             _unless(stop)
             self._counts["steps"] += 1
+            if told is not None:
+                asyncio.run_coroutine_threadsafe(_quietly(told(index, step + 1)), loop)
 
         def render() -> Latents:
             rendered = self._renderer.render(
@@ -121,6 +136,19 @@ class DecoderDeployment:
 
         return await self._worker.run(decode)
 
+    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+        """The same out of the tokens [n, h', w'] of whole groups alone."""
+
+        def decode() -> Decoded:
+            frames = self._decoder.preview(_own(tokens), before, job.options.seam_frames)
+            return Decoded(encode_fragment(frames, self._fps), frames[-1].copy())
+
+        return await self._worker.run(decode)
+
+    async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
+        """The latents [C, 1, h, w] of a picture uint8 [H, W, 3]."""
+        return await self._worker.run(lambda: given_picture(self._decoder.bundle, _own(picture)).latents)
+
 
 def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, serve.Application, serve.Application]:
     """AR, DiT and decoder of `bundle`, ready to be bound to the API. No AR where every video is a baseline."""
@@ -150,6 +178,14 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
 def _unless(stop: threading.Event) -> None:
     if stop.is_set():
         raise Cancelled
+
+
+async def _quietly(news: Awaitable[None]) -> None:
+    """News of a step that do not arrive disturb nobody who renders."""
+    try:
+        await news
+    except Exception:
+        getLogger(__name__).debug("nobody could be told of a step", exc_info=True)
 
 
 def _timed(call: Callable[..., T], *arguments: Any) -> Timed[T]:

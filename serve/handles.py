@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens
+from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told, WorkerLost
+
+_LOST = (
+    RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RemotePermit:
-    """A `Permit` that travels: asks the API deployment, which knows the orchestrators."""
+    """A `Permit` that travels: asks the API deployment, which knows the orchestrators.
+
+    `plan` is the one that asks: not every plan of a job is one that somebody still waits for.
+    """
 
     api: DeploymentHandle
-    job_id: str
+    plan: str
 
     async def __call__(self, index: int) -> bool:
-        return await self.api.may_plan.remote(self.job_id, index)
+        return await self.api.may_plan.remote(self.plan, index)
+
+
+@dataclass(frozen=True)
+class RemoteTold:
+    """A `Told` that travels."""
+
+    api: DeploymentHandle
+    rendering: str
+
+    async def __call__(self, index: int, step: int) -> None:
+        await self.api.told.remote(self.rendering, index, step)
 
 
 class HandleStages:
@@ -29,44 +52,81 @@ class HandleStages:
     def __init__(
         self, ar: DeploymentHandle | None, dit: DeploymentHandle, decoder: DeploymentHandle, api: DeploymentHandle
     ) -> None:
-        """`api` is the deployment that owns this object; its `may_plan` leads back to `may_plan` here.
+        """`api` is the deployment that owns this object; its `may_plan` and `told` lead back to those here.
 
         Without `ar` only baselines can be made, which are not planned.
         """
         self._ar = ar.options(stream=True) if ar is not None else None
         self._dit, self._decoder, self._api = dit, decoder, api
         self._permits: dict[str, Permit] = {}
+        self._told: dict[str, Told] = {}
 
-    async def may_plan(self, job_id: str, index: int) -> bool:
-        """What a plan asks before its segment `index`. False for plans of an earlier process or a cancelled job."""
-        permit = self._permits.get(job_id)
+    async def may_plan(self, plan: str, index: int) -> bool:
+        """What a plan asks before its segment `index`. False for plans that nobody waits for any more."""
+        permit = self._permits.get(plan)
         return await permit(index) if permit else False
 
-    async def plan(self, job: Job, permit: Permit) -> AsyncIterator[Timed[Tokens]]:
+    async def told(self, rendering: str, index: int, step: int) -> None:
+        """What a rendering tells."""
+        if told := self._told.get(rendering):
+            await told(index, step)
+
+    async def plan(
+        self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None
+    ) -> AsyncIterator[Timed[Tokens]]:
         """Ray's streams have no back pressure: the replica asks before it plans a segment instead."""
         if self._ar is None:
             raise RuntimeError("this service has no AR: only baselines can be made")
-        self._permits[job.id] = permit
-        stream: Any = self._ar.plan.remote(job, RemotePermit(self._api, job.id))
+        name = uuid.uuid4().hex
+        self._permits[name] = permit
+        stream: Any = self._ar.plan.remote(job, RemotePermit(self._api, name), planned, given)
         try:
-            async for planned in stream:
-                yield planned
+            with _losses():
+                async for each in stream:
+                    yield each
         finally:
-            del self._permits[job.id]
+            del self._permits[name]
             stream.cancel()
 
-    async def render(self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None) -> Timed[Latents]:
+    async def render(
+        self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None, told: Told | None = None
+    ) -> Timed[Latents]:
         """See `Stages`."""
-        return await _result(self._dit.render.remote(job, index, tokens, overlap))
+        name = uuid.uuid4().hex
+        if told is not None:
+            self._told[name] = told
+        try:
+            remote = RemoteTold(self._api, name) if told is not None else None
+            return await _result(self._dit.render.remote(job, index, tokens, overlap, remote))
+        finally:
+            self._told.pop(name, None)
 
     async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """See `Stages`."""
         return await _result(self._decoder.decode.remote(job, latents, before))
 
+    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+        """See `Stages`."""
+        return await _result(self._decoder.preview.remote(job, tokens, before))
+
+    async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
+        """See `Stages`."""
+        return await _result(self._decoder.encode.remote(job, picture))
+
 
 async def _result(response: Any) -> Any:
     try:
-        return await response
+        with _losses():
+            return await response
     except asyncio.CancelledError:
         response.cancel()
         raise
+
+
+@contextmanager
+def _losses() -> Iterator[None]:
+    """Ray's words for a replica that is gone, in ours."""
+    try:
+        yield
+    except _LOST as error:
+        raise WorkerLost(type(error).__name__) from error

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-
-from arlon_ray.config import Config
-from arlon_ray.generation import (
-    GenerationOptions,
-    Scene,
-    SegmentText,
-    default_options,
-    playing_time,
-    segments_for,
-    spread_prompts,
-    storyboard,
-)
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 SegmentStatus = Literal["queued", "planned", "rendering", "rendered", "completed"]
@@ -81,10 +68,17 @@ class SegmentPrompt(_Strict):
     seconds: Seconds | None = None
 
 
-class VideoRequest(_Strict):
-    """Body of `POST /v1/videos`. Either `prompt` or `segments`; `num_segments` or `seconds` or neither.
+class ImageReference(_Strict):
+    """A picture in a JSON body, as the OpenAI API spells it; a multipart body has the file itself."""
 
-    Segments with seconds of their own make a video of that length, and take no other.
+    image_url: Text = Field(description="data:image/png;base64,…; also JPEG and WebP")
+
+
+class PlanRequest(_Strict):
+    """What a video is about, and how it is planned: body of `POST /v1/drafts`.
+
+    Either `prompt` or `segments`; `num_segments` or `seconds` or neither. Segments with seconds of their own make a
+    video of that length, and take no other.
     """
 
     prompt: Text | None = None
@@ -96,12 +90,52 @@ class VideoRequest(_Strict):
     )
     size: Text | None = Field(None, description="WIDTHxHEIGHT; only the model's own")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    model: Text | None = None
+    user: Text | None = Field(None, max_length=256, description="the caller's own mark, kept and not interpreted")
+    input_reference: ImageReference | None = Field(None, description="the first frame: image to video")
+    negative_prompt: Text | None = Field(None, description="what the text guidance leads away from")
+    deadline_s: float | None = Field(
+        None, gt=0, le=1e7, allow_inf_nan=False, description="seconds from now; what is not finished then has failed"
+    )
+
+
+class VideoRequest(PlanRequest):
+    """Body of `POST /v1/videos`: what a draft takes, and how it is rendered; or a draft that is to be rendered."""
+
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     token_guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     baseline: bool = Field(False, description="text only: no plan, no tokens")
-    model: Text | None = None
-    user: Text | None = Field(None, max_length=256, description="the caller's own mark, kept and not interpreted")
+    draft: Text | None = Field(None, description="the draft that is rendered: it says what the video is about")
+
+
+class RemixRequest(_Strict):
+    """Body of `POST /v1/videos/{id}/remix`."""
+
+    prompt: Text
+
+
+class VideoReference(_Strict):
+    """A finished video."""
+
+    id: Text
+
+
+class ExtendRequest(_Strict):
+    """Body of `POST /v1/videos/extensions`; the new part lasts at least `seconds`."""
+
+    prompt: Text
+    video: VideoReference
+    seconds: Seconds | None = None
+    num_segments: int | None = Field(None, ge=1)
+
+
+class RerollRequest(_Strict):
+    """Body of `POST /v1/drafts/{id}/segments/{k}/reroll`."""
+
+    prompt: Text | None = None
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    following: Literal["keep", "replan"] = Field("keep", description="what becomes of the segments behind it")
 
 
 class SegmentTimes(BaseModel):
@@ -126,6 +160,7 @@ class SegmentState(BaseModel):
     prompt: str
     status: SegmentStatus = "queued"
     frames: int
+    seed: int
 
 
 class VideoError(BaseModel):
@@ -136,24 +171,28 @@ class VideoError(BaseModel):
 
 
 class Video(BaseModel):
-    """The video object of the API. Times are Unix seconds; `seconds` is the playing time, as text."""
+    """The video object of the API, also of a draft. Times are Unix seconds; `seconds` is the playing time, as text."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     id: str
-    object: Literal["video"] = "video"
+    object: Literal["video", "draft"] = "video"
     model: str
     status: Status = "queued"
     progress: int = Field(0, ge=0, le=100)
     created_at: int
     started_at: int | None = None
     completed_at: int | None = None
+    expires_at: int | None = None
     seconds: str
     size: str
     prompt: str
     seed: int
     baseline: bool = False
     user: str | None = None
+    remixed_from_video_id: str | None = None
+    extended_from_video_id: str | None = None
+    draft_id: str | None = None
     segments: list[SegmentState]
     timings: list[SegmentTimes] = []
     error: VideoError | None = None
@@ -185,11 +224,25 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class SegmentPlan(BaseModel):
+    """The tokens of one segment, of shape [t', h', w'], in that order; those of the overlap included."""
+
+    index: int
+    shape: list[int]
+    tokens: list[int]
+
+
+class DraftTokens(BaseModel):
+    """The answer to `GET /v1/drafts/{id}/tokens`."""
+
+    segments: list[SegmentPlan]
+
+
 class VideoDeleted(BaseModel):
     """The answer to DELETE."""
 
     id: str
-    object: Literal["video.deleted"] = "video.deleted"
+    object: Literal["video.deleted", "draft.deleted"] = "video.deleted"
     deleted: bool = True
 
 
@@ -203,91 +256,3 @@ def error_body(message: str, *, param: str | None = None, code: str | None = Non
 
 def _printable(text: str) -> str:
     return text[:500].encode(errors="replace").decode()
-
-
-def read_prompts(
-    request: VideoRequest, config: Config, count_tokens: Callable[[str], int] | None = None
-) -> list[SegmentText]:
-    """Check the request against what this model makes, and return the text of each segment.
-
-    `count_tokens` is the text encoder's: without it, what is too long for the encoder passes and is cut off there.
-    Raises RequestError that names the field.
-    """
-    if request.model is not None and request.model != config.name:
-        raise RequestError(f"model must be {config.name!r}", param="model", code="model_not_found")
-    size = f"{config.video.width}x{config.video.height}"
-    if request.size is not None and request.size != size:
-        raise RequestError(f"size must be {size}, the size this model makes", param="size")
-    if (request.prompt is None) == (request.segments is None):
-        field = "prompt" if request.prompt is None else "segments"
-        raise RequestError("exactly one of prompt and segments is required", param=field)
-    prompts = _checked_prompts(request, config, count_tokens)
-    if request.num_segments is not None and request.seconds is not None:
-        raise RequestError("num_segments and seconds exclude each other", param="seconds")
-    if request.segments and any(part.seconds is not None for part in request.segments):
-        return _timed_prompts(request, prompts, config)
-    if request.transition_latents:
-        raise RequestError("only segments with seconds of their own are blended", param="transition_latents")
-    count = request.num_segments or len(prompts)
-    field = "num_segments" if request.num_segments else "segments"
-    if request.seconds is not None:
-        count, field = segments_for(request.seconds, config), "seconds"
-    _check_length(count, config, field)
-    if count < len(prompts):
-        raise RequestError(f"{len(prompts)} prompts need at least as many segments, not {count}", param=field)
-    return list[SegmentText](spread_prompts(prompts, count))
-
-
-def _timed_prompts(request: VideoRequest, prompts: list[str], config: Config) -> list[SegmentText]:
-    """The text of each segment where the parts say how long they last."""
-    parts = request.segments or []
-    if request.num_segments is not None or request.seconds is not None:
-        field = "seconds" if request.seconds is not None else "num_segments"
-        raise RequestError("the segments' own seconds say how long the video is", param=field)
-    for index, part in enumerate(parts):
-        if part.seconds is None:
-            raise RequestError("all segments say how long they last, or none does", param=f"segments.{index}.seconds")
-    needed = segments_for(sum(part.seconds or 0.0 for part in parts), config)
-    _check_length(needed, config, "segments")
-    scenes = [Scene(prompt, part.seconds) for prompt, part in zip(prompts, parts, strict=True)]
-    try:
-        return storyboard(scenes, config, transition=request.transition_latents)
-    except ValueError as error:
-        raise RequestError(str(error), param="segments") from None
-
-
-def _check_length(segments: int, config: Config, field: str) -> None:
-    if segments > config.serve.max_segments:
-        limit = playing_time(config.serve.max_segments, config)
-        raise RequestError(f"at most {config.serve.max_segments} segments ({limit} s)", param=field)
-
-
-def options_of(request: VideoRequest, config: Config) -> GenerationOptions:
-    """The configured sampling with what the request sets."""
-    return default_options(
-        config.sampling,
-        steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        token_guidance_scale=request.token_guidance_scale,
-        baseline=request.baseline or None,
-    )
-
-
-def _checked_prompts(request: VideoRequest, config: Config, count_tokens: Callable[[str], int] | None) -> list[str]:
-    if request.segments is None:
-        named = [("prompt", request.prompt or "")]
-    else:
-        named = [(f"segments.{index}.prompt", part.prompt) for index, part in enumerate(request.segments)]
-    if len(named) > config.serve.max_segments:
-        raise RequestError(f"at most {config.serve.max_segments} segments", param="segments")
-    limit = config.serve.max_prompt_characters
-    for field, text in named:
-        if not text.strip():
-            raise RequestError("the prompt is empty", param=field)
-        if len(text) > limit:
-            raise RequestError(f"the prompt has {len(text)} characters, at most {limit} are allowed", param=field)
-        tokens = count_tokens(text.strip()) if count_tokens else 0
-        if tokens > config.text.max_tokens:
-            message = f"the prompt has {tokens} tokens, at most {config.text.max_tokens} are allowed"
-            raise RequestError(message, param=field)
-    return [text.strip() for _, text in named]

@@ -1,98 +1,48 @@
-"""Admission, the queue and the life of every video. Knows neither HTTP nor Ray."""
+"""Admission, the queue and the life of every video and draft. Knows neither HTTP nor Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import hashlib
 import logging
 import math
-import secrets
-import shutil
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from arlon_ray.config import Config
-from arlon_ray.generation import SegmentText, new_frames, playing_time, prompt_of
-from serve.jobs_store import JobStore
+from serve import new_jobs, pictures
+from serve.active import Active, pieces, told
+from serve.blobs import Blobs
+from serve.callers import LOCAL, Caller
+from serve.fair_queue import FairQueue
+from serve.job_files import JobFiles, SegmentRecord
+from serve.job_store import Event, JobStore, Stored
 from serve.orchestrator import Orchestrator, StageError
 from serve.schema import (
+    DraftTokens,
+    ExtendRequest,
+    PlanRequest,
+    RemixRequest,
     RequestError,
-    SegmentState,
-    SegmentStatus,
-    SegmentTimes,
+    RerollRequest,
+    SegmentPlan,
     Video,
     VideoError,
     VideoRequest,
-    options_of,
-    read_prompts,
 )
-from serve.work import Job, Stages, Timed
+from serve.work import Frame, Stages
 
 logger = logging.getLogger("ray.serve")
 
-#: Share of the progress, in percent, that a segment in this state has made.
-_PROGRESS: dict[SegmentStatus, int] = {"queued": 0, "planned": 10, "rendering": 10, "rendered": 90, "completed": 100}
-_PIECE = 2**16  # bytes of a stream that are sent at once
 _FIRST_GUESS_S = 10.0  # length of a job, before one has finished
-
-
-@dataclass(eq=False)
-class _Active:
-    """A video that is waiting or being made, and what its orchestrator tells (a `Watcher`)."""
-
-    video: Video
-    job: Job
-    store: JobStore
-    began: float = 0.0  # Unix seconds
-    task: asyncio.Task[None] | None = None
-    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    pending: asyncio.Task[None] | None = None  # a save that has not yet looked at the video
-    partial: Path | None = None  # the file that grows
-    changed: asyncio.Event = field(default_factory=asyncio.Event)  # the next change sets it; a new one takes its place
-    ended: bool = False
-
-    async def save(self) -> None:
-        # one after the other, or an older state might be written last; a copy, for the video changes meanwhile
-        async with self.saving:
-            self.pending = None
-            await asyncio.to_thread(self.store.save, self.video.model_copy(deep=True))
-
-    def save_soon(self) -> None:
-        """Write the state without keeping the work waiting; changes that come together are written together."""
-        if self.pending is None:
-            self.pending = asyncio.create_task(self.save())
-
-    def tell(self, ended: bool = False) -> None:
-        """Wake all who wait for a change."""
-        self.ended = self.ended or ended
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    async def started(self) -> None:
-        if self.video.status == "queued":
-            self.began = time.time()
-            self.video.status, self.video.started_at = "in_progress", int(self.began)
-            self.save_soon()
-
-    async def segment(
-        self, index: int, status: SegmentStatus, stage: str | None = None, times: Timed | None = None
-    ) -> None:
-        self.video.segments[index].status = status
-        if stage and times:
-            timing = self.video.timings[index]
-            setattr(timing, f"{stage}_start_s", round(times.started - self.began, 3))
-            setattr(timing, f"{stage}_s", round(times.seconds, 3))
-        done = sum(_PROGRESS[segment.status] for segment in self.video.segments)
-        # 100 is for a file that can be fetched
-        self.video.progress = min(99, done // len(self.video.segments))
-        self.save_soon()
-        self.tell()
+_CLEANING_S = 60.0  # between looks for what has expired
+_LATE = VideoError(code="deadline_exceeded", message="the video was not finished before its deadline")
 
 
 class VideoService:
@@ -103,73 +53,250 @@ class VideoService:
         config: Config,
         store: JobStore,
         stages: Stages,
-        folder: Path,
+        blobs: Blobs,
         count_tokens: Callable[[str], int] | None = None,
     ) -> None:
-        """Each video gets a folder of its own in `folder`. Videos that an earlier process left are marked failed.
-
-        With `count_tokens`, prompts with more tokens than the text encoder takes are refused.
-        """
-        self._config, self._store, self._stages, self._folder = config, store, stages, folder
+        """With `count_tokens`, prompts with more tokens than the text encoder takes are refused."""
+        self._config, self._store, self._stages, self._blobs = config, store, stages, blobs
         self._count_tokens = count_tokens
-        self._waiting: dict[str, _Active] = {}
-        self._running: dict[str, _Active] = {}
+        self._waiting = FairQueue()
+        self._running: dict[str, Active] = {}
         self._arriving = 0
         self._mean_seconds = _FIRST_GUESS_S
-        for video_id in store.fail_unfinished():
-            shutil.rmtree(folder / video_id, ignore_errors=True)
+        self._cleaning: asyncio.Task[None] | None = None
+        self._rerolling = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Go on with all that an earlier process has accepted, each behind its last finished segment."""
+        for stored in await asyncio.to_thread(self._store.unfinished):
+            active = self._active(stored)
+            active.restored(await asyncio.to_thread(self._store.events, stored.video.id))
+            active.began = float(stored.video.started_at or 0)
+            self._enqueue(active)
+        self._cleaning = asyncio.create_task(self._clean(), context=contextvars.Context())
 
     def counts(self) -> dict[str, int]:
         """How many videos wait and are being made."""
         return {"queued": len(self._waiting) + self._arriving, "running": len(self._running)}
 
-    async def create(self, request: VideoRequest) -> Video:
-        """Accept a video. Raises RequestError: a bad field (422), or too many waiting (429)."""
-        prompts = read_prompts(request, self._config, self._count_tokens)
-        self._refuse_if_full()
-        self._arriving += 1
-        try:
-            active = self._new(request, prompts)
-            accepted = active.video.model_copy(deep=True)
-            await asyncio.to_thread(self._store.add, accepted, request)
-        finally:
-            self._arriving -= 1
-        self._waiting[accepted.id] = active
-        self._start_waiting()
+    # ---- asking
+
+    async def create(
+        self,
+        request: PlanRequest,
+        caller: Caller = LOCAL,
+        picture: Frame | None = None,
+        idempotency_key: str | None = None,
+        request_id: str = "",
+    ) -> Video:
+        """Accept a video, or a draft (a request that is no VideoRequest).
+
+        `picture` uint8 [H, W, 3], of the model's size, is the first frame. The same key and request of the same caller
+        is the same video. Raises RequestError: a bad field (422), a key that was used otherwise (409), too many (429).
+        """
+        source = None
+        if isinstance(request, VideoRequest) and request.draft is not None:
+            source = await self._finished(request.draft, caller, "draft")
+            new = new_jobs.rendered(source, request, self._config)
+        else:
+            new = new_jobs.asked(request, self._config, self._count_tokens)
+
+        def prepare(files: JobFiles) -> None:
+            if picture is not None:
+                files.write_picture(picture)
+            if source is not None:
+                self._take_over(source.job.id, files)
+
+        digest = hashlib.sha256(request.model_dump_json().encode() + (b"" if picture is None else picture.tobytes()))
+        kept = Stored(*new, caller.name, _deadline(request), idempotency_key, digest.hexdigest())
+        return await self._accept(kept, caller, request_id, prepare)
+
+    async def remix(self, video_id: str, request: RemixRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
+        """Accept the same video with another text. Raises RequestError."""
+        stored = await self._stored(video_id, caller, "video")
+        new = new_jobs.remixed(stored, request, self._config, self._count_tokens)
+        picture = await asyncio.to_thread(self._files(video_id).picture)
+
+        def prepare(files: JobFiles) -> None:
+            if picture is not None:
+                files.write_picture(picture)
+
+        return await self._accept(Stored(*new, caller.name), caller, request_id, prepare)
+
+    async def extend(self, request: ExtendRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
+        """Accept a finished video with more behind it. Raises RequestError."""
+        stored = await self._finished(request.video.id, caller, "video")
+        new = new_jobs.extended(stored, request, self._config, self._count_tokens)
+        prepare = partial(JobFiles.go_on_from, other=self._files(stored.video.id))
+        return await self._accept(Stored(*new, caller.name), caller, request_id, prepare)
+
+    async def reroll(self, draft_id: str, index: int, request: RerollRequest, caller: Caller = LOCAL) -> Video:
+        """Plan a segment of a draft anew. Raises RequestError; 409 while the draft is being made."""
+        async with self._rerolling:  # or two would find it finished
+            stored = await self._finished(draft_id, caller, "draft")
+            video, job = new_jobs.rerolled(stored, index, request, self._config, self._count_tokens)
+            self._refuse_if_full(caller)
+            active = self._active(replace(stored, video=video, job=job, deadline=None))
+            active.restored(await asyncio.to_thread(self._store.events, draft_id))
+            active.tell("segment.reset", index=index)
+            await active.save(job)
+        accepted = video.model_copy(deep=True)
+        self._enqueue(active)
         return accepted
 
-    async def get(self, video_id: str) -> Video:
-        """Raises RequestError (404)."""
-        video = await asyncio.to_thread(self._store.get, video_id)
-        if video is None:
-            raise _unknown(video_id)
-        return video
-
-    async def page(self, after: str | None, limit: int, newest_first: bool) -> tuple[list[Video], bool]:
-        """Videos in the order they were made, and whether there are more. Raises RequestError for `after`."""
+    async def _accept(self, new: Stored, caller: Caller, request_id: str, prepare: Callable[[JobFiles], None]) -> Video:
+        """Write the job down, with what it starts from, and let it wait for its turn."""
+        if new.idempotency_key is not None:
+            earlier = await asyncio.to_thread(self._store.find, caller.name, new.idempotency_key)
+            if earlier:
+                return _same(earlier, new)
+        self._refuse_if_full(caller)
+        self._arriving += 1
         try:
-            return await asyncio.to_thread(self._store.page, after=after, limit=limit, newest_first=newest_first)
+            new.job = replace(new.job, request_id=request_id)
+            await asyncio.to_thread(prepare, self._files(new.video.id))
+            accepted = new.video.model_copy(deep=True)
+            if earlier := await asyncio.to_thread(self._store.add, new):
+                await asyncio.to_thread(self._files(new.video.id).delete)
+                return _same(earlier, new)
+        finally:
+            self._arriving -= 1
+        self._enqueue(self._active(new, caller))
+        return accepted
+
+    def _take_over(self, draft_id: str, files: JobFiles) -> None:
+        """A draft's plan, and the picture it starts from."""
+        draft = self._files(draft_id)
+        for index, record in draft.segments():
+            files.write_segment(index, SegmentRecord(record.tokens))
+        if (picture := draft.picture()) is not None:
+            files.write_picture(picture)
+
+    def _refuse_if_full(self, caller: Caller) -> None:
+        settings = self._config.serve
+        waiting, own = len(self._waiting) + self._arriving, self._waiting.of(caller.name)
+        free = settings.max_running - len(self._running)
+        retry_after_s = max(1, math.ceil(self._mean_seconds / settings.max_running))
+        if waiting >= settings.max_queued + free:
+            message, code = f"{waiting} videos are waiting already, try again in {retry_after_s} s", "queue_full"
+        elif own >= settings.max_queued_per_key + free:
+            message, code = f"{own} videos of this key are waiting already", "too_many_queued"
+        else:
+            return
+        raise RequestError(message, code=code, status=429, retry_after_s=retry_after_s)
+
+    # ---- looking
+
+    async def get(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> Video:
+        """Raises RequestError (404)."""
+        return (await self._stored(video_id, caller, kind)).video
+
+    async def page(
+        self, kind: str, caller: Caller, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[Video], bool]:
+        """Videos in the order they were accepted, and whether there are more. Raises RequestError for `after`."""
+        try:
+            return await asyncio.to_thread(
+                self._store.page, kind, caller, after=after, limit=limit, newest_first=newest_first
+            )
         except KeyError:
-            raise RequestError(f"no video {after!r}", param="after", code="not_found") from None
+            raise RequestError(f"no {kind} {after!r}", param="after", code="not_found") from None
 
-    async def content(self, video_id: str) -> Path:
-        """The mp4. Raises RequestError: unknown (404), not finished or failed (409)."""
-        video = await self.get(video_id)
-        if video.status != "completed":
-            message = f"the video is {video.status}: it has no content" + ("" if video.status == "failed" else " yet")
-            raise RequestError(message, param="video_id", code=f"video_{video.status}", status=409)
-        return self._folder / video_id / "video.mp4"
+    async def tokens(self, draft_id: str, caller: Caller = LOCAL) -> DraftTokens:
+        """The plan of a draft, as far as it is there. Raises RequestError (404)."""
+        await self._stored(draft_id, caller, "draft")
+        found = await asyncio.to_thread(lambda: list(self._files(draft_id).segments()))
+        known = [(index, record.tokens) for index, record in found if record.tokens is not None]
+        return DraftTokens(
+            segments=[SegmentPlan(index=i, shape=list(t.shape), tokens=t.flatten().tolist()) for i, t in known]
+        )
 
-    async def stream(self, video_id: str) -> AsyncIterator[bytes]:
+    async def content(
+        self, video_id: str, caller: Caller = LOCAL, kind: str = "video", variant: pictures.Variant = "video"
+    ) -> Path | bytes:
+        """The mp4 or a PNG: where it lies, or, from a bucket, its bytes.
+
+        Raises RequestError: unknown (404), not finished or failed (409).
+        """
+        await self._finished(video_id, caller, kind)
+        files, name = self._files(video_id), pictures.FILES[variant]
+        try:
+            if variant != "video":
+                await asyncio.to_thread(pictures.draw, files, variant)
+            if (path := files.path(name)) is None:
+                return await asyncio.to_thread(files.read, name)
+            if path.is_file():
+                return path
+        except FileNotFoundError:
+            pass
+        raise _unknown(video_id, kind)  # it has been removed meanwhile
+
+    async def stream(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> AsyncIterator[bytes]:
         """The video as it is made: a fragmented mp4, segment by segment; the file of one that is finished.
 
         Ends where the making ends, if it fails or is stopped. Raises RequestError: unknown (404), failed (409).
         """
-        active = self._waiting.get(video_id) or self._running.get(video_id)
-        file = await self._grown(active) if active else (await self.content(video_id)).open("rb")
-        return self._pieces(file, active)
+        await self._stored(video_id, caller, kind)
+        active = self._find(video_id)
+        file = await self._grown(active) if active else await self._file(video_id)
+        return pieces(file, active)
 
-    async def _grown(self, active: _Active) -> BinaryIO:
+    async def events(
+        self, video_id: str, after: int, caller: Caller = LOCAL, kind: str = "video"
+    ) -> AsyncIterator[Event | None]:
+        """What happens to a video, as it happens; first the lasting events behind number `after`.
+
+        None comes where nothing has happened for a while. Raises RequestError (404).
+        """
+        await self._stored(video_id, caller, kind)
+        if active := self._find(video_id):
+            return told(active, after)
+        return _each(await asyncio.to_thread(self._store.events, video_id, after))
+
+    async def delete(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> None:
+        """Forget a video. One that is being made is stopped: no denoising step begins after the one at work.
+
+        Raises RequestError (404).
+        """
+        await self._stored(video_id, caller, kind)
+        active = self._waiting.remove(video_id) or self._running.get(video_id)
+        if active and active.task:
+            active.task.cancel()
+            await asyncio.wait({active.task})
+        if not await asyncio.to_thread(self._store.delete, video_id):
+            raise _unknown(video_id, kind)
+        if active:
+            active.tell("deleted", ended=True)
+            self._tell_positions()
+        await asyncio.to_thread(self._files(video_id).delete)
+
+    def _find(self, video_id: str) -> Active | None:
+        return self._waiting.get(video_id) or self._running.get(video_id)
+
+    def _files(self, video_id: str) -> JobFiles:
+        return JobFiles(self._blobs, video_id)
+
+    async def _stored(self, job_id: str, caller: Caller, kind: str) -> Stored:
+        stored = await asyncio.to_thread(self._store.get, job_id, caller)
+        if stored is None or stored.video.object != kind:
+            raise _unknown(job_id, kind)
+        return stored
+
+    async def _finished(self, job_id: str, caller: Caller, kind: str) -> Stored:
+        stored = await self._stored(job_id, caller, kind)
+        status = stored.video.status
+        if status != "completed":
+            message = f"the {kind} is {status}: it has no content" + ("" if status == "failed" else " yet")
+            raise RequestError(message, param=f"{kind}_id", code=f"{kind}_{status}", status=409)
+        return stored
+
+    async def _file(self, video_id: str) -> BinaryIO:
+        import io
+
+        found = await self.content(video_id)
+        return io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
+
+    async def _grown(self, active: Active) -> BinaryIO:
         """The file of a video that is being made, as soon as there is one, or the finished one."""
         while True:
             changed = active.changed
@@ -177,40 +304,100 @@ class VideoService:
                 if active.partial:
                     return active.partial.open("rb")
             if active.ended:
-                return (await self.content(active.video.id)).open("rb")
+                return await self._file(active.video.id)
             await changed.wait()
 
-    async def _pieces(self, file: BinaryIO, active: _Active | None) -> AsyncIterator[bytes]:
-        with file:  # what is open can be read to its end, whoever renames or removes it
-            while True:
-                changed, ended = (active.changed, active.ended) if active else (None, True)
-                while piece := await asyncio.to_thread(file.read, _PIECE):
-                    yield piece
-                if ended or changed is None:
-                    return
-                await changed.wait()
+    # ---- making
 
-    async def delete(self, video_id: str) -> None:
-        """Forget a video. One that is being made is stopped: no denoising step begins after the one at work.
+    def _active(self, stored: Stored, owner: Caller | None = None) -> Active:
+        owner = owner or Caller(stored.owner)
+        return Active(stored.video, stored.job, owner, self._store, stored.deadline)
 
-        Raises RequestError (404).
-        """
-        await self.get(video_id)
-        active = self._waiting.pop(video_id, None) or self._running.get(video_id)
-        if active and active.task:
-            active.task.cancel()
-            await asyncio.wait({active.task})
-        if not await asyncio.to_thread(self._store.delete, video_id):
-            raise _unknown(video_id)
-        if active:
+    def _enqueue(self, active: Active) -> None:
+        self._waiting.add(active)
+        if active.deadline is not None:
+            asyncio.get_running_loop().call_later(max(0.0, active.deadline - time.time()), self._expire, active)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while len(self._waiting) and len(self._running) < self._config.serve.max_running:
+            active = self._waiting.pop(self._running.values())
+            self._running[active.video.id] = active
+            # an empty context: Serve ties calls to the HTTP request in whose context they are made, and this work
+            # outlives it
+            active.task = asyncio.create_task(self._make(active), context=contextvars.Context())
+            active.task.add_done_callback(partial(self._ended, active))
+        self._tell_positions()
+
+    def _tell_positions(self) -> None:
+        for position, active in enumerate(self._waiting.order(self._running.values())):
+            active.queued_at(position + len(self._running))
+
+    def _ended(self, active: Active, task: asyncio.Task[None]) -> None:
+        del self._running[active.video.id]
+        if not task.cancelled():  # who stops it says so, when its traces are gone
             active.tell(ended=True)
-        await asyncio.to_thread(shutil.rmtree, self._folder / video_id, True)
+        self._start_waiting()
+
+    def _expire(self, active: Active) -> None:
+        """The deadline has come: what waits never begins; what is being made is stopped."""
+        if self._waiting.remove(active.video.id):
+            self._running[active.video.id] = active
+            active.task = asyncio.create_task(self._fail(active, _LATE), context=contextvars.Context())
+            active.task.add_done_callback(partial(self._ended, active))
+
+    async def _make(self, active: Active) -> None:
+        video, config = active.video, self._config
+        orchestrator = Orchestrator(
+            active.job,
+            self._stages,
+            self._files(video.id),
+            active,
+            segment=config.segment,
+            planned_ahead=config.serve.planned_ahead,
+        )
+        active.partial = orchestrator.partial
+        try:
+            left = None if active.deadline is None else active.deadline - time.time()
+            async with asyncio.timeout(left):
+                await orchestrator.run()
+        except TimeoutError:
+            await self._fail(active, _LATE)
+        except StageError as error:
+            logger.exception("%s failed", video.id)
+            await self._fail(active, VideoError(code=error.code, message=str(error)))
+        except Exception:
+            logger.exception("%s failed", video.id)
+            message = "the video could not be made; see the server's log"
+            await self._fail(active, VideoError(code="internal_error", message=message))
+        else:
+            self._mean_seconds = 0.7 * self._mean_seconds + 0.3 * (time.time() - active.began)
+            await active.finish(None, self._expires_at())
+
+    async def _fail(self, active: Active, error: VideoError) -> None:
+        await asyncio.to_thread(self._files(active.video.id).delete)
+        await active.finish(error, self._expires_at())
+
+    def _expires_at(self) -> int | None:
+        hours = self._config.serve.keep_hours
+        return None if hours is None else int(time.time() + 3600 * hours)
+
+    async def _clean(self) -> None:
+        """Remove what has expired, now and then."""
+        while True:
+            try:
+                for job_id in await asyncio.to_thread(self._store.expired):
+                    await asyncio.to_thread(self._store.delete, job_id)
+                    await asyncio.to_thread(self._files(job_id).delete)
+            except Exception:
+                logger.exception("what has expired could not be removed")
+            await asyncio.sleep(_CLEANING_S)
 
     async def close(self) -> None:
-        """Stop all work. What was unfinished is marked so when the service starts again."""
-        all_active = [*self._waiting.values(), *self._running.values()]
-        self._waiting.clear()
-        tasks = {active.task for active in all_active if active.task}
+        """Stop all work. What is unfinished goes on when the service starts again."""
+        all_active = [*self._waiting, *self._running.values()]  # type: ignore[misc]
+        self._waiting = FairQueue()
+        tasks = {task for task in (self._cleaning, *(active.task for active in all_active)) if task}
         for task in tasks:
             task.cancel()
         if tasks:
@@ -219,88 +406,22 @@ class VideoService:
             active.tell(ended=True)
         self._store.close()
 
-    def _refuse_if_full(self) -> None:
-        settings = self._config.serve
-        free = settings.max_running - len(self._running)
-        waiting = len(self._waiting) + self._arriving
-        if waiting < settings.max_queued + free:
-            return
-        retry_after_s = max(1, math.ceil(self._mean_seconds / settings.max_running))
-        raise RequestError(
-            f"{waiting} videos are waiting already, try again in {retry_after_s} s",
-            code="queue_full",
-            status=429,
-            retry_after_s=retry_after_s,
-        )
 
-    def _new(self, request: VideoRequest, prompts: list[SegmentText]) -> _Active:
-        config = self._config
-        said = [part.prompt for part in request.segments or ()] or [request.prompt or ""]
-        video = Video(
-            id=f"video_{uuid.uuid4().hex}",
-            model=config.name,
-            created_at=int(time.time()),
-            seconds=playing_time(len(prompts), config),
-            size=f"{config.video.width}x{config.video.height}",
-            prompt="\n".join(dict.fromkeys(prompt.strip() for prompt in said)),
-            seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
-            baseline=request.baseline,
-            user=request.user,
-            segments=[
-                SegmentState(
-                    index=index,
-                    prompt=prompt_of(text, config.segment.overlap_latents if index else 0),
-                    frames=new_frames(config, index),
-                )
-                for index, text in enumerate(prompts)
-            ],
-            timings=[SegmentTimes(index=index) for index in range(len(prompts))],
-        )
-        job = Job(video.id, tuple(prompts), video.seed, options_of(request, config))
-        return _Active(video, job, self._store)
-
-    def _start_waiting(self) -> None:
-        while self._waiting and len(self._running) < self._config.serve.max_running:
-            active = self._waiting.pop(next(iter(self._waiting)))
-            self._running[active.video.id] = active
-            # an empty context: Serve ties calls to the HTTP request in whose context they are made, and this work
-            # outlives it
-            active.task = asyncio.create_task(self._make(active), context=contextvars.Context())
-            active.task.add_done_callback(partial(self._finished, active))
-
-    def _finished(self, active: _Active, task: asyncio.Task[None]) -> None:
-        del self._running[active.video.id]
-        if not task.cancelled():  # who stops it says so, when its traces are gone
-            active.tell(ended=True)
-        self._start_waiting()
-
-    async def _make(self, active: _Active) -> None:
-        video, config = active.video, self._config
-        orchestrator = Orchestrator(
-            active.job,
-            self._stages,
-            self._folder / video.id,
-            active,
-            overlap_latents=config.segment.overlap_latents,
-            planned_ahead=config.serve.planned_ahead,
-        )
-        active.partial = orchestrator.partial
-        try:
-            await orchestrator.run()
-            video.status, video.progress = "completed", 100
-            self._mean_seconds = 0.7 * self._mean_seconds + 0.3 * (time.time() - active.began)
-        except StageError as error:
-            logger.exception("%s failed", video.id)
-            video.error = VideoError(code="generation_failed", message=str(error))
-        except Exception:
-            logger.exception("%s failed", video.id)
-            video.error = VideoError(code="internal_error", message="the video could not be made; see the server's log")
-        if video.error:
-            video.status = "failed"
-            await asyncio.to_thread(shutil.rmtree, self._folder / video.id, True)
-        video.completed_at = int(time.time())
-        await active.save()
+def _same(earlier: Stored, new: Stored) -> Video:
+    if earlier.request_digest != new.request_digest:
+        message = "this Idempotency-Key was used for another request"
+        raise RequestError(message, param="Idempotency-Key", code="idempotency_conflict", status=409)
+    return earlier.video
 
 
-def _unknown(video_id: str) -> RequestError:
-    return RequestError(f"no video {video_id[:64]!r}", param="video_id", code="not_found", status=404)
+def _deadline(request: PlanRequest) -> float | None:
+    return None if request.deadline_s is None else time.time() + request.deadline_s
+
+
+async def _each(events: list[Event]) -> AsyncIterator[Event | None]:
+    for event in events:
+        yield event
+
+
+def _unknown(job_id: str, kind: str) -> RequestError:
+    return RequestError(f"no {kind} {job_id[:64]!r}", param=f"{kind}_id", code="not_found", status=404)

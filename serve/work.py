@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from arlon_ray.generation import GenerationOptions, SegmentText
 
@@ -19,16 +20,45 @@ Frame = NDArray[np.uint8]  # [H, W, 3]
 
 #: Asked before each segment is planned: waits until the plan may go on; False: nobody waits for it any more.
 Permit = Callable[[int], Awaitable[bool]]
+#: Told (segment, denoising step, from 1) when a step begins.
+Told = Callable[[int, int], Awaitable[None]]
+
+
+class WorkerLost(RuntimeError):
+    """The process that worked on a call is gone, or could not be reached: the call may be made again."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video: the text of each segment, and how it is made."""
+    """One video or draft: the text of each segment, and how it is made. What is kept of it in the database."""
 
     id: str
     prompts: tuple[SegmentText, ...]
     seed: int
     options: GenerationOptions
+    #: The seed that each segment is planned with, where one has been rolled again; empty: `seed`.
+    plan_seeds: tuple[int, ...] = ()
+    #: Segments whose plan is made again, whatever is there of it.
+    anew: tuple[int, ...] = ()
+    #: Of the HTTP request that asked for it: it finds the job's lines in every deployment's log.
+    request_id: str = ""
+
+    @property
+    def draft(self) -> bool:
+        """A plan and its preview, nothing rendered."""
+        return self.id.startswith(DRAFT)
+
+    def plan_seed(self, index: int) -> int:
+        """The seed that segment `index` is planned with."""
+        return self.plan_seeds[index] if index < len(self.plan_seeds) else self.seed
+
+    def planned_with(self, index: int) -> Job:
+        """The job as the AR is to plan segment `index` of it."""
+        return replace(self, seed=self.plan_seed(index))
+
+
+VIDEO, DRAFT = "video_", "draft_"  # how ids begin
+JOB = TypeAdapter(Job)
 
 
 @dataclass(frozen=True)
@@ -49,16 +79,26 @@ class Timed(Generic[T]):
 
 
 class Stages(Protocol):
-    """The three steps of making a video."""
+    """The steps of making a video. All raise WorkerLost where a call may be made again."""
 
-    def plan(self, job: Job, permit: Permit) -> AsyncIterator[Timed[Tokens]]:
-        """The tokens of one segment after the other."""
+    def plan(
+        self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None
+    ) -> AsyncIterator[Timed[Tokens]]:
+        """The tokens of one segment after the other, behind those that are planned; `given`: what it starts from."""
 
-    async def render(self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None) -> Timed[Latents]:
+    async def render(
+        self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None, told: Told | None = None
+    ) -> Timed[Latents]:
         """The new latents of segment `index`; `overlap` are the latents before it, None for the first segment."""
 
     async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """An mp4 fragment; `before` is the last frame of the segment before, None for the first."""
+
+    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+        """The same of whole groups' tokens alone, without the DiT."""
+
+    async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
+        """The latents [C, 1, h, w] of a picture of the model's size."""
 
 
 class PlanWindow:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from arlon_ray.config.base import Section
 from arlon_ray.config.data import DataConfig
@@ -63,6 +63,7 @@ class SamplingConfig(Section):
         8, ge=0, lt=GROUP_FRAMES, description="frames behind each border of the VAE's groups that are blended into"
     )
     baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
+    negative_prompt: str = Field("", description="what the text guidance leads away from, instead of from no text")
 
 
 class DeploymentConfig(Section):
@@ -87,15 +88,40 @@ class ServeConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    data_dir: str | None = Field(None, description="where finished videos and the job store lie; default: the output")
+    data_dir: str | None = Field(
+        None, description="where videos and the job store lie: a folder, or a bucket (then database_url too); "
+        "default: the output",
+    )  # fmt: skip
     max_segments: int = Field(64, ge=1, description="longest video that a request may ask for")
     max_prompt_characters: int = Field(1000, ge=1)
     max_running: int = Field(2, ge=1, description="videos made at the same time; the others wait")
     max_queued: int = Field(64, ge=1, description="videos waiting; more are refused with 429")
     planned_ahead: int = Field(2, ge=1, description="segments that the AR may be ahead of the DiT")
+    max_queued_per_key: int = Field(32, ge=1, description="videos of one key that may wait; more are refused with 429")
+    keep_hours: float | None = Field(None, gt=0, description="finished videos are removed after so long; null: never")
+    database_url: str | None = Field(
+        None, description="SQLAlchemy's address of the job store; null: SQLite beside the videos"
+    )
+    auth: Literal["auto", "on", "off"] = Field(
+        "auto", description="bearer keys (jobs/keys.py); auto: unless the host is this machine alone"
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="further names by which browsers may reach the service where keys are off"
+    )
+    requests_per_minute: int = Field(600, ge=1, description="of one key that has no limit of its own")
+    max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="longest body of a request; longer ones get a 413")
+    max_image_pixels: int = Field(32 * 2**20, ge=64, description="largest picture that is decoded")
+    body_timeout_s: float = Field(60.0, gt=0, description="a body that takes longer to arrive is given up with a 408")
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning"] = "info"
     ar: DeploymentConfig = DeploymentConfig()
     dit: DeploymentConfig = DeploymentConfig()
     decoder: DeploymentConfig = DeploymentConfig(num_cpus=0.25)
+
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _yaml_reads_on_and_off_as_true_and_false(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class TrackingConfig(Section):

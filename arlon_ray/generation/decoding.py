@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation.seams import blend_seams
 
 
@@ -33,3 +34,16 @@ class FrameDecoder:
         video = self.vae.decode(torch.from_numpy(latents)[None].to(self.bundle.device))[0]
         frames = ((video + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
         return blend_seams(frames, before, seam_frames)
+
+    def preview(self, tokens: np.ndarray, before: np.ndarray | None = None, seam_frames: int = 0) -> np.ndarray:
+        """The same of a plan alone: tokens int32 [t', h', w'] of whole groups, without the DiT.
+
+        It shows what is where and how it moves, as coarse as the codec is. Raises ValueError on part groups.
+        """
+        codec, size = self.bundle.codec, self.config.latent_grid
+        per_group = codec.grid(GROUP_LATENTS, *size)[0]
+        if tokens.ndim != 3 or len(tokens) % per_group:
+            raise ValueError(f"tokens of shape {list(tokens.shape)}: expected whole groups of {per_group} token frames")
+        with torch.no_grad():
+            latents = codec.decode(torch.from_numpy(tokens)[None].long().to(self.bundle.device), size)
+        return self.decode(latents[0].float().cpu().numpy(), before, seam_frames)

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 
 from serve.api import build_api
-from serve.jobs_store import JobStore
+from serve.blobs import Blobs
+from serve.job_store import JobStore
 from serve.service import VideoService
 from tests.serve.stages import FakeStages, small_config
 
@@ -21,7 +22,7 @@ def play(scenario: Scenario, folder: Path, *overrides: str, count_tokens: Callab
     """Run a scenario against the API of a fresh service with its files in `folder`."""
 
     async def over_http(service: VideoService, stages: FakeStages) -> None:
-        transport = httpx.ASGITransport(build_api(service, stages.config.name), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(build_api(service, stages.config), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             await scenario(client, stages)
 
@@ -39,7 +40,8 @@ def serve_alone(
     async def run() -> None:
         config = small_config("serve.max_running=1", *overrides)
         stages = FakeStages(config)
-        service = VideoService(config, JobStore.in_folder(folder), stages, folder / "videos", count_tokens)
+        service = VideoService(config, JobStore.in_folder(folder), stages, Blobs(folder), count_tokens)
+        await service.start()
         try:
             async with asyncio.timeout(30):
                 await scenario(service, stages)
@@ -57,9 +59,10 @@ async def post(client: httpx.AsyncClient, **body: Any) -> dict:
 
 
 async def until(client: httpx.AsyncClient, video_id: str, *statuses: str) -> dict:
-    """The video, as soon as it has one of `statuses`."""
+    """The video or draft, as soon as it has one of `statuses`."""
+    kind = "drafts" if video_id.startswith("draft_") else "videos"
     while True:
-        video = (await client.get(f"/v1/videos/{video_id}")).json()
+        video = (await client.get(f"/v1/{kind}/{video_id}")).json()
         if video["status"] in statuses:
             return video
         await asyncio.sleep(0.01)

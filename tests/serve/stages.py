@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
 from arlon_ray.config import Config, load_config
 from arlon_ray.generation.video import encode_fragment
-from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens
+from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told, WorkerLost
 
 
 def small_config(*overrides: str) -> Config:
@@ -31,22 +31,35 @@ class FakeStages:
         self.rendered: list[tuple[str, int]] = []
         self.overlaps: list[Latents | None] = []
         self.tokens: list[Tokens | None] = []
-        self.befores: list[int | None] = []
         self.cancelled: list[str] = []
+        self.givens: list[Latents | None] = []
+        self.previewed: list[list[int]] = []
+        self.losses: list[str] = []
         self.closed_plans = 0
         self.alive = self.most_alive = 0
 
-    async def plan(self, job: Job, permit: Permit) -> AsyncIterator[Timed[Tokens]]:
+    async def plan(
+        self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None
+    ) -> AsyncIterator[Timed[Tokens]]:
+        """Tokens of segment k: k in its first group, k + 1 in its last; 100 times the seed more."""
+        self.givens.append(given)
         try:
-            for index in range(len(job.prompts)):
+            for index in range(len(planned), len(job.prompts)):
                 if not await permit(index):
                     return
+                self.lose("plan")
                 self.planned.append((job.id, index))
-                yield Timed(np.full((2, 1, 1), index, np.int32), time.time(), 0.0)
+                yield Timed(tokens_of(index, job.seed), time.time(), 0.0)
         finally:
             self.closed_plans += 1
 
-    async def render(self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None) -> Timed[Latents]:
+    async def render(
+        self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None, told: Told | None = None
+    ) -> Timed[Latents]:
+        self.lose("render")
+        for step in range(job.options.steps):
+            if told:
+                await told(index, step + 1)
         self.alive += 1
         self.most_alive = max(self.alive, self.most_alive)
         try:
@@ -62,11 +75,36 @@ class FakeStages:
         self.rendered.append((job.id, index))
         self.overlaps.append(overlap)
         self.tokens.append(tokens)
-        latents = 5 * (self.config.segment.groups - (self.config.segment.overlap_groups if index else 0))
+        segment = self.config.segment
+        taken = 0 if overlap is None else min(overlap.shape[1], segment.overlap_latents)
+        latents = segment.latents - taken
         steps = np.arange(latents, dtype=np.float32)[None, :, None, None] + 100 * index
         return Timed(np.broadcast_to(steps, (1, latents, 2, 2)).copy(), time.time(), 0.01)
 
     async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
-        self.befores.append(None if before is None else int(before[0, 0, 0]))
-        frames = np.full((latents.shape[1] // 5 * 17, 16, 16, 3), len(self.befores), np.uint8)
+        self.lose("decode")
+        # another picture for other latents, and for another frame before
+        grey = int(latents[0, 0, 0, 0]) + (0 if before is None else 7 * int(before[0, 0, 0]) + 1)
+        return self._frames(latents.shape[1] // 5 * 17, grey % 256)
+
+    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+        self.previewed.append(tokens[:, 0, 0].tolist())
+        return self._frames(len(tokens) * 17, int(tokens[-1, 0, 0]) % 256)
+
+    async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
+        return Timed(np.full((1, 1, 2, 2), picture.mean(), np.float32), time.time(), 0.01)
+
+    def lose(self, stage: str) -> None:
+        """Fail as if the replica were gone, if this call is one of `losses`."""
+        if stage in self.losses:
+            self.losses.remove(stage)
+            raise WorkerLost("gone")
+
+    def _frames(self, count: int, grey: int) -> Timed[Decoded]:
+        frames = np.full((count, 16, 16, 3), grey, np.uint8)
         return Timed(Decoded(encode_fragment(frames, self.config.video.fps), frames[-1]), time.time(), 0.0)
+
+
+def tokens_of(index: int, seed: int = 0) -> Tokens:
+    """What the stages plan as segment `index`."""
+    return np.array([index, index + 1], np.int32)[:, None, None] + 100 * (seed % 100)

@@ -6,12 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from arlon_ray.generation import ChangingText
-from serve.schema import (
-    RequestError,
-    VideoRequest,
-    options_of,
-    read_prompts,
-)
+from serve.requests import options_of, read_prompts
+from serve.schema import RequestError, VideoRequest
 from tests.serve.stages import small_config
 
 CONFIG = small_config("serve.max_segments=6", "serve.max_prompt_characters=20")

@@ -1,0 +1,171 @@
+"""A video or draft that waits or is being made: its state, what has happened to it, and who watches it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from serve.callers import Caller
+from serve.job_store import Event, JobStore
+from serve.schema import SegmentStatus, Video, VideoError
+from serve.work import Job, Timed
+
+#: Share of the progress, in percent, that a segment in this state has made.
+_PROGRESS: dict[SegmentStatus, int] = {"queued": 0, "planned": 10, "rendering": 10, "rendered": 90, "completed": 100}
+_PIECE = 2**16  # bytes of a stream that are sent at once
+_QUIET_S = 15.0  # without an event, after which a comment keeps the connection open
+
+
+@dataclass(eq=False)
+class Active:
+    """What is known of it while this process has it. Is told by its orchestrator (a `Watcher`)."""
+
+    video: Video
+    job: Job
+    owner: Caller
+    store: JobStore
+    deadline: float | None = None  # Unix seconds
+    began: float = 0.0  # Unix seconds
+    partial: Path | None = None  # the file that grows
+    task: asyncio.Task[None] | None = None
+    ended: bool = False
+    past: list[Event] = field(default_factory=list)  # lasting events
+    fleeting: Event | None = None  # the newest of the others
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # the next change sets it; a new one takes its place
+    _saved: int = 0  # events that the store has
+    _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _pending: asyncio.Task[None] | None = None  # a save that has not yet looked at the video
+
+    def restored(self, past: list[Event]) -> None:
+        """Go on behind what the store has."""
+        self.past, self._saved = past, len(past)
+
+    async def save(self, job: Job | None = None) -> None:
+        """Write the state and the new events."""
+        # one after the other, or an older state might be written last; a copy, for the video changes meanwhile
+        async with self._saving:
+            self._pending = None
+            new, video = self.past[self._saved :], self.video.model_copy(deep=True)
+            await asyncio.to_thread(self.store.save, video, new, job)
+            self._saved += len(new)
+
+    def save_soon(self) -> None:
+        """Write the state without keeping the work waiting; changes that come together are written together."""
+        if self._pending is None:
+            self._pending = asyncio.create_task(self.save())
+
+    def tell(self, kind: str | None = None, *, lasting: bool = True, ended: bool = False, **data: Any) -> None:
+        """Note an event, and wake all who wait for a change."""
+        if kind and lasting:
+            self.past.append(Event(kind, data, len(self.past) + 1))
+        elif kind:
+            self.fleeting = Event(kind, data)
+        self.ended = self.ended or ended
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def queued_at(self, position: int) -> None:
+        """So many are made before it."""
+        event = Event("queue", {"position": position})
+        if self.fleeting != event:
+            self.tell("queue", lasting=False, position=position)
+
+    async def started(self, done: int) -> None:
+        """See `Watcher`."""
+        if self.video.status == "queued":
+            self.video.status = "in_progress"
+            self.tell("in_progress")
+        if self.video.started_at is None:
+            self.began = time.time()
+            self.video.started_at = int(self.began)
+        for segment in self.video.segments[:done]:
+            segment.status = "completed"
+        self.save_soon()
+
+    async def segment(
+        self, index: int, status: SegmentStatus, stage: str | None = None, times: Timed | None = None
+    ) -> None:
+        """See `Watcher`."""
+        segment = self.video.segments[index]
+        segment.status = status
+        if stage and times:
+            timing = self.video.timings[index]
+            setattr(timing, f"{stage}_start_s", round(times.started - self.began, 3))
+            setattr(timing, f"{stage}_s", round(times.seconds, 3))
+        # 100 is for a file that can be fetched
+        self._progress()
+        if status == "completed":
+            self.tell("segment.completed", index=index, frames=segment.frames, progress=self.video.progress)
+        elif status in ("planned", "rendered"):
+            self.tell(f"segment.{status}", index=index)
+        else:
+            self.tell()
+        self.save_soon()
+
+    async def step(self, index: int, step: int) -> None:
+        """See `Watcher`."""
+        steps = self.job.options.steps
+        if self.video.segments[index].status == "rendering":
+            self._progress(80 * (step - 1) / steps)
+        self.tell("segment.step", lasting=False, index=index, step=step, steps=steps)
+
+    def _progress(self, more: float = 0.0) -> None:
+        done = sum(_PROGRESS[segment.status] for segment in self.video.segments) + more
+        self.video.progress = max(self.video.progress, min(99, int(done / len(self.video.segments))))
+
+    async def finish(self, error: VideoError | None, expires_at: int | None) -> None:
+        """It is completed, or has failed. Whoever waits is woken when that is written."""
+        self.video.status = "failed" if error else "completed"
+        self.video.error, self.video.expires_at = error, expires_at
+        self.video.completed_at = int(time.time())
+        if error:
+            self.past.append(Event("failed", error.model_dump(), len(self.past) + 1))
+        else:
+            self.video.progress = 100
+            self.past.append(Event("completed", {}, len(self.past) + 1))
+        await self.save()
+
+
+async def pieces(file: BinaryIO, active: Active | None) -> AsyncIterator[bytes]:
+    """A file to its end: as it is, or, while it is being made, as it grows."""
+    with file:  # what is open can be read to its end, whoever renames or removes it
+        while True:
+            changed, ended = (active.changed, active.ended) if active else (None, True)
+            while piece := await asyncio.to_thread(file.read, _PIECE):
+                yield piece
+            if ended or changed is None:
+                return
+            await changed.wait()
+
+
+async def told(active: Active, after: int) -> AsyncIterator[Event | None]:
+    """Events as they come, the lasting ones behind number `after` first; None where nothing came for a while."""
+    fleeting: Event | None = None
+    while True:
+        changed, ended = active.changed, active.ended
+        while after < len(active.past):
+            after += 1
+            yield active.past[after - 1]
+        if ended:
+            return
+        if active.fleeting is not fleeting:
+            fleeting = active.fleeting
+            yield fleeting
+            continue  # more may have come meanwhile
+        try:
+            await asyncio.wait_for(changed.wait(), _QUIET_S)
+        except TimeoutError:
+            yield None
+
+
+def as_text(event: Event | None) -> str:
+    """An event as `text/event-stream` has it; None: a comment."""
+    if event is None:
+        return ": \n\n"
+    number = "" if event.number is None else f"id: {event.number}\n"
+    return f"{number}event: {event.type}\ndata: {json.dumps(event.data)}\n\n"

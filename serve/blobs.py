@@ -1,0 +1,62 @@
+"""Files by name, in a folder or in a bucket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyarrow import fs
+
+
+class Blobs:
+    """Whole files under one place. Each appears whole or not at all. Methods block."""
+
+    def __init__(self, place: str | Path) -> None:
+        """`place`: a folder, or an address that pyarrow opens (s3://, gs://, …). Raises ValueError for others."""
+        if "://" in str(place):
+            self._files, self._root = fs.FileSystem.from_uri(str(place))
+        else:
+            self._files, self._root = fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
+        self.folder = Path(self._root) if isinstance(self._files, fs.LocalFileSystem) else None
+
+    def path(self, name: str) -> Path | None:
+        """Where the file lies, if that is in a folder of this machine."""
+        return self.folder / name if self.folder else None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Raises OSError."""
+        if (path := self.path(name)) is None:
+            with self._files.open_output_stream(f"{self._root}/{name}") as file:
+                file.write(data)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+        with self._files.open_input_stream(f"{self._root}/{name}") as file:
+            return file.read()
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self._files.get_file_info(f"{self._root}/{name}").type == fs.FileType.File
+
+    def names(self, folder: str) -> list[str]:
+        """The names of the files in a folder, sorted; none if it is not there."""
+        selector = fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
+        found = self._files.get_file_info(selector)
+        return sorted(f"{folder}/{each.base_name}" for each in found if each.type == fs.FileType.File)
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        if self.exists(name):
+            self._files.delete_file(f"{self._root}/{name}")
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove all that is in a folder, and the folder."""
+        if self._files.get_file_info(f"{self._root}/{folder}").type != fs.FileType.NotFound:
+            self._files.delete_dir(f"{self._root}/{folder}")

@@ -1,0 +1,67 @@
+"""The HTTP API as a Ray Serve deployment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from arlon_ray.config import Config
+from arlon_ray.models.text import load_token_counter
+from serve.api import build_api
+from serve.blobs import Blobs
+from serve.handles import HandleStages
+from serve.job_store import JobStore
+from serve.service import VideoService
+
+API = "VideoAPI"
+
+
+@serve.ingress()
+class VideoAPI:
+    """The ingress. It holds no model, only the text encoder's tokenizer.
+
+    One replica, because the queue and the running jobs live in its memory. What it has accepted lives in the database:
+    a replica that takes its place goes on with it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: str,
+        ar: DeploymentHandle | None,
+        dit: DeploymentHandle,
+        decoder: DeploymentHandle,
+    ) -> None:
+        own = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
+        self._config = config
+        self._stages = HandleStages(ar, dit, decoder, own)
+        url = config.serve.database_url
+        store = JobStore(url) if url else JobStore.in_folder(Path(data))
+        self._service = VideoService(config, store, self._stages, Blobs(data), load_token_counter(config.text))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._service, self._config)
+
+    async def may_plan(self, plan: str, index: int) -> bool:
+        """Called by the AR's replicas; see `HandleStages.may_plan`."""
+        return await self._stages.may_plan(plan, index)
+
+    async def told(self, rendering: str, index: int, step: int) -> None:
+        """Called by the DiT's replicas; see `HandleStages.told`."""
+        await self._stages.told(rendering, index, step)
+
+
+def bind_api(config: Config, data: str, stages: tuple[serve.Application | None, ...]) -> serve.Application:
+    """The ingress over the bound stages."""
+    deployment = serve.deployment(
+        name=API,
+        num_replicas=1,
+        # status requests and downloads, not work: the queue of jobs has its own bound
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=5,
+    )(VideoAPI)
+    return deployment.bind(config, data, *stages)

@@ -1,0 +1,199 @@
+"""The record of all videos and drafts in SQL: it outlives the process that makes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import JSON, Engine, Select, String, UniqueConstraint, create_engine, delete, event, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from serve.callers import Caller
+from serve.schema import Video
+from serve.work import JOB, Job
+
+UNFINISHED = ("queued", "in_progress")
+
+
+class Base(DeclarativeBase):
+    """Of all tables of the service."""
+
+
+class _Row(Base):
+    __tablename__ = "jobs"
+    __table_args__ = (UniqueConstraint("owner", "idempotency_key"),)
+
+    #: Counts up, so that videos made within one second have an order.
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True, index=True)
+    kind: Mapped[str] = mapped_column(String(8), index=True)
+    owner: Mapped[str] = mapped_column(String(256), index=True)
+    status: Mapped[str] = mapped_column(String(16), index=True)
+    video: Mapped[dict] = mapped_column(JSON)
+    job: Mapped[dict] = mapped_column(JSON)
+    deadline: Mapped[float | None]
+    expires_at: Mapped[int | None] = mapped_column(index=True)
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    request_digest: Mapped[str] = mapped_column(String(64))
+
+
+class _EventRow(Base):
+    __tablename__ = "events"
+
+    job_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    type: Mapped[str] = mapped_column(String(32))
+    data: Mapped[dict] = mapped_column(JSON)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a video; lasting ones are numbered from 1."""
+
+    type: str
+    data: dict[str, Any] = field(default_factory=dict)
+    number: int | None = None
+
+
+@dataclass
+class Stored:
+    """A job as the store has it. `deadline` is in Unix seconds."""
+
+    video: Video
+    job: Job
+    owner: str
+    deadline: float | None = None
+    idempotency_key: str | None = None
+    request_digest: str = ""
+
+
+class JobStore:
+    """Videos and drafts by id. Methods block (milliseconds): call them from a thread where an event loop stays live."""
+
+    def __init__(self, url: str) -> None:
+        """`url` is SQLAlchemy's; `JobStore.in_folder` makes that of the default, a SQLite file."""
+        self._engine = create_engine(url, pool_pre_ping=True)
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _tune_sqlite)
+        Base.metadata.create_all(self._engine)
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> JobStore:
+        """The store in `folder`, which is created if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(f"sqlite:///{folder / 'jobs.sqlite'}")
+
+    @property
+    def engine(self) -> Engine:
+        """The database behind the store."""
+        return self._engine
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    def add(self, new: Stored) -> Stored | None:
+        """Record a new job. If its owner has used its idempotency key already: the job that there is, instead."""
+        row = _Row(
+            id=new.video.id,
+            kind=new.video.object,
+            owner=new.owner,
+            deadline=new.deadline,
+            idempotency_key=new.idempotency_key,
+            request_digest=new.request_digest,
+            **_state(new.video),
+            job=JOB.dump_python(new.job, mode="json"),
+        )
+        try:
+            with Session(self._engine) as session, session.begin():
+                session.add(row)
+        except IntegrityError:
+            earlier = self.find(new.owner, new.idempotency_key)
+            if earlier is None:
+                raise
+            return earlier
+        return None
+
+    def find(self, owner: str, idempotency_key: str | None) -> Stored | None:
+        """The job that an owner asked for with this key."""
+        with Session(self._engine) as session:
+            row = session.scalar(select(_Row).where(_Row.owner == owner, _Row.idempotency_key == idempotency_key))
+            return _stored(row) if row else None
+
+    def save(self, video: Video, events: Sequence[Event] = (), job: Job | None = None) -> None:
+        """Write the state of a video, and what has happened to it. One that has been deleted stays deleted."""
+        values = _state(video) if job is None else {**_state(video), "job": JOB.dump_python(job, mode="json")}
+        with Session(self._engine) as session, session.begin():
+            found = session.execute(update(_Row).where(_Row.id == video.id).values(**values))
+            if found.rowcount:  # type: ignore[attr-defined]
+                session.add_all(
+                    _EventRow(job_id=video.id, number=each.number, type=each.type, data=each.data) for each in events
+                )
+
+    def get(self, job_id: str, caller: Caller) -> Stored | None:
+        """The job, if the caller may see it."""
+        with Session(self._engine) as session:
+            row = session.scalar(_seen_by(caller, select(_Row)).where(_Row.id == job_id))
+            return _stored(row) if row else None
+
+    def page(
+        self, kind: str, caller: Caller, *, after: str | None = None, limit: int = 20, newest_first: bool = True
+    ) -> tuple[list[Video], bool]:
+        """Up to `limit` videos (or drafts) behind `after`, and whether there are more. Raises KeyError for `after`."""
+        order = _Row.number.desc() if newest_first else _Row.number.asc()
+        query = _seen_by(caller, select(_Row)).where(_Row.kind == kind).order_by(order).limit(limit + 1)
+        with Session(self._engine) as session:
+            if after is not None:
+                number = session.scalar(_seen_by(caller, select(_Row.number)).where(_Row.id == after))
+                if number is None:
+                    raise KeyError(after)
+                query = query.where(_Row.number < number if newest_first else _Row.number > number)
+            found = [Video.model_validate(row.video) for row in session.scalars(query)]
+        return found[:limit], len(found) > limit
+
+    def events(self, job_id: str, after: int = 0) -> list[Event]:
+        """The lasting events behind number `after`, in order."""
+        query = select(_EventRow).where(_EventRow.job_id == job_id, _EventRow.number > after).order_by(_EventRow.number)
+        with Session(self._engine) as session:
+            return [Event(row.type, row.data, row.number) for row in session.scalars(query)]
+
+    def delete(self, job_id: str) -> bool:
+        """Forget a job; False if there was none."""
+        with Session(self._engine) as session, session.begin():
+            session.execute(delete(_EventRow).where(_EventRow.job_id == job_id))
+            return bool(session.execute(delete(_Row).where(_Row.id == job_id)).rowcount)  # type: ignore[attr-defined]
+
+    def unfinished(self) -> list[Stored]:
+        """What an earlier process has accepted and not finished, in the order it was accepted."""
+        with Session(self._engine) as session:
+            rows = session.scalars(select(_Row).where(_Row.status.in_(UNFINISHED)).order_by(_Row.number))
+            return [_stored(row) for row in rows]
+
+    def expired(self, now: float | None = None) -> list[str]:
+        """The ids of what may be removed."""
+        with Session(self._engine) as session:
+            past = _Row.expires_at <= (time.time() if now is None else now)
+            return list(session.scalars(select(_Row.id).where(past, _Row.status.not_in(UNFINISHED))))
+
+
+def _state(video: Video) -> dict[str, Any]:
+    return {"status": video.status, "video": video.model_dump(mode="json"), "expires_at": video.expires_at}
+
+
+def _stored(row: _Row) -> Stored:
+    video, job = Video.model_validate(row.video), JOB.validate_python(row.job)
+    return Stored(video, job, row.owner, row.deadline, row.idempotency_key, row.request_digest)
+
+
+def _seen_by(caller: Caller, query: Select[Any]) -> Select[Any]:
+    return query if caller.role == "admin" else query.where(_Row.owner == caller.name)
+
+
+def _tune_sqlite(connection, _record) -> None:
+    """Readers do not wait for the writer, and a writer waits for another one instead of failing."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA busy_timeout=10000")

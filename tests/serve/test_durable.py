@@ -1,0 +1,212 @@
+"""What has been accepted is finished, whatever dies meanwhile, and comes out as if nothing had happened."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from arlon_ray.generation.video import read_video
+from serve.job_store import JobStore
+from serve.schema import RequestError, VideoRequest
+from serve.service import VideoService
+from serve.work import Job
+from tests.serve.play import play, post, serve_alone, until
+from tests.serve.stages import FakeStages, tokens_of
+
+SEGMENTS = 5
+
+
+def undisturbed(folder: Path, **body: Any) -> bytes:
+    """The file that a request gives where nothing goes wrong."""
+    found = []
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        video = await until(client, (await post(client, **body))["id"], "completed", "failed")
+        found.append((await client.get(f"/v1/videos/{video['id']}/content")).content)
+
+    play(scenario, folder)
+    return found[0]
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("cut", range(SEGMENTS))
+def test_a_new_process_goes_on_behind_the_last_finished_segment(tmp_path: Path, cut: int, baseline: bool) -> None:
+    """The process ends while segment `cut` is rendered."""
+    names: list[str] = []
+    prompts = [{"prompt": "one"}, {"prompt": "two"}]
+    request = {"segments": prompts, "num_segments": SEGMENTS, "seed": 3, "baseline": baseline}
+
+    async def before(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        plain, reached = stages.render, asyncio.Event()
+
+        async def render(job: Job, index: int, *others: Any) -> Any:
+            if index == cut:
+                reached.set()
+                await asyncio.Event().wait()
+            return await plain(job, index, *others)
+
+        stages.render = render  # type: ignore[method-assign]
+        names.append((await post(client, **request))["id"])
+        names.append((await post(client, prompt="waits"))["id"])
+        await reached.wait()
+        while cut and (await client.get(f"/v1/videos/{names[0]}")).json()["segments"][cut - 1]["status"] != "completed":
+            await asyncio.sleep(0.01)
+
+    async def after(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        assert (await client.get("/healthz")).json()["running"] == 1
+        video = await until(client, names[0], "completed", "failed")
+        assert video["status"] == "completed", video["error"]
+        await until(client, names[1], "completed")
+        assert [index for name, index in stages.rendered if name == names[0]] == list(range(cut, SEGMENTS))
+        if not baseline:
+            assert [index for name, index in stages.planned if name == names[0]] == list(range(cut, SEGMENTS))
+        made = (await client.get(f"/v1/videos/{names[0]}/content")).content
+        assert made == undisturbed_file
+        assert (await client.get("/v1/videos", params={"order": "asc"})).json()["first_id"] == names[0]
+        events = (await client.get(f"/v1/videos/{names[0]}/events")).text
+        completed = [line for line in events.splitlines() if line == "event: segment.completed"]
+        assert len(completed) == SEGMENTS  # none twice, though two processes told them
+        assert events.count("event: completed") == 1
+
+    undisturbed_file = asyncio.run(asyncio.to_thread(undisturbed, tmp_path / "other", **request))
+    play(before, tmp_path)
+    play(after, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["plan", "render", "decode"])
+def test_a_lost_replica_costs_a_call_and_no_video(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.orchestrator._PAUSE_S", 0.01)
+    request = {"prompt": "a", "num_segments": 3, "seed": 1}
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.losses = [stage] * 3
+        video = await until(client, (await post(client, **request))["id"], "completed", "failed")
+        assert (video["status"], stages.losses) == ("completed", [])
+        assert (await client.get(f"/v1/videos/{video['id']}/content")).content == expected
+        stages.losses = [stage] * 100  # whatever is tried, it is lost
+        failed = await until(client, (await post(client, **request))["id"], "completed", "failed")
+        name = {"plan": "planning", "render": "rendering", "decode": "decoding"}[stage]
+        assert failed["error"]["message"] == f"segment 0: {name} failed (WorkerLost)"
+
+    expected = undisturbed(tmp_path / "other", **request)
+    play(scenario, tmp_path)
+
+
+def test_a_replica_lost_behind_some_segments_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.orchestrator._PAUSE_S", 0.01)
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        plain = stages.lose
+        calls = []
+
+        def lose(name: str) -> None:
+            calls.append(name)
+            if calls.count("plan") == 3 and name == "plan":
+                stages.losses = ["plan"]
+            plain(name)
+
+        stages.lose = lose  # type: ignore[method-assign]
+        await until(client, (await post(client, prompt="a", num_segments=6, seed=0))["id"], "completed")
+        assert [index for _, index in stages.planned] == [0, 1, 2, 3, 4, 5]
+        assert [int(tokens[0, 0, 0]) for tokens in stages.tokens if tokens is not None] == [0, 1, 2, 3, 4, 5]
+
+    play(scenario, tmp_path)
+
+
+def test_a_damaged_segment_is_made_again(tmp_path: Path) -> None:
+    names: list[str] = []
+
+    async def before(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        plain = stages.render
+
+        async def render(job: Job, index: int, *others: Any) -> Any:
+            if index == 3:
+                await asyncio.Event().wait()
+            return await plain(job, index, *others)
+
+        stages.render = render  # type: ignore[method-assign]
+        names.append((await post(client, prompt="a", num_segments=4, seed=1))["id"])
+        while (await client.get(f"/v1/videos/{names[0]}")).json()["segments"][2]["status"] != "completed":
+            await asyncio.sleep(0.01)
+
+    async def after(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        await until(client, names[0], "completed")
+        assert [index for _, index in stages.rendered] == [1, 2, 3]
+
+    play(before, tmp_path)
+    damaged = tmp_path / "videos" / names[0] / "segment-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    play(after, tmp_path)
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, os.strerror(28), "/secret")
+
+        monkeypatch.setattr("serve.job_files.JobFiles.write_segment", full)
+        video = await until(client, (await post(client, prompt="a"))["id"], "completed", "failed")
+        assert video["error"] == {"code": "storage_full", "message": "segment 0: writing failed (OSError)"}
+
+    play(scenario, tmp_path)
+
+
+def test_a_video_that_goes_on_is_what_a_longer_one_would_have_been(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        short = await until(client, (await post(client, prompt="a", num_segments=2, seed=5))["id"], "completed")
+        stages.rendered.clear()
+        body = {"prompt": "a", "seconds": "1", "video": {"id": short["id"]}}
+        answer = (await client.post("/v1/videos/extensions", json=body)).json()
+        assert (answer["extended_from_video_id"], len(answer["segments"])) == (short["id"], 3)
+        await client.delete(f"/v1/videos/{short['id']}")  # it stands on its own
+        long = await until(client, answer["id"], "completed")
+        assert [index for _, index in stages.rendered] == [2]
+        content = (await client.get(f"/v1/videos/{long['id']}/content")).content
+        assert np.array_equal(read_video(io.BytesIO(content)), read_video(io.BytesIO(expected)))
+        assert float(long["seconds"]) == (34 + 2 * 17) / 16
+        again = {"prompt": "b", "num_segments": 2, "video": {"id": long["id"]}}
+        longer = await until(client, (await client.post("/v1/videos/extensions", json=again)).json()["id"], "completed")
+        assert [segment["prompt"] for segment in longer["segments"]] == ["a", "a", "a", "b", "b"]
+        assert [int(tokens[0, 0, 0]) for tokens in stages.tokens if tokens is not None][-2:] == [503, 504]
+        for body, status in (
+            ({"prompt": "b", "video": {"id": "video_0"}}, 404),
+            ({"prompt": "b", "num_segments": 1000, "video": {"id": long["id"]}}, 422),
+            ({"prompt": "b", "num_segments": 1, "seconds": 1, "video": {"id": long["id"]}}, 422),
+            ({"prompt": "", "video": {"id": long["id"]}}, 422),
+        ):
+            assert (await client.post("/v1/videos/extensions", json=body)).status_code == status
+
+    expected = undisturbed(tmp_path / "other", prompt="a", num_segments=3, seed=5)
+    play(scenario, tmp_path)
+
+
+def test_what_has_expired_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.service._CLEANING_S", 0.05)
+
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        stages.gate.clear()
+        running = await service.create(VideoRequest(prompt="a"))
+        await asyncio.sleep(0.2)
+        assert (await service.get(running.id)).expires_at is None  # what is being made never expires
+        stages.gate.set()
+        with pytest.raises(RequestError, match="no video"):
+            while await service.get(running.id):
+                await asyncio.sleep(0.01)
+        while (tmp_path / "videos" / running.id).exists():
+            await asyncio.sleep(0.01)
+
+    serve_alone(scenario, tmp_path, "serve.keep_hours=0.00005")
+    store = JobStore.in_folder(tmp_path)
+    assert store.unfinished() == [] and store.expired() == []
+
+
+def test_tokens_of_stages_differ() -> None:
+    """Or the tests above could not tell one plan from another."""
+    assert len({int(tokens_of(index, seed)[0, 0, 0]) for index in range(5) for seed in range(5)}) == 25

@@ -1,0 +1,103 @@
+"""Server-sent events: what happens to a video, in order, to whoever asks, whenever."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+
+from serve.job_store import Event
+from serve.schema import VideoRequest
+from serve.service import VideoService
+from tests.serve.play import play, post, serve_alone, until
+from tests.serve.stages import FakeStages
+
+
+def test_the_events_of_a_video(tmp_path: Path) -> None:
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        video = await service.create(VideoRequest(prompt="a", num_segments=2, num_inference_steps=3))
+        seen = [event async for event in await service.events(video.id, 0) if event]
+        lasting = [event for event in seen if event.number is not None]
+        assert [event.number for event in lasting] == list(range(1, len(lasting) + 1))
+        kinds = [event.type for event in lasting]
+        assert (kinds[0], kinds[-1]) == ("in_progress", "completed")
+        for kind in ("planned", "rendered", "completed"):
+            assert [event.data["index"] for event in lasting if event.type == f"segment.{kind}"] == [0, 1]
+        done = [event.data for event in lasting if event.type == "segment.completed"]
+        assert [each["frames"] for each in done] == [34, 17]
+        assert 50 <= done[0]["progress"] <= done[1]["progress"] == 99
+        steps = [
+            (event.data["index"], event.data["step"], event.data["steps"]) for event in seen if event.number is None
+        ]
+        assert steps and steps == sorted(steps) and set(steps) <= {(k, i, 3) for k in (0, 1) for i in (1, 2, 3)}
+        # who comes later hears the same, and who comes back only what is new
+        again = [event async for event in await service.events(video.id, 0)]
+        assert again == lasting
+        assert [event async for event in await service.events(video.id, 3)] == lasting[3:]
+
+    serve_alone(scenario, tmp_path)
+
+
+def test_who_waits_knows_how_long(tmp_path: Path) -> None:
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        stages.gate.clear()
+        first, second, third = [await service.create(VideoRequest(prompt="a")) for _ in range(3)]
+        watched = await service.events(third.id, 0)
+        assert await anext(watched) == Event("queue", {"position": 2})
+        await service.delete(second.id)
+        assert await anext(watched) == Event("queue", {"position": 1})
+        stages.gate.set()
+        assert [event.type async for event in watched if event and event.number][-1] == "completed"
+        assert (await service.get(first.id)).status == "completed"
+
+    serve_alone(scenario, tmp_path)
+
+
+def test_a_quiet_connection_is_kept_open_and_a_deleted_video_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("serve.active._QUIET_S", 0.05)
+
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        stages.gate.clear()
+        video = await service.create(VideoRequest(prompt="a"))
+        watched = await service.events(video.id, 0)
+        while await anext(watched) is not None:
+            pass
+        await service.delete(video.id)
+        assert [event.type async for event in watched if event][-1] == "deleted"
+
+    serve_alone(scenario, tmp_path)
+
+
+def test_over_http(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.fail_at = 1
+        video = await post(client, prompt="a", num_segments=2)
+        await until(client, video["id"], "failed")
+        answer = await client.get(f"/v1/videos/{video['id']}/events")
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        blocks = [block.splitlines() for block in answer.text.strip().split("\n\n")]
+        last = {line.split(": ", 1)[0]: line.split(": ", 1)[1] for line in blocks[-1]}
+        assert (last["id"], last["event"]) == (str(len(blocks)), "failed")
+        assert json.loads(last["data"])["code"] == "generation_failed"
+        rest = await client.get(f"/v1/videos/{video['id']}/events", headers={"Last-Event-ID": str(len(blocks) - 1)})
+        assert rest.text.strip().splitlines() == blocks[-1]
+        bad = await client.get(f"/v1/videos/{video['id']}/events", headers={"Last-Event-ID": "x"})
+        assert (bad.status_code, bad.json()["error"]["param"]) == (422, "Last-Event-ID")
+        assert (await client.get("/v1/videos/video_0/events")).status_code == 404
+
+    play(scenario, tmp_path)
+
+
+def test_a_slow_reader_misses_no_lasting_event(tmp_path: Path) -> None:
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        video = await service.create(VideoRequest(prompt="a", num_segments=6))
+        numbers = []
+        async for event in await service.events(video.id, 0):
+            if event and event.number:
+                numbers.append(event.number)
+            await asyncio.sleep(0.03)
+        assert numbers == list(range(1, 6 * 3 + 3))
+
+    serve_alone(scenario, tmp_path)

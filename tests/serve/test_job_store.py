@@ -1,0 +1,157 @@
+"""The job store outlives the process that wrote it, in SQLite and in PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from arlon_ray.config import load_config
+from arlon_ray.generation import ChangingText
+from serve.callers import LOCAL, Caller
+from serve.job_store import Event, JobStore, Stored
+from serve.schema import SegmentState, Status, Video
+from serve.work import Job
+from tests.postgres import postgres
+
+OPTIONS = load_config("tiny").sampling
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real server of our own."""
+    with postgres(tmp_path_factory.mktemp("postgresql")) as address:
+        yield address
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    address = request.getfixturevalue("postgresql")
+    engine = create_engine(address)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE IF EXISTS jobs, events"))
+    engine.dispose()
+    return address
+
+
+def stored(name: str, status: Status = "queued", owner: str = "me", **more: object) -> Stored:
+    video = Video(
+        id=name,
+        model="m",
+        status=status,
+        created_at=1,
+        seconds="1",
+        size="16x16",
+        prompt="a",
+        seed=0,
+        segments=[SegmentState(index=0, prompt="a", frames=34, seed=0)],
+    )
+    job = Job(name, ("a", ChangingText(("a", "b"), ((1.0, 0.0), (0.0, 1.0)))), 3, OPTIONS, (1, 2), (1,), "request")
+    return Stored(video, job, owner, **more)  # type: ignore[arg-type]
+
+
+def test_a_restart_knows_what_is_unfinished_and_how_it_is_made(url: str) -> None:
+    store = JobStore(url)
+    for name, status in (("done", "completed"), ("bad", "failed"), ("waiting", "queued"), ("at_work", "in_progress")):
+        store.add(stored(name, status, deadline=5.5))  # type: ignore[arg-type]
+    store.close()
+
+    again = JobStore(url)
+    assert [each.video.id for each in again.unfinished()] == ["waiting", "at_work"]
+    waiting = again.unfinished()[0]
+    assert waiting == stored("waiting", deadline=5.5)
+    done = again.get("done", LOCAL)
+    assert done and done.video.status == "completed"
+    again.close()
+
+
+def test_saving_does_not_bring_back_a_deleted_video(url: str) -> None:
+    store = JobStore(url)
+    new = stored("a")
+    store.add(new)
+    new.video.status = "in_progress"
+    store.save(new.video, [Event("in_progress", {}, 1)])
+    found = store.get("a", LOCAL)
+    assert found and found.video.status == "in_progress"
+    assert store.delete("a")
+    store.save(new.video, [Event("completed", {}, 2)])
+    assert store.get("a", LOCAL) is None and store.events("a") == []
+    assert not store.delete("a")
+    store.close()
+
+
+def test_events_are_kept_in_order(url: str) -> None:
+    store = JobStore(url)
+    new = stored("a")
+    store.add(new)
+    store.save(new.video, [Event("in_progress", {}, 1), Event("segment.planned", {"index": 0}, 2)])
+    store.save(new.video, [Event("completed", {}, 3)])
+    assert [event.number for event in store.events("a")] == [1, 2, 3]
+    assert store.events("a", 1) == [Event("segment.planned", {"index": 0}, 2), Event("completed", {}, 3)]
+    store.close()
+
+
+def test_pages_follow_each_other_and_show_what_one_may_see(url: str) -> None:
+    store = JobStore(url)
+    for name in "abcde":
+        store.add(stored(name, owner="other" if name == "c" else "me"))
+
+    def names(who: Caller = LOCAL, **arguments: object) -> tuple[str, bool]:
+        videos, more = store.page("video", who, **arguments)  # type: ignore[arg-type]
+        return "".join(video.id for video in videos), more
+
+    assert names(limit=2) == ("ed", True)
+    assert names(limit=2, after="d") == ("cb", True)
+    assert names(limit=2, after="b") == ("a", False)
+    assert names(limit=3, newest_first=False) == ("abc", True)
+    assert names(limit=3, newest_first=False, after="c") == ("de", False)
+    assert names(Caller("me")) == ("edba", False)
+    assert names(Caller("other")) == ("c", False)
+    assert names(Caller("stranger")) == ("", False)
+    assert store.page("draft", LOCAL) == ([], False)
+    for who, after in ((LOCAL, "unknown"), (Caller("me"), "c")):
+        with pytest.raises(KeyError):
+            store.page("video", who, after=after)
+    store.close()
+
+
+def test_a_key_is_used_once_an_owner(url: str) -> None:
+    store = JobStore(url)
+    assert store.add(stored("a", idempotency_key="k", request_digest="1")) is None
+    assert store.add(stored("b", idempotency_key="k", request_digest="1", owner="other")) is None
+    assert store.add(stored("c")) is None and store.add(stored("d")) is None  # no key is no clash
+    earlier = store.add(stored("e", idempotency_key="k", request_digest="2"))
+    assert earlier and (earlier.video.id, earlier.request_digest) == ("a", "1")
+    assert store.get("e", LOCAL) is None
+    store.close()
+
+
+def test_threads_write_at_the_same_time(url: str) -> None:
+    store = JobStore(url)
+    errors = []
+
+    def write(number: int) -> None:
+        try:
+            for count in range(10):
+                new = stored(f"{number}-{count}")
+                store.add(new)
+                new.video.status = "completed"
+                store.save(new.video, [Event("completed", {}, 1)])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    videos, more = store.page("video", LOCAL, limit=100)
+    assert (len(videos), more, {video.status for video in videos}) == (40, False, {"completed"})
+    store.close()

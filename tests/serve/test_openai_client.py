@@ -1,0 +1,127 @@
+"""The official OpenAI client, unchanged, against the service behind a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from arlon_ray.generation.video import read_video
+from serve.api import build_api
+from serve.blobs import Blobs
+from serve.job_store import JobStore
+from serve.service import VideoService
+from tests.serve.stages import FakeStages, small_config
+
+openai = pytest.importorskip("openai")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's own, of OpenAI's service
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    folder = tmp_path_factory.mktemp("served")
+    config = small_config("serve.max_queued=1", "serve.max_running=1")
+
+    async def app() -> uvicorn.Server:
+        stages = FakeStages(config)
+        service = VideoService(config, JobStore.in_folder(folder), stages, Blobs(folder))
+        return uvicorn.Server(uvicorn.Config(build_api(service, config), port=0, log_level="warning"))
+
+    server = asyncio.run(app())
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    server.should_exit = True
+    thread.join(10)
+
+
+def picture(grey: int) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30), (grey, grey, grey)).save(file, "PNG")
+    file.name, _ = "picture.png", file.seek(0)
+    return file
+
+
+def test_create_and_poll_and_download(client: openai.OpenAI) -> None:
+    video = client.videos.create_and_poll(prompt="a", seconds="4", size="16x16", model="tiny", poll_interval_ms=20)  # type: ignore[arg-type]
+    assert (video.status, video.progress, video.object) == ("completed", 100, "video")
+    assert float(video.seconds) >= 4
+    frames = read_video(io.BytesIO(client.videos.download_content(video.id).read()))
+    assert len(frames) == round(float(video.seconds) * 16)
+    for variant in ("thumbnail", "spritesheet"):
+        png = Image.open(io.BytesIO(client.videos.download_content(video.id, variant=variant).read()))  # type: ignore[arg-type]
+        assert png.size == ((16, 16) if variant == "thumbnail" else (8 * 16, 6 * 16))
+    client.videos.delete(video.id)
+
+
+def test_what_goes_beyond(client: openai.OpenAI) -> None:
+    beyond = {"segments": [{"prompt": "a"}, {"prompt": "b"}], "seed": 7, "guidance_scale": 3.0, "negative_prompt": "c"}
+    response = client.post("/videos", body=beyond, cast_to=openai.types.Video)
+    video = client.videos.poll(response.id, poll_interval_ms=20)
+    assert (video.status, video.seed, len(video.segments)) == ("completed", 7, 2)  # type: ignore[attr-defined]
+
+
+def test_list_pages_and_delete(client: openai.OpenAI) -> None:
+    made = [client.videos.create_and_poll(prompt=str(i), poll_interval_ms=20).id for i in range(3)]
+    assert [video.id for video in client.videos.list(limit=2)][:3] == made[::-1]  # goes on to the next page by itself
+    assert client.videos.delete(made[0]).deleted
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.videos.retrieve(made[0])
+    assert (missing.value.code, missing.value.param) == ("not_found", "video_id")
+
+
+def test_remix_and_extend(client: openai.OpenAI) -> None:
+    video = client.videos.create_and_poll(prompt="a", poll_interval_ms=20)
+    remix = client.videos.poll(client.videos.remix(video.id, prompt="b").id, poll_interval_ms=20)
+    assert (remix.status, remix.remixed_from_video_id, remix.prompt) == ("completed", video.id, "b")
+    assert remix.seed == video.seed  # type: ignore[attr-defined]
+    # the client's own `extend` takes files alone (3.57), against its own types
+    asked = {"prompt": "c", "seconds": "4", "video": {"id": video.id}}
+    longer = client.post("/videos/extensions", body=asked, cast_to=openai.types.Video)
+    longer = client.videos.poll(longer.id, poll_interval_ms=20)
+    assert float(longer.seconds) >= float(video.seconds) + 4
+    content = client.videos.download_content(longer.id).read()
+    assert len(read_video(io.BytesIO(content))) == round(float(longer.seconds) * 16)
+
+
+def test_a_picture_to_start_from(client: openai.OpenAI) -> None:
+    grey = 40
+    sent = client.videos.create_and_poll(prompt="a", input_reference=picture(grey), poll_interval_ms=20)
+    assert sent.status == "completed"
+    url = "data:image/png;base64," + base64.b64encode(picture(grey).getvalue()).decode()
+    asked = client.post(
+        "/videos", body={"prompt": "a", "input_reference": {"image_url": url}}, cast_to=openai.types.Video
+    )
+    named = client.videos.poll(asked.id, poll_interval_ms=20)
+    first = [read_video(io.BytesIO(client.videos.download_content(v.id).read()))[0] for v in (sent, named)]
+    assert np.array_equal(*first) and abs(int(first[0].mean()) - grey) < 4
+    assert [len(read_video(io.BytesIO(client.videos.download_content(v.id).read()))) for v in (sent, named)] == [34, 34]
+
+
+def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.videos.create(prompt="a", size="1280x720")
+    assert (refused.value.param, refused.value.code) == ("size", "invalid_value")
+    with pytest.raises(openai.UnprocessableEntityError) as bad:
+        client.videos.create(prompt="a", input_reference=("picture.png", b"no picture"))
+    assert bad.value.param == "input_reference"
+    slow = [
+        client.post("/videos", body={"prompt": "a", "num_segments": 60}, cast_to=openai.types.Video) for _ in range(2)
+    ]
+    with pytest.raises(openai.RateLimitError) as full:
+        client.videos.create(prompt="a")
+    assert full.value.code == "queue_full" and int(full.value.response.headers["retry-after"]) >= 1
+    for video in slow:
+        client.videos.delete(video.id)
