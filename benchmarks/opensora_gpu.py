@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from arlon_ray.artifact import WEIGHTS, record
 from arlon_ray.config import DitConfig, InjectionConfig
+from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import GenerationOptions
-from arlon_ray.generation.rendering import guided_velocity
 from arlon_ray.models.dit import STDiT3, load_dit
 from benchmarks.machine import machine, peak_memory_mib, timed
 

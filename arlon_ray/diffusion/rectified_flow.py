@@ -61,26 +61,45 @@ def schedule(steps: int, ratio: float, start: float = 1.0) -> list[float]:
     return transform_time(times, ratio).tolist()
 
 
+class EulerPath:
+    """One sample on its way from noise to data, a step at a time: `x` [B, C, t, h, w] is where it is.
+
+    `frozen` = (mask [B, t] bool, True: a frame to make; latents [B, C, t, h, w] of the frames that are given).
+    """
+
+    def __init__(self, noise_BCthw: Tensor, times: list[float], frozen: tuple[Tensor, Tensor] | None = None) -> None:
+        self.x, self.times, self.step = noise_BCthw, times, 0
+        self._to_make: Tensor | None = None
+        if frozen is not None:
+            self._to_make = frozen[0][:, None, :, None, None]
+            self.x = torch.where(self._to_make, self.x, frozen[1])
+
+    @property
+    def ended(self) -> bool:
+        """Whether `x` is data."""
+        return self.step == len(self.times)
+
+    @property
+    def time_B(self) -> Tensor:
+        """The time of `x`, for each sample of it."""
+        return self.x.new_full((len(self.x),), self.times[self.step])
+
+    def advance(self, velocity_BCthw: Tensor) -> None:
+        """Go one step, with the velocity at `x` and its time."""
+        time, self.step = self.times[self.step], self.step + 1
+        following = 0.0 if self.ended else self.times[self.step]
+        x_next = self.x + velocity_BCthw * ((time - following) / NUM_TIMES)
+        self.x = x_next if self._to_make is None else torch.where(self._to_make, x_next, self.x)
+
+
 def euler_sample(
     velocity: Callable[[Tensor, Tensor], Tensor],
     noise_BCthw: Tensor,
     times: list[float],
     frozen: tuple[Tensor, Tensor] | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Follow `velocity(x, time [B])` from noise to data. Returns [B, C, t, h, w].
-
-    `frozen` = (mask [B, t] bool, True: a frame to make; latents [B, C, t, h, w] of the frames that are given).
-    `on_step(i)` is called before every step and may raise, which ends the sampling there.
-    """
-    x = noise_BCthw
-    if frozen is not None:
-        to_make = frozen[0][:, None, :, None, None]
-        x = torch.where(to_make, x, frozen[1])
-    for i, time in enumerate(times):
-        if on_step is not None:
-            on_step(i)
-        following = times[i + 1] if i + 1 < len(times) else 0.0
-        x_next = x + velocity(x, x.new_full((len(x),), time)) * ((time - following) / NUM_TIMES)
-        x = x_next if frozen is None else torch.where(to_make, x_next, x)
-    return x
+    """Follow `velocity(x, time [B])` from noise to data. Returns [B, C, t, h, w]; see `EulerPath`."""
+    path = EulerPath(noise_BCthw, times, frozen)
+    while not path.ended:
+        path.advance(velocity(path.x, path.time_B))
+    return path.x

@@ -5,7 +5,7 @@ Legend: C latent channels, t latent frames of a segment, o of them the overlap, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
-from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, schedule, time_ratio
+from arlon_ray.diffusion.rectified_flow import EulerPath, add_noise, schedule, time_ratio
+from arlon_ray.generation.batching import Member, run_alone
+from arlon_ray.generation.guidance import GuidedVelocity, Together, guided_velocity, velocities
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import SegmentText
-from arlon_ray.models.dit import STDiT3
 
 
 @dataclass(frozen=True)
@@ -50,59 +51,82 @@ def _given_latents(name: str, latents: np.ndarray | None, sizes: tuple[int, int,
     return count
 
 
-def guided_velocity(
-    dit: STDiT3,
-    latent_shape: tuple[int, int, int],
-    text: tuple[Tensor, Tensor],
-    coarse_1Cthw: Tensor | None,
-    noisy_1t: Tensor | None,
-    fps: float,
-    size: tuple[int, int],
-    options: GenerationOptions,
-    shares_Vt: Tensor | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity field of one segment, with text and token guidance of their own scales.
+class Denoising(Member[SegmentLatents]):
+    """One segment on its way from noise to latents. `on_step(i)` is called before each step and may raise."""
 
-    v = v(text, tokens) + (s_text − 1)·(v(text, tokens) − v(null, tokens))
-      + (s_token − 1)·(v(text, tokens) − v(text)).
-    With several texts [V, L, E], v(text, ·) of a latent frame is their mean, weighted by `shares_Vt`. The branches are
-    one batch; a scale of 1 needs no branch. Everything constant is computed here, once.
-    """
-    values, mask = text
-    texts = list(range(len(values)))
-    null = dit.y_embedder.y_embedding[: values.shape[1]]
-    #: (text, or None for the null text; whether the tokens are seen), and how many branches each term has
-    branches: list[tuple[int | None, bool]] = [(v, coarse_1Cthw is not None) for v in texts]
-    terms, weights = [len(texts)], list[float]()
-    if options.guidance_scale != 1.0:
-        branches.append((None, coarse_1Cthw is not None))
-        terms, weights = [*terms, 1], [*weights, options.guidance_scale - 1.0]
-    if coarse_1Cthw is not None and options.token_guidance_scale != 1.0:
-        branches += [(v, False) for v in texts]
-        terms, weights = [*terms, len(texts)], [*weights, options.token_guidance_scale - 1.0]
-    count = len(branches)
-    condition = dit.condition(
-        latent_shape,
-        torch.stack([null if v is None else values[v] for v, _ in branches]),
-        # the null text is as long as the text that comes in
-        torch.stack([mask[-1 if v is None else v] for v, _ in branches]),
-        values.new_full((count,), fps),
-        size,
-        None if coarse_1Cthw is None else coarse_1Cthw.expand(count, -1, -1, -1, -1),
-        torch.tensor([seen for _, seen in branches], device=values.device),
-    )
-    noisy = None if noisy_1t is None else noisy_1t.expand(count, -1)
+    def __init__(
+        self,
+        index: int,
+        field: GuidedVelocity,
+        path: EulerPath,
+        new: slice,
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.index, self.field, self.path, self.new, self.on_step = index, field, path, new, on_step
 
-    def mean(of_texts: Tensor) -> Tensor:
-        return of_texts if len(of_texts) == 1 else torch.einsum("vt,vcthw->cthw", shares_Vt, of_texts)[None]
+    def begin_step(self) -> bool:
+        """Whether it goes on: it may be stopped."""
+        try:
+            if self.on_step is not None:
+                self.on_step(self.path.step)
+        except Exception as error:
+            self.error = error
+        return self.error is None
 
-    def velocity(x: Tensor, time: Tensor) -> Tensor:
-        output = dit(x.expand(count, -1, -1, -1, -1), time.expand(count), condition, noisy)
-        both, *others = (mean(part) for part in dit.velocity(output).split(terms))
-        guidance = (w * (both - other) for w, other in zip(weights, others, strict=True))
-        return sum(guidance, both)
+    def finish(self) -> None:
+        """Take what was made as the result, if there are no more steps to go."""
+        if not self.path.ended:
+            return
+        latents = self.path.x[0, :, self.new].cpu().numpy()
+        if np.isfinite(latents).all():
+            self.end(SegmentLatents(self.index, latents))
+        else:
+            self.error = FloatingPointError(f"the latents of segment {self.index} are not finite numbers")
 
-    return velocity
+
+class DenoisingBatch:
+    """A `Batch` of segments: those of one kind (`GuidedVelocity.kind`) share the forward pass of a step."""
+
+    def __init__(self, most: int = 1) -> None:
+        self.most, self.members = most, list[Denoising]()
+        self._together: list[tuple[list[Denoising], Together]] | None = []
+
+    def has_room(self, member: Denoising) -> bool:
+        """See Batch."""
+        return len(self.members) < self.most
+
+    def join(self, member: Denoising) -> None:
+        """See Batch."""
+        self.members.append(member)
+        self._together = None
+
+    def leave(self, member: Denoising) -> None:
+        """See Batch."""
+        self.members.remove(member)
+        self._together = None
+
+    @torch.no_grad()
+    def step(self) -> list[Denoising]:
+        """See Batch."""
+        ended = [member for member in self.members if not member.begin_step()]
+        for member in ended:
+            self.leave(member)
+        if self._together is None:
+            kinds: dict[tuple[object, ...], list[Denoising]] = {}
+            for member in self.members:
+                kinds.setdefault(member.field.kind(), []).append(member)
+            self._together = [(same, Together([member.field for member in same])) for same in kinds.values()]
+        for members, together in self._together:
+            paths = [member.path for member in members]
+            velocity = velocities(together, [path.x for path in paths], [path.time_B for path in paths])
+            for member, its in zip(members, velocity, strict=True):
+                member.path.advance(its)
+                member.finish()
+        done = [member for member in self.members if member.ended]
+        for member in done:
+            self.leave(member)
+        return ended + done
 
 
 class DiTRenderer:
@@ -119,7 +143,6 @@ class DiTRenderer:
         """Open a bundle and load what rendering needs."""
         return cls(load_bundle(path, device))
 
-    @torch.no_grad()
     def render(
         self,
         prompt: SegmentText,
@@ -137,8 +160,24 @@ class DiTRenderer:
         most the overlap's o latents. `after` [C, m, h, w], whole groups, is what comes behind the segment, where that
         is there already: then the tokens are those of t + m latents. Both stay exactly as they are, and are not part of
         what is returned. `on_step(i)` is called before every denoising step and may raise. Raises ValueError on shapes
-        that do not fit.
+        that do not fit, and FloatingPointError if what was made is not finite.
         """
+        request = self.rendering(prompt, tokens, overlap, seed, index, options, on_step, after)
+        return run_alone(DenoisingBatch(), request)
+
+    @torch.no_grad()
+    def rendering(
+        self,
+        prompt: SegmentText,
+        tokens: np.ndarray | None,
+        overlap: np.ndarray | None,
+        seed: int,
+        index: int,
+        options: GenerationOptions,
+        on_step: Callable[[int], None] | None = None,
+        after: np.ndarray | None = None,
+    ) -> Generator[Denoising, SegmentLatents, SegmentLatents]:
+        """`render` as a request for a batch. In each batch it becomes what it is alone (`velocities`)."""
         device, segment = self.bundle.device, self.config.segment
         height, width = self.config.latent_grid
         channels = self.dit.config.in_channels
@@ -156,9 +195,10 @@ class DiTRenderer:
                 noisy[:, where] = False
         size = (self.config.video.height, self.config.video.width)
         model = self.bundle.baseline if options.baseline else self.dit
-        mask = None if noisy.all() else noisy
         text, shares = self._encoded(prompt, behind)
-        velocity = guided_velocity(model, shape, text, coarse, mask, self.config.video.fps, size, options, shares)
+        negative = self.text.encode([options.negative_prompt]) if options.negative_prompt else None
+        fps = self.config.video.fps
+        field = guided_velocity(model, shape, text, coarse, noisy, fps, size, options, shares, negative)
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
         ratio = time_ratio(*size, shape[0], self.config.dit.time_base_pixels) * self.config.dit.time_scale
@@ -167,8 +207,8 @@ class DiTRenderer:
             if coarse is None:
                 raise ValueError(f"start={options.start}: the baseline has no tokens to start from; expected 1")
             noise = add_noise(coarse, noise, noise.new_full((1,), times[0]))
-        latents = euler_sample(velocity, noise, times, None if mask is None else (mask, given), on_step)
-        return SegmentLatents(index, latents[0, :, kept : segment.latents].cpu().numpy())
+        path = EulerPath(noise, times, (noisy, given))
+        return (yield Denoising(index, field, path, slice(kept, segment.latents), on_step))
 
     def _encoded(self, text: SegmentText, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Embeddings [V, L, E] and mask [V, L] of a segment's texts, and their shares of each latent frame.

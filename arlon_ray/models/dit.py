@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -39,6 +40,35 @@ class Condition:
     fps_BD: Tensor
     positions_SD: Tensor
     injection: dict[str, Modulation]
+
+
+class TimeFeatures(NamedTuple):
+    """What the model makes of the times of a denoising step."""
+
+    noisy_BD: Tensor
+    clean_BD: Tensor  # of time 0
+    modulation_BT6D: Tensor  # T = 1: the same for all frames
+
+
+def join_conditions(conditions: Sequence[Condition]) -> Condition:
+    """One condition for the samples of all, one behind the other. All must be of the same size and kind of guidance."""
+    first, *others = conditions
+    if not others:
+        return first
+    masks = [condition.text_mask_BL for condition in conditions]
+    return Condition(
+        text=[
+            (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+            for layer in zip(*(condition.text for condition in conditions), strict=True)
+        ],
+        text_mask_BL=None if first.text_mask_BL is None else torch.cat([m for m in masks if m is not None]),
+        fps_BD=torch.cat([condition.fps_BD for condition in conditions]),
+        positions_SD=first.positions_SD,
+        injection={
+            name: tuple(map(torch.cat, zip(*(condition.injection[name] for condition in conditions), strict=True)))
+            for name in first.injection
+        },
+    )
 
 
 class CaptionEmbedder(nn.Module):
@@ -246,15 +276,38 @@ class STDiT3(nn.Module):
         `time_B` in [0, 1000]. `noisy_Bt` marks the frames that carry noise (`x_mask` of Open-Sora); the others are
         conditioning frames and are modulated as at time 0.
         """
+        shape: Sequence[int] = x_BCthw.shape[2:]
+        return self.denoise(
+            self.embed(x_BCthw), shape, self.times(time_B, condition.fps_BD, noisy_Bt), condition, noisy_Bt
+        )
+
+    def embed(self, x_BCthw: Tensor) -> Tensor:
+        """The patches of a latent as tokens [B, T, rows, columns, D], without their positions."""
         patch = self.config.patch_size
         _, _, t, h, w = x_BCthw.shape
-        weight = self.final_layer.linear.weight
-        x = F.pad(x_BCthw.to(weight.dtype), (0, -w % patch[2], 0, -h % patch[1], 0, -t % patch[0]))
-        tokens = self.x_embedder.proj(x)
-        frames, rows, columns = tokens.shape[2:]
-        x = rearrange(tokens, "b d t h w -> b t (h w) d") + condition.positions_SD
+        x = F.pad(
+            x_BCthw.to(self.final_layer.linear.weight.dtype), (0, -w % patch[2], 0, -h % patch[1], 0, -t % patch[0])
+        )
+        return rearrange(self.x_embedder.proj(x), "b d t h w -> b t h w d")
+
+    def denoise(
+        self,
+        tokens_BTHWD: Tensor,
+        latent_shape: Sequence[int],
+        times: TimeFeatures,
+        condition: Condition,
+        noisy_Bt: Tensor | None,
+    ) -> Tensor:
+        """What `forward` does behind `embed` and `times`: apart, so that requests of different times can share it.
+
+        What it makes of a sample does not depend on the samples beside it; `embed` and `times` do, in the last bits.
+        """
+        patch = self.config.patch_size
+        t, h, w = latent_shape
+        frames, rows, columns = tokens_BTHWD.shape[1:4]
+        x = tokens_BTHWD.flatten(2, 3) + condition.positions_SD
         noisy_BT = None if noisy_Bt is None else noisy_Bt[:, :: patch[0]]
-        times_BD, time_BT6D = self._time(time_B, condition.fps_BD, noisy_BT)
+        times_BD, time_BT6D = (times.noisy_BD, times.clean_BD), times.modulation_BT6D
         rotary = self.rope.angles(torch.arange(frames, device=x.device))
         parallel = self.parallel
         if parallel is not None:
@@ -288,14 +341,14 @@ class STDiT3(nn.Module):
         )  # fmt: skip
         return out[:, :, :t, :h, :w].float()
 
-    def _time(self, time_B: Tensor, fps_BD: Tensor, noisy_BT: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Features of the time and of time 0, each [B, D], and the blocks' modulation [B, T or 1, 6, D]."""
+    def times(self, time_B: Tensor, fps_BD: Tensor, noisy_Bt: Tensor | None = None) -> TimeFeatures:
+        """Features of the time and of time 0, and the blocks' modulation: that of time 0 for frames without noise."""
         noisy, clean = (self.t_embedder(time) + fps_BD for time in (time_B, torch.zeros_like(time_B)))
         modulation = rearrange(self.t_block(noisy), "b (six d) -> b 1 six d", six=6)
-        if noisy_BT is not None:
+        if noisy_Bt is not None:
             of_clean = rearrange(self.t_block(clean), "b (six d) -> b 1 six d", six=6)
-            modulation = torch.where(noisy_BT[:, :, None, None], modulation, of_clean)
-        return (noisy, clean), modulation
+            modulation = torch.where(noisy_Bt[:, :: self.config.patch_size[0], None, None], modulation, of_clean)
+        return TimeFeatures(noisy, clean, modulation)
 
     def velocity(self, output: Tensor) -> Tensor:
         """The velocity half [B, C, t, h, w] of an output."""

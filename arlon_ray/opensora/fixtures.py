@@ -20,8 +20,8 @@ from torch import Tensor
 
 from arlon_ray.config import InjectionConfig, TemporalVaeConfig
 from arlon_ray.diffusion.rectified_flow import euler_sample, latents_for_time, schedule, time_ratio
+from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import GenerationOptions
-from arlon_ray.generation.rendering import guided_velocity
 from arlon_ray.models.dit import STDiT3
 from arlon_ray.models.vae.temporal import TemporalVAE
 from arlon_ray.opensora.importing import dit_config

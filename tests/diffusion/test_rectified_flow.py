@@ -68,19 +68,3 @@ def test_lengths_without_a_latent_are_refused() -> None:
             latents_for_time(frames)
     with pytest.raises(ValueError, match="at least 1"):
         time_ratio(512, 512, 0)
-
-
-def test_sampling_can_be_stopped_between_steps() -> None:
-    calls = []
-
-    def stop(step: int) -> None:
-        if step == 2:
-            raise InterruptedError
-
-    def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        calls.append(float(time[0]))
-        return x
-
-    with pytest.raises(InterruptedError):
-        euler_sample(velocity, torch.zeros(1, 1, 1, 1, 1), schedule(5, 1.0), on_step=stop)
-    assert len(calls) == 2

@@ -22,8 +22,8 @@ from arlon_ray.bundle import MANIFEST, PARTS
 from arlon_ray.config import GROUP_LATENTS, Config
 from arlon_ray.diffusion.frame_masks import sample_noisy
 from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, sample_times, schedule, time_ratio
+from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import default_options
-from arlon_ray.generation.rendering import guided_velocity
 from arlon_ray.models.ar import load_ar
 from arlon_ray.models.codec import load_codec
 from arlon_ray.models.dit import STDiT3

@@ -1,0 +1,133 @@
+"""The DiT's velocity under text and token guidance: of one segment, and of many in one forward pass.
+
+Legend: C latent channels, t×h×w latent grid, V texts of a segment, R branches (rows of a batch) of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arlon_ray.generation.options import GenerationOptions
+from arlon_ray.models.dit import Condition, STDiT3, TimeFeatures, join_conditions
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedVelocity:
+    """The velocity field of one segment; everything constant is in it. Called with x [1, C, t, h, w] and time [1]."""
+
+    dit: STDiT3
+    shape: Grid
+    condition: Condition  # of R rows
+    noisy_Rt: Tensor  # True: a frame that carries noise
+    terms: list[int]  # how many rows v(text, tokens), v(null, tokens) and v(text) have
+    weights: list[float]
+    shares_Vt: Tensor | None
+
+    @torch.no_grad()
+    def __call__(self, x_1Cthw: Tensor, time_1: Tensor) -> Tensor:
+        return velocities(Together([self]), [x_1Cthw], [time_1])[0]
+
+    def kind(self) -> tuple[object, ...]:
+        """Fields of the same kind can share a forward pass."""
+        return self.dit, self.shape, tuple(self.condition.injection)
+
+    def rows(self, x_1Cthw: Tensor, time_1: Tensor) -> tuple[Tensor, TimeFeatures]:
+        """What the model is given of x and its time. By itself, so that its bits do not depend on the batch."""
+        count = len(self.noisy_Rt)
+        features = self.dit.times(time_1.expand(count), self.condition.fps_BD, self.noisy_Rt)
+        return self.dit.embed(x_1Cthw).expand(count, -1, -1, -1, -1), features
+
+    def guided(self, velocities_RCthw: Tensor) -> Tensor:
+        """The branches' velocities as one [1, C, t, h, w]."""
+        both, *others = (self._mean(part) for part in velocities_RCthw.split(self.terms))
+        guidance = (w * (both - other) for w, other in zip(self.weights, others, strict=True))
+        return sum(guidance, both)
+
+    def _mean(self, of_texts: Tensor) -> Tensor:
+        if len(of_texts) == 1:
+            return of_texts
+        return torch.einsum("vt,vcthw->cthw", self.shares_Vt, of_texts)[None]
+
+
+class Together:
+    """Fields of one kind, side by side: what is constant is put together once."""
+
+    def __init__(self, fields: Sequence[GuidedVelocity]) -> None:
+        self.fields = list(fields)
+        self.condition = join_conditions([field.condition for field in fields])
+        self.noisy_Rt = torch.cat([field.noisy_Rt for field in fields])
+        self.counts = [len(field.noisy_Rt) for field in fields]
+
+
+def velocities(together: Together, xs: Sequence[Tensor], times: Sequence[Tensor]) -> list[Tensor]:
+    """The velocity [1, C, t, h, w] of each field at its x [1, C, t, h, w] and time [1], in one forward pass.
+
+    On a CPU each is to the last bit what it is alone: rows of a product of matrices do not depend on each other, and
+    what would (few rows, for which there are other kernels) is computed field by field. On a GPU, where kernels are
+    chosen by the size of the batch, they are equal within rounding.
+    """
+    dit = together.fields[0].dit
+    rows = [field.rows(x, time) for field, x, time in zip(together.fields, xs, times, strict=True)]
+    embedded = torch.cat([tokens for tokens, _ in rows])
+    features = TimeFeatures(*map(torch.cat, zip(*(features for _, features in rows), strict=True)))
+    shape = together.fields[0].shape
+    output = dit.velocity(dit.denoise(embedded, shape, features, together.condition, together.noisy_Rt))
+    parts = output.split(together.counts)
+    return [field.guided(part) for field, part in zip(together.fields, parts, strict=True)]
+
+
+def guided_velocity(
+    dit: STDiT3,
+    latent_shape: Grid,
+    text: tuple[Tensor, Tensor],
+    coarse_1Cthw: Tensor | None,
+    noisy_1t: Tensor | None,
+    fps: float,
+    size: tuple[int, int],
+    options: GenerationOptions,
+    shares_Vt: Tensor | None = None,
+    negative: tuple[Tensor, Tensor] | None = None,
+) -> GuidedVelocity:
+    """The velocity field of one segment, with text and token guidance of their own scales.
+
+    v = v(text, tokens) + (s_text − 1)·(v(text, tokens) − v(null, tokens))
+      + (s_token − 1)·(v(text, tokens) − v(text)).
+    With several texts [V, L, E], v(text, ·) of a latent frame is their mean, weighted by `shares_Vt`. `negative`
+    [1, L, E] and its mask stand in for the null text. The branches are one batch; a scale of 1 needs no branch.
+    `noisy_1t` marks the frames to make (None: all).
+    """
+    values, mask = text
+    texts = list(range(len(values)))
+    # the null text is as long as the text that comes in
+    null, null_mask = dit.y_embedder.y_embedding[: values.shape[1]], mask[-1]
+    if negative is not None:
+        null, null_mask = negative[0][0], negative[1][0]
+    #: (text, or None for the null text; whether the tokens are seen), and how many branches each term has
+    branches: list[tuple[int | None, bool]] = [(v, coarse_1Cthw is not None) for v in texts]
+    terms, weights = [len(texts)], list[float]()
+    if options.guidance_scale != 1.0:
+        branches.append((None, coarse_1Cthw is not None))
+        terms, weights = [*terms, 1], [*weights, options.guidance_scale - 1.0]
+    if coarse_1Cthw is not None and options.token_guidance_scale != 1.0:
+        branches += [(v, False) for v in texts]
+        terms, weights = [*terms, len(texts)], [*weights, options.token_guidance_scale - 1.0]
+    count = len(branches)
+    condition = dit.condition(
+        latent_shape,
+        torch.stack([null if v is None else values[v] for v, _ in branches]),
+        torch.stack([null_mask if v is None else mask[v] for v, _ in branches]),
+        values.new_full((count,), fps),
+        size,
+        None if coarse_1Cthw is None else coarse_1Cthw.expand(count, -1, -1, -1, -1),
+        torch.tensor([seen for _, seen in branches], device=values.device),
+    )
+    noisy = torch.ones(1, latent_shape[0], dtype=torch.bool, device=values.device) if noisy_1t is None else noisy_1t
+    return GuidedVelocity(
+        dit, latent_shape, condition, noisy.expand(count, -1), terms, weights, shares_Vt
+    )  # fmt: skip
