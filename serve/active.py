@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from serve.callers import Caller
 from serve.job_store import Event, JobStore
+from serve.metrics import Metrics, Stage
 from serve.schema import SegmentStatus, Video, VideoError
 from serve.work import Job, Timed
 
@@ -29,6 +30,7 @@ class Active:
     job: Job
     owner: Caller
     store: JobStore
+    metrics: Metrics
     deadline: float | None = None  # Unix seconds
     began: float = 0.0  # Unix seconds
     partial: Path | None = None  # the file that grows
@@ -88,18 +90,21 @@ class Active:
         self.save_soon()
 
     async def segment(
-        self, index: int, status: SegmentStatus, stage: str | None = None, times: Timed | None = None
+        self, index: int, status: SegmentStatus, stage: Stage | None = None, times: Timed | None = None
     ) -> None:
         """See `Watcher`."""
         segment = self.video.segments[index]
         segment.status = status
         if stage and times:
+            self.metrics.segment(stage, times.seconds)
             timing = self.video.timings[index]
             setattr(timing, f"{stage}_start_s", round(times.started - self.began, 3))
             setattr(timing, f"{stage}_s", round(times.seconds, 3))
         # 100 is for a file that can be fetched
         self._progress()
         if status == "completed":
+            if index == 0:
+                self.metrics.first_segment(time.time() - self.video.created_at)
             self.tell("segment.completed", index=index, frames=segment.frames, progress=self.video.progress)
         elif status in ("planned", "rendered"):
             self.tell(f"segment.{status}", index=index)

@@ -19,6 +19,9 @@ from arlon_ray.config import Config
 from serve.active import as_text
 from serve.bodies import BODY, first_frame, read_video_request
 from serve.callers import LOCAL, Caller
+from serve.guard import Guard
+from serve.keys import KeyCheck
+from serve.page import mount_page
 from serve.pictures import FILES, Variant
 from serve.schema import (
     DraftTokens,
@@ -36,6 +39,7 @@ from serve.schema import (
     error_body,
 )
 from serve.service import VideoService
+from serve.tracing import trace_of
 
 #: How often a client should ask, in milliseconds (the OpenAI client heeds it).
 _POLL = {"openai-poll-after-ms": "500"}
@@ -61,8 +65,13 @@ RequestId = Annotated[str, Depends(_request_id)]
 Key = Annotated[str | None, Header(min_length=1, max_length=255)]
 
 
-def build_api(service: VideoService, config: Config) -> FastAPI:
-    """The routes over `service`, which is started and closed with the application."""
+def build_api(
+    service: VideoService, config: Config, keys: KeyCheck | None = None, *, behind_proxy: bool = False
+) -> FastAPI:
+    """The routes over `service`, which is started and closed with the application, and the page, behind a `Guard`.
+
+    Without `keys` it is for this machine alone. `behind_proxy`: Ray Serve's, which puts its own request id on answers.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -78,6 +87,8 @@ def build_api(service: VideoService, config: Config) -> FastAPI:
     app.include_router(_videos(service, config))
     app.include_router(_drafts(service, config))
     app.include_router(_about(service, config.name))
+    mount_page(app)
+    app.add_middleware(Guard, config.serve, keys, service.metrics, echo_request_id=not behind_proxy)
     app.openapi = partial(_with_body, app)  # type: ignore[method-assign]
     return app
 
@@ -161,6 +172,11 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
         happening = await service.events(video_id, after, who, kind)
         lines = (as_text(event) async for event in happening)
         return StreamingResponse(lines, media_type="text/event-stream", headers=_AT_ONCE)
+
+    @router.get("/{video_id}/trace")
+    async def trace(video_id: str, who: From) -> dict[str, Any]:
+        stored = await service.stored(video_id, who, kind)
+        return trace_of(stored.video, stored.job.request_id)
 
     @router.delete("/{video_id}")
     async def delete(video_id: str, who: From) -> VideoDeleted:

@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 from arlon_ray.config import Config, ConfigError
 from serve.deployments import bind_stages
 from serve.ingress import bind_api
+from serve.keys import check_auth
 
 APP = "arlon"
 
@@ -35,9 +36,10 @@ def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve
     """The application that serves `bundle` with the settings of `config`; videos are kept in `data_dir`.
 
     `config.serve.data_dir`, where it is set, goes before `data_dir`. Both paths must be readable wherever replicas run.
-    Raises ConfigError as `check_devices` does.
+    Raises ConfigError as `check_devices` and `check_auth` do.
     """
     check_devices(config)
+    check_auth(config.serve)
     data = str(config.serve.data_dir or data_dir)
     if "://" not in data:
         data = str(Path(data).expanduser().absolute())

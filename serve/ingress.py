@@ -14,6 +14,8 @@ from serve.api import build_api
 from serve.blobs import Blobs
 from serve.handles import HandleStages
 from serve.job_store import JobStore
+from serve.keys import open_keys
+from serve.logs import set_up_logging
 from serve.service import VideoService
 
 API = "VideoAPI"
@@ -39,11 +41,14 @@ class VideoAPI:
         self._config = config
         self._stages = HandleStages(ar, dit, decoder, own)
         url = config.serve.database_url
+        set_up_logging(config.serve.log_format, config.serve.log_level)
         store = JobStore(url) if url else JobStore.in_folder(Path(data))
+        hint = f"--database {url}" if url else f"--data {data}"
+        self._keys = open_keys(config.serve, store.engine, hint)
         self._service = VideoService(config, store, self._stages, Blobs(data), load_token_counter(config.text))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._config)
+        return build_api(self._service, self._config, self._keys, behind_proxy=True)
 
     async def may_plan(self, plan: str, index: int) -> bool:
         """Called by the AR's replicas; see `HandleStages.may_plan`."""

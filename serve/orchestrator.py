@@ -19,6 +19,7 @@ import numpy as np
 from arlon_ray.config import SegmentConfig
 from arlon_ray.generation import behind_overlap
 from serve.job_files import JobFiles, Restored, SegmentRecord
+from serve.metrics import Stage
 from serve.schema import SegmentStatus
 from serve.work import Frame, Job, Latents, PlanWindow, Stages, Timed, Tokens, WorkerLost
 
@@ -49,7 +50,7 @@ class Watcher(Protocol):
         """The first piece of work has begun; `done` segments were finished before."""
 
     async def segment(
-        self, index: int, status: SegmentStatus, stage: str | None = None, times: Timed | None = None
+        self, index: int, status: SegmentStatus, stage: Stage | None = None, times: Timed | None = None
     ) -> None:
         """Segment `index` is `status` now; `times` are those of `stage` ("ar", "dit", "decode"), if one has ended."""
 

@@ -23,6 +23,8 @@ from serve.callers import LOCAL, Caller
 from serve.fair_queue import FairQueue
 from serve.job_files import JobFiles, SegmentRecord
 from serve.job_store import Event, JobStore, Stored
+from serve.logs import REQUEST_ID
+from serve.metrics import Metrics
 from serve.orchestrator import Orchestrator, StageError
 from serve.schema import (
     DraftTokens,
@@ -55,8 +57,10 @@ class VideoService:
         stages: Stages,
         blobs: Blobs,
         count_tokens: Callable[[str], int] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """With `count_tokens`, prompts with more tokens than the text encoder takes are refused."""
+        self.metrics = metrics or Metrics()
         self._config, self._store, self._stages, self._blobs = config, store, stages, blobs
         self._count_tokens = count_tokens
         self._waiting = FairQueue()
@@ -113,7 +117,7 @@ class VideoService:
 
     async def remix(self, video_id: str, request: RemixRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
         """Accept the same video with another text. Raises RequestError."""
-        stored = await self._stored(video_id, caller, "video")
+        stored = await self.stored(video_id, caller, "video")
         new = new_jobs.remixed(stored, request, self._config, self._count_tokens)
         picture = await asyncio.to_thread(self._files(video_id).picture)
 
@@ -189,7 +193,7 @@ class VideoService:
 
     async def get(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> Video:
         """Raises RequestError (404)."""
-        return (await self._stored(video_id, caller, kind)).video
+        return (await self.stored(video_id, caller, kind)).video
 
     async def page(
         self, kind: str, caller: Caller, after: str | None, limit: int, newest_first: bool
@@ -204,7 +208,7 @@ class VideoService:
 
     async def tokens(self, draft_id: str, caller: Caller = LOCAL) -> DraftTokens:
         """The plan of a draft, as far as it is there. Raises RequestError (404)."""
-        await self._stored(draft_id, caller, "draft")
+        await self.stored(draft_id, caller, "draft")
         found = await asyncio.to_thread(lambda: list(self._files(draft_id).segments()))
         known = [(index, record.tokens) for index, record in found if record.tokens is not None]
         return DraftTokens(
@@ -236,7 +240,7 @@ class VideoService:
 
         Ends where the making ends, if it fails or is stopped. Raises RequestError: unknown (404), failed (409).
         """
-        await self._stored(video_id, caller, kind)
+        await self.stored(video_id, caller, kind)
         active = self._find(video_id)
         file = await self._grown(active) if active else await self._file(video_id)
         return pieces(file, active)
@@ -248,7 +252,7 @@ class VideoService:
 
         None comes where nothing has happened for a while. Raises RequestError (404).
         """
-        await self._stored(video_id, caller, kind)
+        await self.stored(video_id, caller, kind)
         if active := self._find(video_id):
             return told(active, after)
         return _each(await asyncio.to_thread(self._store.events, video_id, after))
@@ -258,7 +262,7 @@ class VideoService:
 
         Raises RequestError (404).
         """
-        await self._stored(video_id, caller, kind)
+        await self.stored(video_id, caller, kind)
         active = self._waiting.remove(video_id) or self._running.get(video_id)
         if active and active.task:
             active.task.cancel()
@@ -267,6 +271,7 @@ class VideoService:
             raise _unknown(video_id, kind)
         if active:
             active.tell("deleted", ended=True)
+            self.metrics.finished("deleted")
             self._tell_positions()
         await asyncio.to_thread(self._files(video_id).delete)
 
@@ -276,14 +281,15 @@ class VideoService:
     def _files(self, video_id: str) -> JobFiles:
         return JobFiles(self._blobs, video_id)
 
-    async def _stored(self, job_id: str, caller: Caller, kind: str) -> Stored:
+    async def stored(self, job_id: str, caller: Caller, kind: str) -> Stored:
+        """The job, if the caller may see it. Raises RequestError (404)."""
         stored = await asyncio.to_thread(self._store.get, job_id, caller)
         if stored is None or stored.video.object != kind:
             raise _unknown(job_id, kind)
         return stored
 
     async def _finished(self, job_id: str, caller: Caller, kind: str) -> Stored:
-        stored = await self._stored(job_id, caller, kind)
+        stored = await self.stored(job_id, caller, kind)
         status = stored.video.status
         if status != "completed":
             message = f"the {kind} is {status}: it has no content" + ("" if status == "failed" else " yet")
@@ -311,7 +317,7 @@ class VideoService:
 
     def _active(self, stored: Stored, owner: Caller | None = None) -> Active:
         owner = owner or Caller(stored.owner)
-        return Active(stored.video, stored.job, owner, self._store, stored.deadline)
+        return Active(stored.video, stored.job, owner, self._store, self.metrics, stored.deadline)
 
     def _enqueue(self, active: Active) -> None:
         self._waiting.add(active)
@@ -330,6 +336,7 @@ class VideoService:
         self._tell_positions()
 
     def _tell_positions(self) -> None:
+        self.metrics.queue(len(self._waiting), len(self._running))
         for position, active in enumerate(self._waiting.order(self._running.values())):
             active.queued_at(position + len(self._running))
 
@@ -357,6 +364,7 @@ class VideoService:
             planned_ahead=config.serve.planned_ahead,
         )
         active.partial = orchestrator.partial
+        REQUEST_ID.set(active.job.request_id)  # of the task alone: its lines are found by the id of the request
         try:
             left = None if active.deadline is None else active.deadline - time.time()
             async with asyncio.timeout(left):
@@ -373,10 +381,12 @@ class VideoService:
         else:
             self._mean_seconds = 0.7 * self._mean_seconds + 0.3 * (time.time() - active.began)
             await active.finish(None, self._expires_at())
+            self.metrics.finished("completed")
 
     async def _fail(self, active: Active, error: VideoError) -> None:
         await asyncio.to_thread(self._files(active.video.id).delete)
         await active.finish(error, self._expires_at())
+        self.metrics.failure(error.code)
 
     def _expires_at(self) -> int | None:
         hours = self._config.serve.keep_hours

@@ -23,7 +23,7 @@ def play(scenario: Scenario, folder: Path, *overrides: str, count_tokens: Callab
 
     async def over_http(service: VideoService, stages: FakeStages) -> None:
         transport = httpx.ASGITransport(build_api(service, stages.config), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             await scenario(client, stages)
 
     serve_alone(over_http, folder, *overrides, count_tokens=count_tokens)
