@@ -74,7 +74,7 @@ class Client:
         self._http.close()
 
     def create(self, body: Mapping[str, Any], *, image: Path | None = None, draft: bool = False) -> Made:
-        """Ask for a video or a draft; `image` is its first frame. Asked twice by a lost answer, it is made once.
+        """Ask for a video or a draft; `image` is its first frame. Where the answer is lost it is asked once more, and made once.
 
         Raises ClientError, OSError for an image that cannot be read.
         """
@@ -84,7 +84,14 @@ class Client:
                 f"data:image/{image.suffix[1:].lower() or 'png'};base64,{base64.b64encode(image.read_bytes()).decode()}"
             )
             picture = {"input_reference": {"image_url": url}}
-        return self._post("drafts" if draft else "videos", {**body, **picture})
+        path, asked = "drafts" if draft else "videos", {**body, **picture}
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        try:
+            return self._post(path, asked, headers)
+        except ClientError as error:
+            if not isinstance(error.__cause__, httpx.ReadError | httpx.RemoteProtocolError):
+                raise
+            return self._post(path, asked, headers)
 
     def remix(self, video_id: str, prompt: str) -> Made:
         """The same seed, length and settings, another text. Raises ClientError."""
@@ -195,15 +202,9 @@ class Client:
                     yield fields.get("id", ""), Event(fields.get("event", "message"), json.loads(fields["data"]))
                 fields = {}
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Made:
-        """Once more where no answer came: by its key the server knows that it is the same request."""
-        headers = {"Idempotency-Key": uuid.uuid4().hex}
-        try:
-            return self._json("POST", path, json=dict(body), headers=headers)
-        except ClientError as error:
-            if error.status or not isinstance(error.__cause__, httpx.ReadError | httpx.RemoteProtocolError):
-                raise
-            return self._json("POST", path, json=dict(body), headers=headers)
+    def _post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Made:
+        made: Made = self._json("POST", path, json=dict(body), headers=headers)
+        return made
 
     def _json(self, method: str, path: str, **options: Any) -> Any:
         response = _checked(lambda: self._http.request(method, path, **options), self.url)

@@ -90,7 +90,8 @@ export async function watch(id, onEvent, { signal, seen = {} }) {
         pause = 500;
         if (event.id) seen.id = event.id;
         onEvent(event.type, event.data);
-        if (["completed", "failed", "deleted"].includes(event.type)) seen.ended = true;
+        // a draft of which a segment was planned anew goes on behind its end
+        seen.ended = ["completed", "failed", "deleted"].includes(event.type);
       }
       if (seen.ended) return;
     } catch (error) {

@@ -114,7 +114,7 @@ async function describeServer() {
 async function start() {
   startComposer((kind, body, image) => make(kind, body, image));
   startStage((object, rerolled) => {
-    if (rerolled) remember(object.id, rerolled);
+    if (rerolled) remember(object.id, rerolled, false);
     refreshLibrary();
   });
   startLibrary({ open: (id) => openOne(id).catch((error) => say($("cards-note"), error.message)), remix, extend, remove });

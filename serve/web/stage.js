@@ -37,11 +37,14 @@ export function closeStage() {
   $("stage-title").textContent = "Nothing is open";
 }
 
-/** Opens a video or draft; `object`, where it is known already, saves a request. Raises ApiError. */
-export async function openStage(id, object = null) {
+/**
+ * Opens a video or draft; `object`, where it is known already, saves a request, and of the events only those behind
+ * `seen.id` are told. Raises ApiError.
+ */
+export async function openStage(id, object = null, seen = {}) {
   object ??= await call("GET", pathOf(id));
   open?.stop.abort();
-  open = { id, object, stop: new AbortController(), seen: {}, queue: null, step: null, selected: null, since: null };
+  open = { id, object, stop: new AbortController(), seen, queue: null, step: null, selected: null, since: null };
   player.clear();
   select(null);
   say($("stage-error"), "");
@@ -271,11 +274,9 @@ async function reroll(event) {
   try {
     const path = pathOf(what.id, `/segments/${index}/reroll`);
     const object = await call("POST", path, body);
-    await tell(object, { path, body });
+    tell(object, { path, body });
     if (what !== open) return;
-    const seen = { id: what.seen.id }; // what was told before is not told again
-    await openStage(what.id, object);
-    open.seen = seen;
+    await openStage(what.id, object, { id: what.seen.id }); // what was told before is not told again
     announce(`Segment ${index + 1} is planned anew`);
     $("chips").children[index].firstChild.focus();
   } catch (error) {
