@@ -102,7 +102,7 @@ def main() -> None:
             signal.signal(number, lambda *_: ended.set())
         print(EXAMPLE.format(bundle=path, url=url, data=config.serve.data_dir or data), flush=True)
         ended.wait()
-        print("stopping: unfinished videos will be marked as failed …", flush=True)
+        print("stopping: unfinished videos go on when it is started again with the same --output …", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from arlon_ray.bundle import load_bundle
@@ -20,7 +23,8 @@ from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.generation.video import encode_fragment, join_fragments, read_video
 from jobs.ray_session import connect
 from serve.app import APP, serve_bundle
-from serve.deployments import DIT
+from serve.deployments import AR, DECODER, DIT
+from serve.ingress import API
 from tests.bundles import make_random_bundle
 
 pytestmark = pytest.mark.ray
@@ -42,18 +46,35 @@ class Served:
 
     def until(self, video_id: str, *statuses: str, limit_s: float = 50) -> dict:
         deadline = time.monotonic() + limit_s
+        video = {}
         while time.monotonic() < deadline:
-            video = self.client.get(f"/v1/videos/{video_id}").json()
-            if video["status"] in statuses:
-                return video
+            with suppress(httpx.TransportError):  # the ingress may be on its way back
+                answer = self.client.get(f"/v1/{_kind(video_id)}/{video_id}")
+                if answer.status_code == 200 and (video := answer.json())["status"] in statuses:
+                    return video
             time.sleep(0.02)
         raise AssertionError(f"still {video}")
+
+    def content(self, video_id: str) -> bytes:
+        """The mp4 of a video, or the preview of a draft."""
+        answer = self.client.get(f"/v1/{_kind(video_id)}/{video_id}/content")
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+    def finished(self, video_id: str) -> int:
+        """Segments whose frames can be seen."""
+        segments = self.client.get(f"/v1/{_kind(video_id)}/{video_id}").json()["segments"]
+        return sum(segment["status"] == "completed" for segment in segments)
 
     def steps(self) -> int:
         """Denoising steps that the DiT's replica has begun."""
         from ray import serve
 
         return serve.get_deployment_handle(DIT, APP).statistics.remote().result()["steps"]
+
+
+def _kind(name: str) -> str:
+    return "drafts" if name.startswith("draft_") else "videos"
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +155,68 @@ def test_delete_stops_within_one_denoising_step(served: Served) -> None:
     assert not (served.data / "videos" / created["id"]).exists()
     # and the replica works on
     served.until(served.post(prompt=PROMPTS[0])["id"], "completed")
+
+
+def kill(deployment: str) -> None:
+    """SIGKILL the deployment's replica."""
+    title = f"ServeReplica:{APP}:{deployment}"
+    found = [each for each in psutil.Process().children(recursive=True) if title in " ".join(each.cmdline())]
+    for process in found:
+        process.kill()
+    assert found
+
+
+@pytest.mark.slow
+def test_whatever_replica_is_killed_the_video_is_what_it_would_have_been(served: Served) -> None:
+    request = {"prompt": PROMPTS[0], "num_segments": 8, "seed": 3, "num_inference_steps": 4}
+    expected = served.content(served.until(served.post(**request)["id"], "completed", "failed")["id"])
+    for deployment, at in ((DIT, 1), (AR, 2), (DECODER, 3), (API, 4)):
+        created = served.post(**request)
+        while served.finished(created["id"]) < at:
+            time.sleep(0.02)
+        kill(deployment)
+        video = served.until(created["id"], "completed", "failed", limit_s=90)
+        assert video["status"] == "completed", (deployment, video["error"])
+        assert served.content(video["id"]) == expected, deployment
+        assert len(video["segments"]) == 8
+
+
+def test_drafts_remixes_and_extensions(served: Served) -> None:
+    draft = served.client.post("/v1/drafts", json={"prompt": PROMPTS[0], "num_segments": 3, "seed": 4}).json()
+    draft = served.until(draft["id"], "completed", "failed")
+    assert draft["status"] == "completed", draft["error"]
+    preview = read_video(io.BytesIO(served.content(draft["id"])))
+    plan = served.client.get(f"/v1/drafts/{draft['id']}/tokens").json()["segments"]
+    direct = served.content(
+        served.until(served.post(prompt=PROMPTS[0], num_segments=3, seed=4)["id"], "completed")["id"]
+    )
+    rendered = served.until(served.post(draft=draft["id"])["id"], "completed", "failed")
+    # what is approved and rendered is what would have been rendered at once
+    assert served.content(rendered["id"]) == direct and len(preview) == len(read_video(io.BytesIO(direct)))
+    served.client.post(f"/v1/drafts/{draft['id']}/segments/1/reroll", json={"seed": 9})
+    served.until(draft["id"], "completed", "failed")
+    again = served.client.get(f"/v1/drafts/{draft['id']}/tokens").json()["segments"]
+    assert again[0] == plan[0] and again[1] != plan[1] and again[2]["tokens"][-16:] == plan[2]["tokens"][-16:]
+
+    short = served.until(served.post(prompt=PROMPTS[0], num_segments=2, seed=4)["id"], "completed")
+    body = {"prompt": PROMPTS[0], "num_segments": 1, "video": {"id": short["id"]}}
+    longer = served.client.post("/v1/videos/extensions", json=body).json()
+    served.until(longer["id"], "completed", "failed")
+    frames = [read_video(io.BytesIO(data)) for data in (served.content(longer["id"]), direct)]
+    assert np.array_equal(*frames)  # what a longer video would have been
+    remix = served.client.post(f"/v1/videos/{short['id']}/remix", json={"prompt": PROMPTS[1]}).json()
+    assert served.content(served.until(remix["id"], "completed")["id"]) != served.content(short["id"])
+
+
+def test_events_tell_every_step(served: Served) -> None:
+    created = served.post(prompt=PROMPTS[0], num_segments=2, num_inference_steps=12)
+    with served.client.stream("GET", f"/v1/videos/{created['id']}/events", timeout=50) as watched:
+        lines = list(watched.iter_lines())
+    kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    assert kinds[-1] == "completed" and kinds.count("segment.completed") == 2
+    steps = [json.loads(line.removeprefix("data: ")) for line in lines if '"steps"' in line]
+    assert {step["index"] for step in steps} == {0, 1} and all(step["steps"] == 12 for step in steps)
+    assert len({(step["index"], step["step"]) for step in steps}) >= 6  # some may come too fast for the reader
 
 
 def test_the_queue_refuses_and_says_when_to_come_back(served: Served) -> None:
