@@ -117,6 +117,8 @@ class Guard:
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Say in the scope who calls. Raises RequestError."""
         path = _path(scope)
+        if "\0" in path or b"%00" in scope.get("query_string", b""):  # PostgreSQL takes none
+            raise RequestError("the address has a zero character", code="invalid_address", status=400)
         is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
         if self._keys is None:
             if path != "/healthz":

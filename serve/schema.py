@@ -31,7 +31,9 @@ class RequestError(Exception):
 
 
 def _storable(text: str) -> str:
-    """JSON can spell half a character, which no file, database or answer can hold."""
+    """JSON can spell half a character, which no file, database or answer can hold, and PostgreSQL takes no zero."""
+    if "\0" in text:
+        raise ValueError("has a zero character")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine
 
-from arlon_ray.config import ConfigError, ServeConfig
+from arlon_ray.config import ConfigError, ServeConfig, load_config
 from jobs import keys as command
 from jobs.command_line import run
 from serve.callers import Caller
@@ -118,6 +118,16 @@ def test_keys_are_needed_where_others_can_reach_the_service(auth: str, host: str
         return
     with pytest.raises(ConfigError, match=r"serve\.auth=off, but serve\.host=.*jobs/keys\.py add NAME"):
         check_auth(settings)
+
+
+def test_on_and_off_can_be_written_without_quotes() -> None:
+    found = [load_config("tiny", [f"serve.auth={value}"]).serve.auth for value in ("on", "off", "auto")]
+    assert found == ["on", "off", "auto"]
+
+
+def test_on_and_off_can_be_written_without_quotes() -> None:
+    found = [load_config("tiny", [f"serve.auth={value}"]).serve.auth for value in ("on", "off", "auto")]
+    assert found == ["on", "off", "auto"]
 
 
 def test_a_service_without_any_key_says_how_to_make_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
