@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from arlon_ray.config import Config, DeploymentConfig
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, given_picture
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
+from serve.scaling import PAUSED, replicas_for_work
 from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
@@ -57,6 +59,18 @@ class ArDeployment:
     def __init__(self, bundle: str, device: str, threads: int) -> None:
         self._worker = _Worker(threads)
         self._planner = self._worker.now(ArPlanner.from_bundle, bundle, device)
+        self._paused = 0  # plans that wait until they may go on
+
+    def record_autoscaling_stats(self) -> dict[str, int]:
+        """What Serve asks for; see `serve.scaling`."""
+        return {PAUSED: self._paused}
+
+    async def _may_go_on(self, permit: Permit, index: int) -> bool:
+        self._paused += 1
+        try:
+            return await permit(index)
+        finally:
+            self._paused -= 1
 
     async def plan(
         self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None
@@ -69,7 +83,7 @@ class ArDeployment:
         segments = self._planner.plan(job.prompts, job.seed, job.options, lambda _: _unless(stop), _own(given), planned)
         try:
             for index in range(len(planned), len(job.prompts)):
-                if not await permit(index):
+                if not await self._may_go_on(permit, index):
                     return
                 made = await self._worker.run(next, segments)
                 yield Timed(made.value.tokens, made.started, made.seconds)
@@ -157,11 +171,15 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
         deployment = serve.deployment(
             name=name,
             max_ongoing_requests=settings.max_ongoing_requests,
-            autoscaling_config={
-                "min_replicas": settings.min_replicas,
-                "max_replicas": settings.max_replicas,
-                "target_ongoing_requests": settings.target_ongoing_requests,
-            },
+            autoscaling_config=AutoscalingConfig(
+                min_replicas=settings.min_replicas,
+                max_replicas=settings.max_replicas,
+                target_ongoing_requests=settings.target_ongoing_requests,
+                upscale_delay_s=settings.upscale_delay_s,
+                downscale_delay_s=settings.downscale_delay_s,
+                look_back_period_s=settings.upscale_delay_s,
+                policy=AutoscalingPolicy(policy_function=replicas_for_work),
+            ),
             ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
             graceful_shutdown_timeout_s=5,
         )(kind)

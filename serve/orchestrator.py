@@ -159,13 +159,15 @@ class Orchestrator:
         """Put the tokens of all segments that are not finished into the queue: those that are there, and new ones."""
         tokens, lost, self._next = self._state.tokens, 0, self._state.done
         while (index := self._next) < len(self._job.prompts):
+            # before the AR is asked: a plan that waits keeps a replica from being taken away
+            if not await self._window.admit(index):
+                return
             try:
                 if index not in tokens:
                     await self._plan_from(index)
-                elif await self.may_plan(index):
-                    await self._put(index, self._behind(tokens[index - 1], tokens[index]) if index else tokens[index])
                 else:
-                    return
+                    await self._begin()
+                    await self._put(index, self._behind(tokens[index - 1], tokens[index]) if index else tokens[index])
             except WorkerLost as error:
                 lost = lost + 1 if self._next == index else 1
                 if lost > RETRIES:

@@ -69,9 +69,13 @@ class SamplingConfig(Section):
 class DeploymentConfig(Section):
     """One Ray Serve deployment: its resources and its own autoscaling."""
 
-    min_replicas: int = Field(1, ge=0)
+    min_replicas: int = Field(1, ge=0, description="0: none where there is nothing to do; the next video waits for one")
     max_replicas: int = Field(2, ge=1)
-    target_ongoing_requests: float = Field(2.0, gt=0)
+    target_ongoing_requests: float = Field(
+        2.0, gt=0, description="segments (AR: plans at work) that come to one replica before there is another"
+    )
+    upscale_delay_s: float = Field(5.0, gt=0, description="how long more replicas must be needed before they are added")
+    downscale_delay_s: float = Field(60.0, ge=0, description="how long fewer must do before some are taken away")
     max_ongoing_requests: int = Field(4, ge=1)
     num_cpus: float = Field(0.5, ge=0)
     num_gpus: float = Field(0.0, ge=0)
