@@ -125,11 +125,6 @@ def test_on_and_off_can_be_written_without_quotes() -> None:
     assert found == ["on", "off", "auto"]
 
 
-def test_on_and_off_can_be_written_without_quotes() -> None:
-    found = [load_config("tiny", [f"serve.auth={value}"]).serve.auth for value in ("on", "off", "auto")]
-    assert found == ["on", "off", "auto"]
-
-
 def test_a_service_without_any_key_says_how_to_make_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine, settings = create_engine(f"sqlite:///{tmp_path / 'k'}"), ServeConfig(auth="on")
     assert open_keys(settings, engine, "--data here") is not None
