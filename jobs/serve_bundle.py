@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
-import tempfile
 import threading
-from pathlib import Path
-
-import yaml
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import Config, ConfigError, load_config, override
+from arlon_ray.config import override
 from jobs import command_line
 from jobs.ray_session import connect
 from serve.app import check_devices, serve_bundle
-
-#: What may differ from the bundle's own configuration; all else is what its weights were trained with.
-ADJUSTABLE = {"device", "sampling", "serve"}
+from serve.settings import served_config
 
 EXAMPLE = """\
 serving {bundle} at {url}
@@ -47,25 +41,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if (value := getattr(result, name)) is not None:
             result.overrides.append(f"serve.{name}={value}")
     return result
-
-
-def served_config(trained: Config, source: str | None, overrides: list[str]) -> Config:
-    """The bundle's configuration with device, sampling and serve of `source` (if any) and `overrides`.
-
-    Raises ConfigError, also for overrides of what the weights were trained with.
-    """
-    base = trained.model_dump(mode="json")
-    if source is not None:
-        base |= load_config(source).model_dump(mode="json", include=ADJUSTABLE)
-    with tempfile.TemporaryDirectory() as folder:
-        resolved = Path(folder) / "config.yaml"
-        resolved.write_text(yaml.safe_dump(base))
-        config = load_config(str(resolved), overrides)
-    for name in sorted(set(type(config).model_fields) - ADJUSTABLE):
-        if getattr(config, name) != getattr(trained, name):
-            allowed = ", ".join(sorted(ADJUSTABLE))
-            raise ConfigError(f"--set {name}: fixed by the bundle; what can be set here is {allowed}")
-    return config
 
 
 def check_port(host: str, port: int) -> None:

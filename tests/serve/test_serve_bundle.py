@@ -14,8 +14,9 @@ from arlon_ray.config import ConfigError
 from jobs import command_line
 from jobs import serve_bundle as serve_bundle_job
 from jobs.command_line import InputError
-from jobs.serve_bundle import check_port, parse, served_config
+from jobs.serve_bundle import check_port, parse
 from serve.app import check_devices, serve_bundle
+from serve.settings import served_config
 from tests.bundles import make_random_bundle, small_config
 
 

@@ -1,0 +1,34 @@
+"""The application for `serve deploy serve/config.yaml`: what Ray Serve itself builds on a cluster that runs already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from arlon_ray.bundle import load_bundle
+from arlon_ray.config import override
+from serve.app import build_app
+from serve.settings import served_config
+
+
+class Arguments(BaseModel):
+    """`args` of the application in the file. Paths must be readable wherever replicas run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str
+    data: str = Field(description="where videos and the job store are kept: a folder, or a bucket")
+    config: str | None = Field(None, description="preset or file whose device, sampling and serve are used")
+    set: list[str] = Field([], description="overrides, as the jobs' --set has them")
+
+
+def application(arguments: Arguments) -> serve.Application:
+    """The application that serves a bundle. Raises ArtifactError and ConfigError."""
+    bundle = load_bundle(Path(arguments.bundle).expanduser())
+    config = served_config(bundle.config, arguments.config, arguments.set)
+    if not bundle.guided:
+        config = override(config, ["sampling.baseline=true"])
+    bundle.check_text()
+    return build_app(config, arguments.bundle, arguments.data)

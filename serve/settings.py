@@ -1,0 +1,32 @@
+"""The configuration that a bundle is served with."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from arlon_ray.config import Config, ConfigError, load_config
+
+#: What may differ from the bundle's own configuration; all else is what its weights were trained with.
+ADJUSTABLE = {"device", "sampling", "serve"}
+
+
+def served_config(trained: Config, source: str | None, overrides: list[str]) -> Config:
+    """The bundle's configuration with device, sampling and serve of `source` (if any) and `overrides`.
+
+    Raises ConfigError, also for overrides of what the weights were trained with.
+    """
+    base = trained.model_dump(mode="json")
+    if source is not None:
+        base |= load_config(source).model_dump(mode="json", include=ADJUSTABLE)
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(yaml.safe_dump(base))
+        config = load_config(str(resolved), overrides)
+    for name in sorted(set(type(config).model_fields) - ADJUSTABLE):
+        if getattr(config, name) != getattr(trained, name):
+            allowed = ", ".join(sorted(ADJUSTABLE))
+            raise ConfigError(f"--set {name}: fixed by the bundle; what can be set here is {allowed}")
+    return config
