@@ -17,7 +17,7 @@ from arlon_ray.evaluation.metrics import meaning
 from arlon_ray.evaluation.scenes import Frames
 from arlon_ray.evaluation.world import Shot
 from arlon_ray.generation import default_options
-from arlon_ray.generation.planning import sample_tokens
+from arlon_ray.generation.sampling import sample_tokens
 from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.text import TextEncoder

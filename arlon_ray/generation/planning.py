@@ -5,7 +5,7 @@ Legend: t'×h'×w' token grid of a segment, N tokens, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
+from arlon_ray.generation.batching import run_alone
 from arlon_ray.generation.options import GenerationOptions
+from arlon_ray.generation.sampling import Sampling, SamplingBatch
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import SegmentText, prompts_in
-from arlon_ray.models.ar import ArTransformer, Grid, KeyValueCache, frame_times
+from arlon_ray.models.ar import frame_times
 
 
 @dataclass(frozen=True)
@@ -36,99 +38,6 @@ class Beginning:
 
     tokens: Tensor
     group: int
-
-
-def draw(logits_K: Tensor, options: GenerationOptions, generator: torch.Generator) -> Tensor:
-    """One token (int64 scalar) from logits [K] after temperature, top-k and top-p (nucleus).
-
-    Sorts once and inverts the cumulative distribution at one random number; nothing waits for the device.
-    """
-    chances, order = (logits_K.float() / options.temperature).softmax(-1).sort(descending=True)
-    if 0 < options.top_k < len(chances):
-        chances = chances[: options.top_k]
-    summed = chances.cumsum(-1)
-    kept = summed - chances < options.top_p * summed[-1]  # the first codes, at least one
-    point = torch.rand((), generator=generator, device=summed.device) * (chances * kept).sum()
-    return order[(summed <= point).sum().clamp(max=len(chances) - 1)]
-
-
-@torch.no_grad()
-def sample_tokens(
-    model: ArTransformer,
-    text_1LE: Tensor,
-    mask_1L: Tensor,
-    context_thw: Tensor,
-    grid: Grid,
-    options: GenerationOptions,
-    generator: torch.Generator,
-    on_token: Callable[[int], None] | None = None,
-    against: tuple[Tensor, Tensor] | None = None,
-    times_t: Tensor | None = None,
-) -> Tensor:
-    """Continue `context` (int64 [t, h, w]: the first latent frames of `grid`, may be none) to the whole grid.
-
-    Returns int64 [t, h, w]. `times_t` says when the grid's frames are, if not one after the other.
-    With `ar_guidance_scale` ≠ 1 the text and what it is guided away from (`against`: another text and its mask; None:
-    the null text) run as a batch of two through one cache. `on_token(n)` is called before every token and may raise,
-    which stops the sampling there.
-    """
-    text, mask = text_1LE, mask_1L
-    if options.ar_guidance_scale != 1.0:
-        other = against or model.without_text(text, mask, torch.ones(1, dtype=torch.bool, device=text.device))
-        text, mask = torch.cat([text, other[0]]), torch.cat([mask, other[1]])
-    block_grid = model.block_grid(grid)
-    total = block_grid[0] * block_grid[1] * block_grid[2]
-    batch, length = mask.shape
-    cache = KeyValueCache(model, batch, length + total)
-    rotary = model.rotary(length, block_grid, length + total, text.device, times_t)
-    places = model.places(block_grid, times_t)
-    blocks = model.to_blocks(context_thw[None])
-    x, attention = model.embed(text, mask, blocks.expand(batch, -1, -1), block_grid, times_t)
-    visible = torch.nn.functional.pad(mask, (0, total), value=True)[:, None, None]
-    inner = model.to_blocks(torch.zeros(1, *grid, dtype=torch.long, device=text.device))[0] <= model.last
-    done, drawn = blocks.shape[1], [blocks[0]]
-    count = context_thw.numel()
-    while done < total:
-        start, end = cache.length, cache.length + x.shape[1]
-        for layer, block in enumerate(model.blocks):
-            x = block(x, rotary.part(start, end), attention, cache, layer)
-        cache.length = end
-        tokens = _draw_block(model, x[:, -1:], inner[done], options, generator, on_token, count)
-        count += int(inner[done].sum())
-        drawn.append(tokens[None])
-        done += 1
-        if done < total:
-            x = (model.embed_blocks(tokens[None, None]) + places[done]).expand(batch, 1, -1)
-            attention = visible[..., : cache.length + 1]
-    return model.from_blocks(torch.cat(drawn)[None], grid)[0]
-
-
-def _draw_block(
-    model: ArTransformer,
-    x_B1C: Tensor,
-    inner_k: Tensor,
-    options: GenerationOptions,
-    generator: torch.Generator,
-    on_token: Callable[[int], None] | None,
-    count: int,
-) -> Tensor:
-    """The tokens [k] of one block, one after the other; `inner` marks those on the grid, `count` came before."""
-    scale, state = options.ar_guidance_scale, x_B1C[:, 0]
-    tokens: list[Tensor] = []
-    for place, on_grid in enumerate(inner_k.tolist()):
-        if not on_grid:
-            tokens.append(torch.tensor(model.codebook_size, device=x_B1C.device))
-        else:
-            if on_token is not None:
-                on_token(count)
-            feature = state if model.inside is None else model.inside.feature(state + model.inside.place[place])
-            logits = model.head(model.norm(feature))
-            logits = logits[0] if scale == 1.0 else logits[1] + scale * (logits[0] - logits[1])
-            tokens.append(draw(logits, options, generator))
-            count += 1
-        if model.inside is not None and place + 1 < len(inner_k):
-            state = state + model.inside.before[place](model.codes(tokens[-1].clamp(max=model.last)))
-    return torch.stack(tokens)
 
 
 class ArPlanner:
@@ -165,18 +74,29 @@ class ArPlanner:
         tokens. `planned` are the tokens int32 [t', h', w'] of the first segments, where those are there already: only
         what follows is planned, as if all had been planned in one go. Raises ValueError for tokens that do not fit.
         """
-        window, begin = self.tokens_of(given), None
-        if planned:
-            self._check(planned, len(prompts))
-            window, begin = self._behind(prompts, planned)
-        for index in range(len(planned), len(prompts)):
-            texts = [prompts[i] for i in (*self.looked_at(index), index)]
-            begin = begin if index and prompts[index - 1] == prompts[index] else None
-            window = self.go_on(window, texts, seed, index, options, on_token, begin)
-            begin = begin or self.beginning(window[-self.segment_frames :], index)
-            yield SegmentTokens(index, window[-self.segment_frames :].int().cpu().numpy())
+        plan = self.begin(prompts, seed, options, on_token, given, planned)
+        for _ in range(len(planned), len(prompts)):
+            yield run_alone(self.batch(), plan.segment())
 
-    def _check(self, planned: Sequence[np.ndarray], segments: int) -> None:
+    def begin(
+        self,
+        prompts: Sequence[SegmentText],
+        seed: int,
+        options: GenerationOptions,
+        on_token: Callable[[int], None] | None = None,
+        given: np.ndarray | None = None,
+        planned: Sequence[np.ndarray] = (),
+    ) -> Plan:
+        """`plan` for a batch. In each batch its segments become what they are alone (`SamplingBatch`)."""
+        return Plan(self, prompts, seed, options, on_token, given, planned)
+
+    def batch(self, most: int = 1) -> SamplingBatch:
+        """What plans of at most so many videos share. Its memory is taken at once."""
+        t, h, w = self.model.block_grid((self.config.ar_window_groups * self.group_grid[0], *self.group_grid[1:]))
+        return SamplingBatch(self.model, self.config.text.max_tokens + t * h * w, most)
+
+    def check(self, planned: Sequence[np.ndarray], segments: int) -> None:
+        """Raises ValueError for tokens that are not those of the first of so many segments."""
         expected = (self.segment_frames, *self.group_grid[1:])
         if len(planned) > segments:
             raise ValueError(
@@ -186,7 +106,7 @@ class ArPlanner:
             if tokens.shape != expected:
                 raise ValueError(f"tokens of shape {list(tokens.shape)} of segment {index}: expected {list(expected)}")
 
-    def _behind(self, prompts: Sequence[SegmentText], planned: Sequence[np.ndarray]) -> tuple[Tensor, Beginning]:
+    def behind(self, prompts: Sequence[SegmentText], planned: Sequence[np.ndarray]) -> tuple[Tensor, Beginning]:
         """What the AR looks at behind the planned segments, and what the prompt of the last of them began with."""
         seen = self.looked_at(len(planned))
         first = len(planned) - 1
@@ -222,8 +142,20 @@ class ArPlanner:
         """Token frames of segment `index` that are those of the segment before: what follows them is new."""
         return self.config.segment.overlap_groups * self.group_grid[0] if index else 0
 
-    @torch.no_grad()
     def go_on(
+        self,
+        before: Tensor,
+        texts: Sequence[SegmentText],
+        seed: int,
+        index: int,
+        options: GenerationOptions,
+        begin: Beginning | None = None,
+    ) -> Tensor:
+        """`going_on` alone."""
+        return run_alone(self.batch(), self.going_on(before, texts, seed, index, options, begin=begin))
+
+    @torch.no_grad()
+    def going_on(
         self,
         before: Tensor,
         texts: Sequence[SegmentText],
@@ -232,7 +164,7 @@ class ArPlanner:
         options: GenerationOptions,
         on_token: Callable[[int], None] | None = None,
         begin: Beginning | None = None,
-    ) -> Tensor:
+    ) -> Generator[Sampling, Tensor, Tensor]:
         """Plan segment `index` behind tokens int64 [n, h', w'], of which the newest are looked at: those, and its own.
 
         The first segment goes on from what it is given; a later one from all that was planned before it, and from
@@ -256,10 +188,9 @@ class ArPlanner:
             grid = (until, *self.group_grid[1:])
             others = [other for other in heard if other != prompt]
             against = self.text.encode(others[-1:]) if others and options.ar_contrast else None
-            window = sample_tokens(
-                self.model, *self.text.encode([prompt]), window, grid, options, generator, on_token, against,
-                times[:until],
-            )  # fmt: skip
+            window = yield Sampling(
+                self.text.encode([prompt]), window, grid, options, generator, on_token, against, times[:until]
+            )
             heard.append(prompt)
         return window[sink:]
 
@@ -292,3 +223,47 @@ class ArPlanner:
                 per_token, latents.shape[2],
             )  # fmt: skip
         return self.codec.encode(whole)[0, : latents.shape[2] // per_token]
+
+
+class Plan:
+    """One video's plan, as far as it is: each segment is a request for a batch.
+
+    Arguments, and what is raised for those that do not fit: `ArPlanner.plan`.
+    """
+
+    def __init__(
+        self,
+        planner: ArPlanner,
+        prompts: Sequence[SegmentText],
+        seed: int,
+        options: GenerationOptions,
+        on_token: Callable[[int], None] | None = None,
+        given: np.ndarray | None = None,
+        planned: Sequence[np.ndarray] = (),
+    ) -> None:
+        planner.check(planned, len(prompts))
+        self.index = len(planned)
+        self._planner, self._prompts, self._seed, self._options = planner, prompts, seed, options
+        self._on_token, self._given, self._planned = on_token, given, planned
+        self._window: Tensor | None = None
+        self._begin: Beginning | None = None
+
+    @torch.no_grad()
+    def segment(self) -> Generator[Sampling, Tensor, SegmentTokens]:
+        """The next segment, once the one before is there."""
+        planner, prompts, index = self._planner, self._prompts, self.index
+        window = self._look_back() if self._window is None else self._window
+        texts = [prompts[i] for i in (*planner.looked_at(index), index)]
+        begin = self._begin if index and prompts[index - 1] == prompts[index] else None
+        window = yield from planner.going_on(window, texts, self._seed, index, self._options, self._on_token, begin)
+        tokens = window[-planner.segment_frames :]
+        self._window, self._begin, self.index = window, begin or planner.beginning(tokens, index), index + 1
+        return SegmentTokens(index, tokens.int().cpu().numpy())
+
+    def _look_back(self) -> Tensor:
+        """What there is before the first segment that is planned."""
+        if not self._planned:
+            return self._planner.tokens_of(self._given)
+        window, self._begin = self._planner.behind(self._prompts, self._planned)
+        self._planned = ()
+        return window

@@ -18,6 +18,7 @@ K codes, t×h×w token grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,21 +46,30 @@ class Rotary(NamedTuple):
 
 
 class KeyValueCache:
-    """Preallocated keys and values [layers, 2, B, A, P, D] of one generation; `length` positions are filled."""
+    """Preallocated keys and values of R sequences, each filled as far as it is: `by_row` [R, layers, 2, A, P, D]."""
 
-    def __init__(self, model: ArTransformer, batch: int, positions: int) -> None:
+    def __init__(self, model: ArTransformer, rows: int, positions: int) -> None:
         config = model.config
         weight = model.head.weight
-        shape = (config.layers, 2, batch, config.heads, positions, config.dim // config.heads)
+        shape = (config.layers, 2, rows, config.heads, positions, config.dim // config.heads)
         self.values = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self.length = 0
+        self.by_row = self.values.movedim(2, 0)
 
-    def extend(self, layer: int, k_BAND: Tensor, v_BAND: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values behind the filled part and return all of them."""
-        end = self.length + k_BAND.shape[2]
-        self.values[layer, 0, :, :, self.length : end] = k_BAND
-        self.values[layer, 1, :, :, self.length : end] = v_BAND
-        return self.values[layer, 0, :, :, :end], self.values[layer, 1, :, :, :end]
+    def begin(self, layer: int, rows: slice, k_BAND: Tensor, v_BAND: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the first positions of some rows; returns them."""
+        for new, stored in zip((k_BAND, v_BAND), self.values[layer, :, rows], strict=True):
+            stored[:, :, : new.shape[2]] = new
+            # what is not seen counts nothing, unless it is not a number
+            stored[:, :, new.shape[2] :] = 0
+        return k_BAND, v_BAND
+
+    def extend(
+        self, layer: int, rows_B: Tensor, filled_B: Tensor, k_BA1D: Tensor, v_BA1D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store one more position of the first B rows, each at its own; returns all positions, filled or not."""
+        keys, values = self.values[layer]
+        keys[rows_B, :, filled_B], values[rows_B, :, filled_B] = k_BA1D[:, :, 0], v_BA1D[:, :, 0]
+        return keys[: len(rows_B)], values[: len(rows_B)]
 
 
 class ArBlock(nn.Module):
@@ -83,16 +93,15 @@ class ArBlock(nn.Module):
         x_BNC: Tensor,
         rotary: Rotary,
         mask: Tensor,
-        cache: KeyValueCache | None = None,
-        layer: int = 0,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """[B, N, C] to [B, N, C]; with a cache the N positions follow those that it holds."""
+        """[B, N, C] to [B, N, C]. `remember` is told the new keys and values, and says which to attend to."""
         q, k, v = rearrange(
             self.qkv(self.attention_norm(x_BNC)), "b n (three a d) -> three b a n d", three=3, a=self.heads
         )
         q, k = rotate(self.q_norm(q), *rotary.query), rotate(self.k_norm(k), *rotary.key)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
+        if remember is not None:
+            k, v = remember(k, v)
         y = self.proj(rearrange(attend(q, k, v, mask), "b a n d -> b n (a d)"))
         x = x_BNC + F.dropout(y, self.dropout, self.training)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)

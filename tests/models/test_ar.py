@@ -10,7 +10,7 @@ import torch
 
 from arlon_ray.config import ArConfig, SamplingConfig
 from arlon_ray.generation.options import GenerationOptions, default_options
-from arlon_ray.generation.planning import draw, sample_tokens
+from arlon_ray.generation.sampling import Choice, draw, sample_tokens
 from arlon_ray.models.ar import ArTransformer, frame_times
 
 GRID = (4, 2, 3)
@@ -118,7 +118,8 @@ def test_top_k_and_top_p_leave_out_the_rest() -> None:
 
     def seen(**changes: object) -> set[int]:
         options = default_options(SamplingConfig(top_p=1.0), **changes)
-        return {int(draw(logits, options, generator)) for _ in range(300)}
+        choice = Choice.of([options] * 300, torch.device("cpu"))
+        return set(draw(logits.expand(300, -1), choice, torch.rand(300, generator=generator)).tolist())
 
     assert seen() == {0, 1, 2, 3, 4}
     assert seen(top_k=2) == {0, 1}

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from arlon_ray.artifact import Artifact, load_artifact, save_artifact
 from arlon_ray.config import GROUP_LATENTS, CodecConfig, Config
 from arlon_ray.generation.options import default_options
-from arlon_ray.generation.planning import sample_tokens
+from arlon_ray.generation.sampling import sample_tokens
 from arlon_ray.models.ar import ArTransformer, frame_times
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.training.engine import Evaluation, Losses
