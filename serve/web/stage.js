@@ -126,6 +126,7 @@ function heard(type, data) {
   else if (type === "segment.planned") reach("planned");
   else if (type === "segment.step") {
     reach("rendering");
+    if (open.step?.index !== data.index) reveal(data.index);
     open.step = data;
   } else if (type === "segment.rendered") reach("rendered");
   else if (type === "segment.completed") {
@@ -137,6 +138,12 @@ function heard(type, data) {
     began();
   } else if (type === "deleted") return gone();
   draw();
+}
+
+/** Brings a segment's chip into sight where there are more than fit; the page itself stays where it is. */
+function reveal(index) {
+  const chip = $("chips").children[index];
+  if (chip && !$("chips").contains(document.activeElement)) $("chips").scrollTop = chip.offsetTop - chip.offsetHeight;
 }
 
 function began() {

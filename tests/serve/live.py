@@ -77,14 +77,14 @@ class DrawnStages(FakeStages):
 
 @contextmanager
 def serving(
-    folder: Path, *overrides: str, keys: Keys | None = None, around: Around = lambda app: app
+    folder: Path, *overrides: str, keys: Keys | None = None, around: Around = lambda app: app, port: int = 0
 ) -> Iterator[tuple[str, DrawnStages]]:
     """Yields the server's address and its stages. What is unfinished at the end is given up."""
     config = small_config("serve.max_running=1", *overrides)
     stages = DrawnStages(config)
     service = VideoService(config, JobStore.in_folder(folder), stages, Blobs(folder))
     app = build_api(service, config, keys and KeyCheck(keys))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", port)) as listening:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer takes 40 ms more
         options = uvicorn.Config(around(app), log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
         server = uvicorn.Server(options)
