@@ -165,8 +165,8 @@ class Guard:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            message = f"the body did not arrive within {patience_s:g} s"
-            raise RequestError(message, code="body_timeout", status=408) from None
+            text = f"the body did not arrive within {patience_s:g} s"
+            raise RequestError(text, code="body_timeout", status=408) from None
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"

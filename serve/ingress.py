@@ -43,8 +43,7 @@ class VideoAPI:
         url = config.serve.database_url
         set_up_logging(config.serve.log_format, config.serve.log_level)
         store = JobStore(url) if url else JobStore.in_folder(Path(data))
-        hint = f"--database {url}" if url else f"--data {data}"
-        self._keys = open_keys(config.serve, store.engine, hint)
+        self._keys = open_keys(config.serve, store.engine)
         self._service = VideoService(config, store, self._stages, Blobs(data), load_token_counter(config.text))
 
     def __serve_build_asgi_app__(self) -> FastAPI:

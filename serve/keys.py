@@ -207,16 +207,17 @@ def check_auth(settings: ServeConfig) -> bool:
     return settings.auth == "on"
 
 
-def open_keys(settings: ServeConfig, engine: Engine, hint: str = "--data DIR") -> KeyCheck | None:
+def open_keys(settings: ServeConfig, engine: Engine) -> KeyCheck | None:
     """The keys of the service, or None where none are needed. Says in the log how to make one if there is none.
 
-    `hint` is the flag of jobs/keys.py that leads to this database. Raises ConfigError as `check_auth` does.
+    Raises ConfigError as `check_auth` does.
     """
     if not check_auth(settings):
         return None
     keys = Keys(engine)
     if not keys.any():
-        logger.warning("no key can use the service yet: make one with `python jobs/keys.py add NAME %s`", hint)
+        place = f"--database '{engine.url.render_as_string(hide_password=True)}'"
+        logger.warning("no key can use the service yet: make one with `python jobs/keys.py add NAME %s`", place)
     return KeyCheck(keys)
 
 

@@ -127,8 +127,8 @@ def test_on_and_off_can_be_written_without_quotes() -> None:
 
 def test_a_service_without_any_key_says_how_to_make_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine, settings = create_engine(f"sqlite:///{tmp_path / 'k'}"), ServeConfig(auth="on")
-    assert open_keys(settings, engine, "--data here") is not None
-    assert "python jobs/keys.py add NAME --data here" in caplog.text
+    assert open_keys(settings, engine) is not None
+    assert f"python jobs/keys.py add NAME --database 'sqlite:///{tmp_path}/k'" in caplog.text
     caplog.clear()
     Keys(engine).add("ann")
     assert open_keys(settings, engine) is not None and caplog.text == ""
