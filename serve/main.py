@@ -1,6 +1,6 @@
 """The application for `serve deploy serve/config.yaml`: what Ray Serve itself builds on a cluster that runs already."""
 
-from __future__ import annotations
+# no postponed annotations: Serve looks at the type of `application`'s argument
 
 from pathlib import Path
 

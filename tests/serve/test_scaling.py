@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
+from ray import serve
 
+from arlon_ray.bundle import load_bundle
+from jobs.ray_session import connect
+from serve.app import APP, serve_bundle
+from serve.deployments import AR, DIT
 from serve.scaling import PAUSED, replicas_for_work
+from tests.bundles import make_random_bundle
 
 
 def context(requests: float, target: float, **paused: float) -> SimpleNamespace:
@@ -30,3 +41,55 @@ def context(requests: float, target: float, **paused: float) -> SimpleNamespace:
 )
 def test_replicas(requests: float, target: float, paused: dict[str, float], expected: int) -> None:
     assert replicas_for_work(context(requests, target, **paused))[0] == expected
+
+
+def replicas() -> dict[str, int]:
+    """Running ones of each deployment."""
+    deployments = serve.status().applications[APP].deployments
+    return {name: status.replica_states.get("RUNNING", 0) for name, status in deployments.items()}
+
+
+def until(done: Callable[[dict[str, int]], bool], limit_s: float = 120) -> dict[str, int]:
+    """The replicas, as soon as they are as they should be."""
+    deadline = time.monotonic() + limit_s
+    while not done(found := replicas()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ar_and_dit_scale_apart_from_each_other(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    each = ["target_ongoing_requests=1", "upscale_delay_s=1", "downscale_delay_s=3", "num_cpus=0.1", "max_replicas=2"]
+    settings = [f"serve.{stage}.{setting}" for stage in ("ar", "dit") for setting in each]
+    bundle = make_random_bundle(
+        tmp_path / "bundle", f"serve.port={port}", "serve.max_running=4", "serve.planned_ahead=64", *settings,
+        "serve.dit.min_replicas=0", "serve.decoder.max_replicas=1", "serve.decoder.num_cpus=0.1",
+    )  # fmt: skip
+    config = load_bundle(bundle).config
+    with connect(config), serve_bundle(config, bundle, tmp_path / "data") as url, httpx.Client(base_url=url) as client:
+
+        def ask(where: str, count: int, **body: object) -> list[str]:
+            answers = [client.post(f"/v1/{where}", json={"prompt": "a", **body}) for _ in range(count)]
+            assert {answer.status_code for answer in answers} == {200}
+            return [answer.json()["id"] for answer in answers]
+
+        until(lambda found: found[DIT] == 0)  # there is nothing to render
+        drafts = ask("drafts", 4, num_segments=64)
+        found = until(lambda found: found[AR] == 2)
+        assert found[DIT] == 0
+        for name in drafts:
+            client.delete(f"/v1/drafts/{name}")
+        baselines = ask("videos", 4, baseline=True, num_inference_steps=1000)
+        until(lambda found: found[DIT] == 2)
+        assert until(lambda found: found[AR] == 1)[DIT] == 2  # whose work is over shrinks, the other stays
+        for name in baselines:
+            client.delete(f"/v1/videos/{name}")
+        until(lambda found: found[DIT] == 0)
+        # and comes back for the next one
+        (last,) = ask("videos", 1)
+        assert "event: completed" in client.get(f"/v1/videos/{last}/events", timeout=120).text
