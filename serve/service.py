@@ -8,32 +8,28 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO
 
 from arlon_ray.config import Config
-from serve import new_jobs, pictures
-from serve.active import Active, pieces, told
+from serve import new_jobs
+from serve.active import Active
 from serve.blobs import Blobs
 from serve.callers import LOCAL, Caller
 from serve.fair_queue import FairQueue
 from serve.job_files import JobFiles, SegmentRecord
-from serve.job_store import Event, JobStore, Stored
+from serve.job_store import JobStore, Stored
 from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
 from serve.orchestrator import Orchestrator, StageError
+from serve.reader import VideoReader, unknown
 from serve.schema import (
-    DraftTokens,
     ExtendRequest,
     PlanRequest,
     RemixRequest,
     RequestError,
     RerollRequest,
-    SegmentPlan,
     Video,
     VideoError,
     VideoRequest,
@@ -47,7 +43,7 @@ _CLEANING_S = 60.0  # between looks for what has expired
 _LATE = VideoError(code="deadline_exceeded", message="the video was not finished before its deadline")
 
 
-class VideoService:
+class VideoService(VideoReader):
     """Makes at most `config.serve.max_running` videos at once; `max_queued` more may wait."""
 
     def __init__(
@@ -61,7 +57,8 @@ class VideoService:
     ) -> None:
         """With `count_tokens`, prompts with more tokens than the text encoder takes are refused."""
         self.metrics = metrics or Metrics()
-        self._config, self._store, self._stages, self._blobs = config, store, stages, blobs
+        super().__init__(store, blobs)
+        self._config, self._stages = config, stages
         self._count_tokens = count_tokens
         self._waiting = FairQueue()
         self._running: dict[str, Active] = {}
@@ -189,74 +186,6 @@ class VideoService:
             return
         raise RequestError(message, code=code, status=429, retry_after_s=retry_after_s)
 
-    # ---- looking
-
-    async def get(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> Video:
-        """Raises RequestError (404)."""
-        return (await self.stored(video_id, caller, kind)).video
-
-    async def page(
-        self, kind: str, caller: Caller, after: str | None, limit: int, newest_first: bool
-    ) -> tuple[list[Video], bool]:
-        """Videos in the order they were accepted, and whether there are more. Raises RequestError for `after`."""
-        try:
-            return await asyncio.to_thread(
-                self._store.page, kind, caller, after=after, limit=limit, newest_first=newest_first
-            )
-        except KeyError:
-            raise RequestError(f"no {kind} {after!r}", param="after", code="not_found") from None
-
-    async def tokens(self, draft_id: str, caller: Caller = LOCAL) -> DraftTokens:
-        """The plan of a draft, as far as it is there. Raises RequestError (404)."""
-        await self.stored(draft_id, caller, "draft")
-        found = await asyncio.to_thread(lambda: list(self._files(draft_id).segments()))
-        known = [(index, record.tokens) for index, record in found if record.tokens is not None]
-        return DraftTokens(
-            segments=[SegmentPlan(index=i, shape=list(t.shape), tokens=t.flatten().tolist()) for i, t in known]
-        )
-
-    async def content(
-        self, video_id: str, caller: Caller = LOCAL, kind: str = "video", variant: pictures.Variant = "video"
-    ) -> Path | bytes:
-        """The mp4 or a PNG: where it lies, or, from a bucket, its bytes.
-
-        Raises RequestError: unknown (404), not finished or failed (409).
-        """
-        await self._finished(video_id, caller, kind)
-        files, name = self._files(video_id), pictures.FILES[variant]
-        try:
-            if variant != "video":
-                await asyncio.to_thread(pictures.draw, files, variant)
-            if (path := files.path(name)) is None:
-                return await asyncio.to_thread(files.read, name)
-            if path.is_file():
-                return path
-        except FileNotFoundError:
-            pass
-        raise _unknown(video_id, kind)  # it has been removed meanwhile
-
-    async def stream(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> AsyncIterator[bytes]:
-        """The video as it is made: a fragmented mp4, segment by segment; the file of one that is finished.
-
-        Ends where the making ends, if it fails or is stopped. Raises RequestError: unknown (404), failed (409).
-        """
-        await self.stored(video_id, caller, kind)
-        active = self._find(video_id)
-        file = await self._grown(active) if active else await self._file(video_id)
-        return pieces(file, active)
-
-    async def events(
-        self, video_id: str, after: int, caller: Caller = LOCAL, kind: str = "video"
-    ) -> AsyncIterator[Event | None]:
-        """What happens to a video, as it happens; first the lasting events behind number `after`.
-
-        None comes where nothing has happened for a while. Raises RequestError (404).
-        """
-        await self.stored(video_id, caller, kind)
-        if active := self._find(video_id):
-            return told(active, after)
-        return _each(await asyncio.to_thread(self._store.events, video_id, after))
-
     async def delete(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> None:
         """Forget a video. One that is being made is stopped: no denoising step begins after the one at work.
 
@@ -268,7 +197,7 @@ class VideoService:
             active.task.cancel()
             await asyncio.wait({active.task})
         if not await asyncio.to_thread(self._store.delete, video_id):
-            raise _unknown(video_id, kind)
+            raise unknown(video_id, kind)
         if active:
             active.tell("deleted", ended=True)
             self.metrics.finished("deleted")
@@ -277,41 +206,6 @@ class VideoService:
 
     def _find(self, video_id: str) -> Active | None:
         return self._waiting.get(video_id) or self._running.get(video_id)
-
-    def _files(self, video_id: str) -> JobFiles:
-        return JobFiles(self._blobs, video_id)
-
-    async def stored(self, job_id: str, caller: Caller, kind: str) -> Stored:
-        """The job, if the caller may see it. Raises RequestError (404)."""
-        stored = await asyncio.to_thread(self._store.get, job_id, caller)
-        if stored is None or stored.video.object != kind:
-            raise _unknown(job_id, kind)
-        return stored
-
-    async def _finished(self, job_id: str, caller: Caller, kind: str) -> Stored:
-        stored = await self.stored(job_id, caller, kind)
-        status = stored.video.status
-        if status != "completed":
-            message = f"the {kind} is {status}: it has no content" + ("" if status == "failed" else " yet")
-            raise RequestError(message, param=f"{kind}_id", code=f"{kind}_{status}", status=409)
-        return stored
-
-    async def _file(self, video_id: str) -> BinaryIO:
-        import io
-
-        found = await self.content(video_id)
-        return io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
-
-    async def _grown(self, active: Active) -> BinaryIO:
-        """The file of a video that is being made, as soon as there is one, or the finished one."""
-        while True:
-            changed = active.changed
-            with suppress(FileNotFoundError):
-                if active.partial:
-                    return active.partial.open("rb")
-            if active.ended:
-                return await self._file(active.video.id)
-            await changed.wait()
 
     # ---- making
 
@@ -426,12 +320,3 @@ def _same(earlier: Stored, new: Stored) -> Video:
 
 def _deadline(request: PlanRequest) -> float | None:
     return None if request.deadline_s is None else time.time() + request.deadline_s
-
-
-async def _each(events: list[Event]) -> AsyncIterator[Event | None]:
-    for event in events:
-        yield event
-
-
-def _unknown(job_id: str, kind: str) -> RequestError:
-    return RequestError(f"no {kind} {job_id[:64]!r}", param=f"{kind}_id", code="not_found", status=404)
