@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -44,6 +46,10 @@ from serve.tracing import trace_of
 #: How often a client should ask, in milliseconds (the OpenAI client heeds it).
 _POLL = {"openai-poll-after-ms": "500"}
 _AT_ONCE = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies too send what comes at once
+
+
+T = TypeVar("T")
+_stopping: set[asyncio.Task[None]] = set()  # or they could be collected while they run
 
 
 def _caller(request: Request) -> Caller:
@@ -163,14 +169,20 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
         return FileResponse(found, media_type=media, filename=name)
 
     @router.get("/{video_id}/stream", response_class=StreamingResponse)
-    async def stream(video_id: str, who: From) -> StreamingResponse:
+    async def stream(video_id: str, who: From, stop_on_disconnect: bool = False) -> StreamingResponse:
         watched = await service.stream(video_id, who, kind)
+        if stop_on_disconnect:
+            watched = _or_stop(watched, partial(service.stop, video_id, who, kind))
         return StreamingResponse(watched, media_type="video/mp4", headers=_AT_ONCE)
 
     @router.get("/{video_id}/events", response_class=StreamingResponse)
-    async def events(video_id: str, who: From, after: Annotated[int, Depends(_last_event)]) -> StreamingResponse:
+    async def events(
+        video_id: str, who: From, after: Annotated[int, Depends(_last_event)], stop_on_disconnect: bool = False
+    ) -> StreamingResponse:
         happening = await service.events(video_id, after, who, kind)
         lines = (as_text(event) async for event in happening)
+        if stop_on_disconnect:
+            lines = _or_stop(lines, partial(service.stop, video_id, who, kind))
         return StreamingResponse(lines, media_type="text/event-stream", headers=_AT_ONCE)
 
     @router.get("/{video_id}/trace")
@@ -212,6 +224,21 @@ def _with_body(app: FastAPI) -> dict[str, Any]:
         body = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         described["components"]["schemas"] |= {**body.pop("$defs", {}), "VideoRequest": body}
     return FastAPI.openapi(app)
+
+
+async def _or_stop(watched: AsyncIterator[T], stop: Callable[[], Coroutine[Any, Any, None]]) -> AsyncGenerator[T]:
+    """What is watched; `stop` is called if the client goes away before its end."""
+    ended = False
+    try:
+        async for each in watched:
+            yield each
+        ended = True
+    finally:
+        if not ended:
+            # the request's own task is being cancelled: a task of its own, and not of the request's context, does it
+            task = asyncio.create_task(stop(), context=contextvars.Context())
+            _stopping.add(task)
+            task.add_done_callback(_stopping.discard)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -185,6 +186,12 @@ class VideoService(VideoReader):
         else:
             return
         raise RequestError(message, code=code, status=429, retry_after_s=retry_after_s)
+
+    async def stop(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> None:
+        """Delete a video that is not finished: nobody waits for it any more. One that is finished stays."""
+        if self._find(video_id):
+            with suppress(RequestError):  # it was deleted meanwhile
+                await self.delete(video_id, caller, kind)
 
     async def delete(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> None:
         """Forget a video. One that is being made is stopped: no denoising step begins after the one at work.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import uvicorn
@@ -75,13 +75,21 @@ class DrawnStages(FakeStages):
         return Timed(Decoded(encode_fragment(frames, self.config.video.fps), frames[-1]), time.time(), 0.0)
 
 
+S = TypeVar("S", bound=FakeStages)
+
+
 @contextmanager
 def serving(
-    folder: Path, *overrides: str, keys: Keys | None = None, around: Around = lambda app: app, port: int = 0
-) -> Iterator[tuple[str, DrawnStages]]:
+    folder: Path,
+    *overrides: str,
+    keys: Keys | None = None,
+    around: Around = lambda app: app,
+    port: int = 0,
+    kind: type[S] = DrawnStages,  # type: ignore[assignment]
+) -> Iterator[tuple[str, S]]:
     """Yields the server's address and its stages. What is unfinished at the end is given up."""
     config = small_config("serve.max_running=1", *overrides)
-    stages = DrawnStages(config)
+    stages = kind(config)
     service = VideoService(config, JobStore.in_folder(folder), stages, Blobs(folder))
     app = build_api(service, config, keys and KeyCheck(keys))
     with socket.create_server(("127.0.0.1", port)) as listening:

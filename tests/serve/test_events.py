@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from serve.job_store import Event
 from serve.schema import VideoRequest
 from serve.service import VideoService
+from tests.serve.live import serving
 from tests.serve.play import play, post, serve_alone, until
 from tests.serve.stages import FakeStages
 
@@ -101,3 +104,35 @@ def test_a_slow_reader_misses_no_lasting_event(tmp_path: Path) -> None:
         assert numbers == list(range(1, 6 * 3 + 3))
 
     serve_alone(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["stream", "events"])
+def test_who_goes_away_may_take_the_video_along(tmp_path: Path, what: str) -> None:
+    with serving(tmp_path) as (url, stages), httpx.Client(base_url=url, timeout=10) as client:
+        stages.held_at = 1
+        for asked, status in ((True, 404), (False, 200)):
+            video = client.post("/v1/videos", json={"prompt": "a", "num_segments": 3}).json()["id"]
+            where = f"/v1/videos/{video}/{what}"
+            with client.stream("GET", where, params={"stop_on_disconnect": asked}) as watched:
+                pieces = watched.iter_raw()
+                next(pieces)
+                with client.stream("GET", where) as other:  # who did not ask for it may come and go
+                    next(other.iter_raw())
+                while client.get(f"/v1/videos/{video}").json()["segments"][1]["status"] != "rendering":
+                    time.sleep(0.01)
+            deadline = time.monotonic() + 5
+            while client.get(f"/v1/videos/{video}").status_code != status and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            assert client.get(f"/v1/videos/{video}").status_code == status
+            assert (video in stages.cancelled) == asked
+        stages.held_at = None
+
+
+def test_to_the_end_is_not_away(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        video = await post(client, prompt="a", num_segments=2)
+        await client.get(f"/v1/videos/{video['id']}/stream", params={"stop_on_disconnect": True})
+        assert (await until(client, video["id"], "completed", "failed"))["status"] == "completed"
+
+    play(scenario, tmp_path)

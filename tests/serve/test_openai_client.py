@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
-import threading
-import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from arlon_ray.generation.video import read_video
-from serve.api import build_api
-from serve.blobs import Blobs
-from serve.job_store import JobStore
-from serve.service import VideoService
-from tests.serve.stages import FakeStages, small_config
+from tests.serve.live import serving
+from tests.serve.stages import FakeStages
 
 openai = pytest.importorskip("openai")
 
@@ -28,23 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the cli
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    folder = tmp_path_factory.mktemp("served")
-    config = small_config("serve.max_queued=1", "serve.max_running=1")
-
-    async def app() -> uvicorn.Server:
-        stages = FakeStages(config)
-        service = VideoService(config, JobStore.in_folder(folder), stages, Blobs(folder))
-        return uvicorn.Server(uvicorn.Config(build_api(service, config), port=0, log_level="warning"))
-
-    server = asyncio.run(app())
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    server.should_exit = True
-    thread.join(10)
+    with serving(tmp_path_factory.mktemp("served"), "serve.max_queued=1", kind=FakeStages) as (url, _):
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def picture(grey: int) -> io.BytesIO:

@@ -141,6 +141,20 @@ def test_served_and_in_process_make_the_same_video(served: Served, tmp_path: Pat
     assert difference.mean() < 0.5  # the number of threads may change the last bits
 
 
+def test_a_client_that_goes_away_stops_the_work_within_one_step(served: Served) -> None:
+    created = served.post(prompt=PROMPTS[0], num_inference_steps=1000)
+    where = f"/v1/videos/{created['id']}/events?stop_on_disconnect=true"
+    with served.client.stream("GET", where, timeout=50) as watched:
+        for line in watched.iter_lines():
+            if "segment.step" in line:
+                break
+    while served.client.get(f"/v1/videos/{created['id']}").status_code == 200:
+        time.sleep(0.01)
+    at_end = served.steps()
+    time.sleep(1.0)
+    assert served.steps() <= at_end + 1
+
+
 def test_delete_stops_within_one_denoising_step(served: Served) -> None:
     created = served.post(prompt=PROMPTS[0], num_inference_steps=1000)
     before = served.steps()
