@@ -7,7 +7,6 @@ event loop stays free for cancellations and health checks.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,18 +21,17 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from arlon_ray.config import Config, DeploymentConfig
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, given_picture
+from arlon_ray.generation.rendering import Denoising, DenoisingBatch
+from arlon_ray.generation.sampling import Sampling
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
+from serve.batching import BatchWorker
 from serve.scaling import PAUSED, replicas_for_work
 from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
 
 AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
-
-
-class Cancelled(RuntimeError):
-    """The request was cancelled: raised in the model's thread before its next denoising step or token."""
 
 
 class _Worker:
@@ -54,11 +52,15 @@ class _Worker:
 
 
 class ArDeployment:
-    """Plans videos: streams one segment's tokens at a time; a cancelled request stops before its next token."""
+    """Plans videos: streams one segment's tokens at a time. Requests share the AR's steps, at most `max_batch`.
 
-    def __init__(self, bundle: str, device: str, threads: int) -> None:
-        self._worker = _Worker(threads)
+    A cancelled one draws no more tokens.
+    """
+
+    def __init__(self, bundle: str, device: str, threads: int, max_batch: int) -> None:
+        self._worker: BatchWorker[Sampling] = BatchWorker(threads)
         self._planner = self._worker.now(ArPlanner.from_bundle, bundle, device)
+        self._worker.use(self._planner.batch(max_batch))
         self._paused = 0  # plans that wait until they may go on
 
     def record_autoscaling_stats(self) -> dict[str, int]:
@@ -79,24 +81,32 @@ class ArDeployment:
 
         `planned` are the tokens of the first segments, where those are there already: it goes on behind them.
         """
-        stop = threading.Event()
-        segments = self._planner.plan(job.prompts, job.seed, job.options, lambda _: _unless(stop), _own(given), planned)
-        try:
-            for index in range(len(planned), len(job.prompts)):
-                if not await self._may_go_on(permit, index):
-                    return
-                made = await self._worker.run(next, segments)
-                yield Timed(made.value.tokens, made.started, made.seconds)
-        finally:
-            stop.set()
+        plan = self._planner.begin(job.prompts, job.seed, job.options, given=_own(given), planned=planned)
+        for index in range(len(planned), len(job.prompts)):
+            if not await self._may_go_on(permit, index):
+                return
+            made = await self._worker.run(plan.segment)
+            yield Timed(made.value.tokens, made.started, made.seconds)
+
+    def check_health(self) -> None:
+        """What Serve asks for. Raises RuntimeError if nothing can be planned any more."""
+        self._worker.check()
+
+    def statistics(self) -> dict[str, int]:
+        """How many requests have shared a step of late, at most."""
+        return {"largest_batch": max(self._worker.sizes, default=0)}
 
 
 class DitDeployment:
-    """Renders segments, one at a time; a cancelled request stops before its next denoising step."""
+    """Renders segments. They share the DiT's steps, at most `max_batch`.
 
-    def __init__(self, bundle: str, device: str, threads: int) -> None:
-        self._worker = _Worker(threads)
+    A cancelled one leaves before its next denoising step.
+    """
+
+    def __init__(self, bundle: str, device: str, threads: int, max_batch: int) -> None:
+        self._worker: BatchWorker[Denoising] = BatchWorker(threads)
         self._renderer = self._worker.now(DiTRenderer.from_bundle, bundle, device)
+        self._worker.use(DenoisingBatch(max_batch))
         self._counts = {"steps": 0, "segments": 0}
 
     async def render(
@@ -108,29 +118,28 @@ class DitDeployment:
         told: Told | None = None,
     ) -> Timed[Latents]:
         """The new latents [C, n, h, w] of segment `index`. `told(index, step)` hears of every step that begins."""
-        stop, loop = threading.Event(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
 
         def on_step(step: int) -> None:
-            _unless(stop)
             self._counts["steps"] += 1
             if told is not None:
                 asyncio.run_coroutine_threadsafe(_quietly(told(index, step + 1)), loop)
 
-        def render() -> Latents:
-            rendered = self._renderer.render(
+        rendered = await self._worker.run(
+            lambda: self._renderer.rendering(
                 job.prompts[index], _own(tokens), _own(overlap), job.seed, index, job.options, on_step
             )
-            self._counts["segments"] += 1
-            return rendered.latents
+        )
+        self._counts["segments"] += 1
+        return Timed(rendered.value.latents, rendered.started, rendered.seconds)
 
-        try:
-            return await self._worker.run(render)
-        finally:
-            stop.set()
+    def check_health(self) -> None:
+        """What Serve asks for. Raises RuntimeError if nothing can be rendered any more."""
+        self._worker.check()
 
     def statistics(self) -> dict[str, int]:
-        """Denoising steps begun and segments rendered since this replica started."""
-        return dict(self._counts)
+        """Denoising steps begun and segments rendered since this replica started; most that shared a step of late."""
+        return {**self._counts, "largest_batch": max(self._worker.sizes, default=0)}
 
 
 class DecoderDeployment:
@@ -187,15 +196,10 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
         return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments)
 
     return (
-        None if config.sampling.baseline else bound(ArDeployment, AR, config.serve.ar),
-        bound(DitDeployment, DIT, config.serve.dit),
+        None if config.sampling.baseline else bound(ArDeployment, AR, config.serve.ar, config.serve.ar.max_batch),
+        bound(DitDeployment, DIT, config.serve.dit, config.serve.dit.max_batch),
         bound(DecoderDeployment, DECODER, config.serve.decoder, config.video.fps),
     )
-
-
-def _unless(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise Cancelled
 
 
 async def _quietly(news: Awaitable[None]) -> None:

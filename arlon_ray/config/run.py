@@ -76,7 +76,12 @@ class DeploymentConfig(Section):
     )
     upscale_delay_s: float = Field(5.0, gt=0, description="how long more replicas must be needed before they are added")
     downscale_delay_s: float = Field(60.0, ge=0, description="how long fewer must do before some are taken away")
-    max_ongoing_requests: int = Field(4, ge=1)
+    max_ongoing_requests: int = Field(
+        16, ge=1, description="calls that a replica takes; those beyond max_batch wait beside the model"
+    )
+    max_batch: int = Field(
+        8, ge=1, description="AR and DiT: requests that share the model's steps; bounds the memory of a replica"
+    )
     num_cpus: float = Field(0.5, ge=0)
     num_gpus: float = Field(0.0, ge=0)
 
@@ -120,7 +125,7 @@ class ServeConfig(Section):
     log_level: Literal["debug", "info", "warning"] = "info"
     ar: DeploymentConfig = DeploymentConfig()
     dit: DeploymentConfig = DeploymentConfig()
-    decoder: DeploymentConfig = DeploymentConfig(num_cpus=0.25)
+    decoder: DeploymentConfig = DeploymentConfig(num_cpus=0.25, max_ongoing_requests=4)
 
     @field_validator("auth", mode="before")
     @classmethod

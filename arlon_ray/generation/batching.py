@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,7 @@ M = TypeVar("M", bound=Member)
 class Batch(Protocol[M]):
     """Runs its members step by step. Those that have ended have left."""
 
-    def has_room(self, member: M) -> bool:
+    def has_room(self) -> bool:
         """Whether one more may join."""
 
     def join(self, member: M) -> None:
@@ -51,12 +51,11 @@ class Batch(Protocol[M]):
         """Give it up."""
 
 
-#: A request as a generator: yields members, one after the other, is sent their results, returns its own.
-Request = Generator[M, object, Result]
+def run_alone(batch: Batch[M], request: Generator[M, Any, Result]) -> Result:
+    """A request's result, with no other beside it. Raises what it failed with.
 
-
-def run_alone(batch: Batch[M], request: Generator[M, object, Result]) -> Result:
-    """A request's result, with no other beside it. Raises what it failed with."""
+    A request is a generator: it yields members, one after the other, is sent their results, and returns its own.
+    """
     try:
         member = next(request)
         while True:

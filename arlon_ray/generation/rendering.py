@@ -92,7 +92,7 @@ class DenoisingBatch:
         self.most, self.members = most, list[Denoising]()
         self._together: list[tuple[list[Denoising], Together]] | None = []
 
-    def has_room(self, member: Denoising) -> bool:
+    def has_room(self) -> bool:
         """See Batch."""
         return len(self.members) < self.most
 

@@ -148,7 +148,7 @@ class SamplingBatch:
         """Rows that members have."""
         return sum(member.rows for member in self.members)
 
-    def has_room(self, member: Sampling) -> bool:
+    def has_room(self) -> bool:
         """See Batch."""
         return len(self.members) < self.most
 

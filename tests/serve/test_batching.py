@@ -1,0 +1,217 @@
+"""The AR's and the DiT's deployments as plain classes: many callers, one batch; no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arlon_ray.generation import DiTRenderer, VideoGenerator, default_options
+from serve.batching import BatchWorker, Cancelled
+from serve.deployments import ArDeployment, DitDeployment
+from serve.work import Job, Timed, Tokens
+from tests.bundles import make_random_bundle
+
+
+def driven(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
+    """The test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(**fixtures: object) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the replicas have: the last bits may depend on the number of threads, in this project as in any."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_bundle(tmp_path_factory.mktemp("bundle") / "b")
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Path) -> VideoGenerator:
+    return VideoGenerator.from_bundle(bundle)
+
+
+@pytest.fixture(scope="module")
+def ar(bundle: Path) -> Iterator[ArDeployment]:
+    yield ArDeployment(str(bundle), "cpu", 1, 3)
+
+
+@pytest.fixture(scope="module")
+def dit(bundle: Path) -> Iterator[DitDeployment]:
+    yield DitDeployment(str(bundle), "cpu", 1, 3)
+
+
+def job(generator: VideoGenerator, number: int, segments: int = 2, **changes: object) -> Job:
+    options = default_options(generator.bundle.config.sampling, **changes)
+    return Job(f"video_{number}", ("a red circle" + " moves" * number,) * segments, number, options)
+
+
+async def always(index: int) -> bool:
+    return True
+
+
+async def plan(ar: ArDeployment, asked: Job, permit: Callable[[int], Awaitable[bool]] = always) -> list[Tokens]:
+    return [made.value async for made in ar.plan(asked, permit)]
+
+
+@driven
+async def test_plans_of_many_are_those_of_each(ar: ArDeployment, generator: VideoGenerator) -> None:
+    jobs = [job(generator, number, 1 + number % 3, ar_guidance_scale=1.0 + number % 2) for number in range(7)]
+    expected = [[p.tokens for p in generator.planner.plan(j.prompts, j.seed, j.options)] for j in jobs]
+    made = await asyncio.gather(*(plan(ar, each) for each in jobs))
+    for ours, theirs in zip(made, expected, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert 2 <= ar.statistics()["largest_batch"] <= 3
+    asked: list[int] = []
+
+    async def permit(index: int) -> bool:
+        asked.append(index)
+        return index < 3
+
+    whole = [p.tokens for p in generator.planner.plan(("a",) * 4, 9, jobs[0].options)]
+    resumed = Job("video_r", ("a",) * 4, 9, jobs[0].options)
+    rest = [made async for made in ar.plan(resumed, permit, whole[:2])]
+    assert asked == [2, 3] and len(rest) == 1 and np.array_equal(rest[0].value, whole[2])
+    assert isinstance(rest[0], Timed) and rest[0].seconds > 0
+
+
+@driven
+async def test_segments_of_many_are_those_of_each(dit: DitDeployment, generator: VideoGenerator) -> None:
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 10, 4, 4)).astype(np.int32)
+    overlap = np.random.default_rng(1).normal(size=(8, 5, 8, 8)).astype(np.float32)
+    jobs = [job(generator, number, 2, steps=1 + number, baseline=number == 3) for number in range(6)]
+    told: list[tuple[int, int]] = []
+
+    async def listen(index: int, step: int) -> None:
+        told.append((index, step))
+        raise ConnectionError("nobody is disturbed by that")
+
+    arguments = [(j, 1, None if j.options.baseline else tokens[n], overlap) for n, j in enumerate(jobs)]
+    before = dit.statistics()
+    made = await asyncio.gather(
+        *(dit.render(*each, listen if number == 4 else None) for number, each in enumerate(arguments))
+    )
+    for (each, index, plan_of_it, taken), ours in zip(arguments, made, strict=True):
+        alone = generator.renderer.render(each.prompts[1], plan_of_it, taken, each.seed, index, each.options)
+        assert np.array_equal(ours.value, alone.latents)
+    after = dit.statistics()
+    assert after["steps"] - before["steps"] == sum(range(1, 7)) and after["segments"] - before["segments"] == 6
+    assert after["largest_batch"] == 3 and told == [(1, step) for step in range(1, 6)]
+
+
+@driven
+async def test_one_that_is_cancelled_leaves_before_its_next_step(dit: DitDeployment, generator: VideoGenerator) -> None:
+    tokens = np.zeros((10, 4, 4), np.int32)
+    begun, steps = asyncio.Event(), []
+
+    async def listen(_: int, step: int) -> None:
+        steps.append(step)
+        begun.set()
+
+    long = asyncio.ensure_future(dit.render(job(generator, 1, steps=5000), 0, tokens, None, listen))
+    waits = [asyncio.ensure_future(dit.render(job(generator, n, steps=30), 0, tokens, None)) for n in (2, 3, 4)]
+    await begun.wait()
+    long.cancel()
+    waits[2].cancel()  # has not begun: the batch is full
+    with pytest.raises(asyncio.CancelledError):
+        await long
+    made = [(await each).value for each in waits[:2]]
+    seen, counted = len(steps), dit.statistics()["steps"]
+    await asyncio.sleep(0.1)
+    assert len(steps) == seen < 5000 and dit.statistics()["steps"] == counted
+    for number, latents in zip((2, 3), made, strict=True):
+        each = job(generator, number, steps=30)
+        alone = generator.renderer.render(each.prompts[0], tokens, None, each.seed, 0, each.options)
+        assert np.array_equal(latents, alone.latents)
+
+
+@driven
+async def test_a_plan_that_nobody_reads_any_more_leaves(ar: ArDeployment, generator: VideoGenerator) -> None:
+    async def read_one(stream: AsyncIterator[Timed[Tokens]]) -> Tokens:
+        async with aclosing(stream):  # type: ignore[type-var]
+            return (await anext(stream)).value
+
+    first = asyncio.ensure_future(plan(ar, job(generator, 1, 60)))
+    other = asyncio.ensure_future(plan(ar, job(generator, 2, 2)))
+    assert np.array_equal(
+        await read_one(ar.plan(job(generator, 3), always)),
+        next(generator.planner.plan(job(generator, 3).prompts, 3, job(generator, 3).options)).tokens,
+    )
+    first.cancel()
+    expected = generator.planner.plan(job(generator, 2).prompts, 2, job(generator, 2).options)
+    for ours, theirs in zip(await other, expected, strict=True):
+        assert np.array_equal(ours, theirs.tokens)
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await asyncio.sleep(0.1)
+    assert not ar._worker._active and not ar._worker._line
+
+
+@driven
+async def test_one_that_fails_fails_alone(dit: DitDeployment, ar: ArDeployment, generator: VideoGenerator) -> None:
+    fine, tokens = job(generator, 1), np.zeros((10, 4, 4), np.int32)
+    nan = np.full((8, 5, 8, 8), np.nan, np.float32)
+    results = await asyncio.gather(
+        dit.render(fine, 0, tokens, None),
+        dit.render(fine, 0, tokens[:5], None),
+        dit.render(fine, 1, tokens, nan),
+        dit.render(fine, 0, None, None),
+        plan(ar, fine),
+        ar.plan(fine, always, given=np.zeros((3, 5, 8, 8), np.float32)).__anext__(),
+        return_exceptions=True,
+    )
+    kinds = [type(result) for result in results]
+    assert kinds[:5] == [Timed, ValueError, FloatingPointError, ValueError, list] and issubclass(kinds[5], Exception)
+    alone = generator.renderer.render(fine.prompts[0], tokens, None, fine.seed, 0, fine.options)
+    assert np.array_equal(results[0].value, alone.latents)  # type: ignore[union-attr]
+    dit.check_health(), ar.check_health()
+
+
+@driven
+async def test_an_error_of_the_step_itself_ends_all_and_the_next_goes_on(bundle: Path) -> None:
+    """What is nobody's own: memory that is short, for one."""
+    replica = DitDeployment(str(bundle), "cpu", 1, 2)
+    options = default_options(replica._renderer.config.sampling, steps=3)
+    asked, tokens = Job("v", ("a",), 0, options), np.zeros((10, 4, 4), np.int32)
+    model = replica._renderer.dit
+    denoise, calls = model.denoise, []
+
+    def short_of_memory(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no memory")
+        return denoise(*arguments)  # type: ignore[arg-type]
+
+    model.denoise = short_of_memory  # type: ignore[method-assign, assignment]
+    both = await asyncio.gather(*(replica.render(asked, 0, tokens, None) for _ in range(2)), return_exceptions=True)
+    assert [type(each) for each in both] == [MemoryError] * 2
+    again = await replica.render(asked, 0, tokens, None)
+    alone = DiTRenderer(replica._renderer.bundle).render("a", tokens, None, 0, 0, options)
+    assert np.array_equal(again.value, alone.latents)
+
+
+@driven
+async def test_errors_of_the_thread_reach_the_caller() -> None:
+    worker: BatchWorker = BatchWorker(1)
+    with pytest.raises(ZeroDivisionError):
+        worker.now(lambda: 1 // 0)
+    assert worker.now(lambda: 3) == 3
+    worker.check()
+    assert issubclass(Cancelled, RuntimeError)
