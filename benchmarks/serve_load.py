@@ -1,0 +1,197 @@
+"""The service under many clients, and what a served video costs over one that is made in this process.
+
+`python -m benchmarks.serve_load --clients 50 --seconds 180 --output benchmarks/results/serve_load.json`
+
+Each client asks for a video, follows its events to the end, downloads it, and asks for the next one; refused with 429
+it waits as long as it was told. What a client sees must be true: a status never goes back, a video that was accepted
+ends, and its file has as many frames as it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import random
+import socket
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from arlon_ray.bundle import load_bundle
+from arlon_ray.generation import VideoGenerator, default_options
+from arlon_ray.generation.video import encode_fragment, join_fragments, read_video
+from benchmarks.machine import machine
+from jobs.command_line import BOX, InputError, existing, parser, run
+from jobs.ray_session import connect
+from serve.app import serve_bundle
+from serve.settings import served_config
+
+PROMPTS = [
+    f"A {colour} {shape} moves to the {side}."
+    for colour in ("red", "green", "blue")
+    for shape in ("circle", "square")
+    for side in ("left", "right")
+]
+_ORDER = {"queued": 0, "in_progress": 1, "completed": 2, "failed": 2}
+
+
+class Seen:
+    """What the clients have seen."""
+
+    def __init__(self) -> None:
+        self.latency_s: list[float] = []
+        self.first_segment_s: list[float] = []
+        self.refused = self.segments = 0
+        self.statuses: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+
+async def client(http: httpx.AsyncClient, number: int, segments: int, end: float, seen: Seen) -> None:
+    """One client, until `end` (monotonic seconds)."""
+    chance = random.Random(number)
+    while time.monotonic() < end:
+        body = {"prompt": chance.choice(PROMPTS), "num_segments": segments, "seed": chance.randrange(2**31)}
+        asked = time.monotonic()
+        answer = await http.post("/v1/videos", json=body)
+        if answer.status_code == 429:
+            seen.refused += 1
+            await asyncio.sleep(min(float(answer.headers["retry-after"]), max(0.0, end - time.monotonic())))
+            continue
+        if answer.status_code != 200:
+            seen.wrong.append(f"{answer.status_code}: {answer.text[:100]}")
+            return
+        await follow(http, answer.json(), asked, seen)
+
+
+async def follow(http: httpx.AsyncClient, video: dict[str, Any], asked: float, seen: Seen) -> None:
+    """Watch a video to its end, and look at the file."""
+    path, first, last = f"/v1/videos/{video['id']}", None, _ORDER[video["status"]]
+    async with http.stream("GET", f"{path}/events") as events:
+        async for line in events.aiter_lines():
+            if line == "event: segment.completed" and first is None:
+                first = time.monotonic()
+                seen.first_segment_s.append(first - asked)
+                status = (await http.get(path)).json()["status"]
+                if _ORDER[status] < max(last, 1):
+                    seen.wrong.append(f"{status} behind its first segment")
+    ended = (await http.get(path)).json()
+    seen.latency_s.append(time.monotonic() - asked)
+    seen.statuses[ended["status"]] += 1
+    if ended["status"] != "completed":
+        seen.wrong.append(f"{ended['status']}: {ended['error']}")
+        return
+    content = (await http.get(f"{path}/content")).content
+    frames, promised = len(read_video(io.BytesIO(content))), sum(part["frames"] for part in ended["segments"])
+    if frames != promised:
+        seen.wrong.append(f"{frames} frames instead of {promised}")
+    seen.segments += len(ended["segments"])
+
+
+async def load(url: str, clients: int, seconds: float, segments: int) -> dict[str, Any]:
+    """All clients at the same time; what they saw."""
+    seen, began = Seen(), time.monotonic()
+    limits = httpx.Limits(max_connections=3 * clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        before = await listed(http)
+        work = (client(http, number, segments, began + seconds, seen) for number in range(clients))
+        await asyncio.gather(*work)
+        health = (await http.get("/healthz")).json()
+        accepted = await listed(http) - before
+    took = time.monotonic() - began
+    return {
+        "clients": clients,
+        "seconds": round(took, 1),
+        "videos": dict(seen.statuses),
+        "lost": accepted - sum(seen.statuses.values()),
+        "left": health["queued"] + health["running"],
+        "wrong": seen.wrong,
+        "refused_429": seen.refused,
+        "segments_per_s": round(seen.segments / took, 2),
+        "latency_s": percentiles(seen.latency_s),
+        "first_segment_s": percentiles(seen.first_segment_s),
+    }
+
+
+async def listed(http: httpx.AsyncClient) -> int:
+    """How many videos the service knows."""
+    count, after = 0, {}
+    while True:
+        page = (await http.get("/v1/videos", params={"limit": 100, **after})).json()
+        count, after = count + len(page["data"]), {"after": page["last_id"]}
+        if not page["has_more"]:
+            return count
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """p50, p90, p99 and the longest."""
+    if not values:
+        return {}
+    found = {f"p{share}": round(float(np.percentile(values, share)), 2) for share in (50, 90, 99)}
+    return {**found, "max": round(max(values), 2)}
+
+
+def overhead(url: str, bundle: Path, segments: int, runs: int) -> dict[str, Any]:
+    """Seconds of one video served and made in this process, in turns."""
+    generator = VideoGenerator.from_bundle(bundle)
+    options, fps = default_options(generator.bundle.config.sampling), generator.bundle.config.video.fps
+    seconds: dict[str, list[float]] = {"served": [], "in_process": []}
+    with httpx.Client(base_url=url, timeout=600) as http, tempfile.TemporaryDirectory() as folder:
+        for turn in range(runs + 1):
+            begin = time.perf_counter()
+            body = {"prompt": PROMPTS[0], "num_segments": segments, "seed": turn}
+            made = http.post("/v1/videos", json=body).json()["id"]
+            http.get(f"/v1/videos/{made}/events")
+            http.get(f"/v1/videos/{made}/content")
+            served = time.perf_counter() - begin
+            begin = time.perf_counter()
+            parts = generator.generate([PROMPTS[0]] * segments, turn, options)
+            join_fragments([encode_fragment(frames, fps) for frames in parts], Path(folder) / "video.mp4")
+            if turn:  # the first of each warms up
+                seconds["served"].append(served)
+                seconds["in_process"].append(time.perf_counter() - begin)
+    ratios = [a / b for a, b in zip(seconds["served"], seconds["in_process"], strict=True)]
+    return {
+        "segments": segments,
+        **{name: {"median": statistics.median(each), "all": each} for name, each in seconds.items()},
+        "served_over_in_process": statistics.median(ratios),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    flags = parser(__doc__ or "", output="serve_load.json")
+    flags.set_defaults(config=None)
+    flags.add_argument("--bundle", default=str(BOX), metavar="DIR")
+    flags.add_argument("--clients", type=int, default=50)
+    flags.add_argument("--seconds", type=float, default=180, help="clients ask for more for so long")
+    flags.add_argument("--segments", type=int, default=2, help="of each video")
+    flags.add_argument("--overhead-segments", type=int, default=12)
+    flags.add_argument("--runs", type=int, default=5, help="videos served and made in this process, in turns")
+    arguments = flags.parse_args()
+    if min(arguments.clients, arguments.segments, arguments.runs) < 1:
+        raise InputError("--clients, --segments and --runs: expected 1 or more")
+    bundle = existing(arguments.bundle, "--bundle")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [f"serve.port={port}", "serve.requests_per_minute=1000000", *arguments.overrides]
+    config = served_config(load_bundle(bundle).config, arguments.config, settings)
+    data = Path(arguments.output).with_suffix("")
+    result: dict[str, Any] = {"machine": machine(), "bundle": bundle.name, "settings": arguments.overrides}
+    with connect(config), serve_bundle(config, bundle, data) as url:
+        result["overhead"] = overhead(url, bundle, arguments.overhead_segments, arguments.runs)
+        print(f"served / in this process: {result['overhead']['served_over_in_process']:.3f}", flush=True)
+        result["load"] = asyncio.run(load(url, arguments.clients, arguments.seconds, arguments.segments))
+    Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["load"], indent=2))
+
+
+if __name__ == "__main__":
+    run(main)
