@@ -121,7 +121,8 @@ async def load(url: str, clients: int, seconds: float, segments: int) -> dict[st
 
 async def listed(http: httpx.AsyncClient) -> int:
     """How many videos the service knows."""
-    count, after = 0, {}
+    count = 0
+    after: dict[str, str] = {}
     while True:
         page = (await http.get("/v1/videos", params={"limit": 100, **after})).json()
         count, after = count + len(page["data"]), {"after": page["last_id"]}
