@@ -31,6 +31,7 @@ from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
 
+_LEAST_LOOK_BACK_S = 10.5  # Ray's replicas report every 10 seconds
 AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
 
 
@@ -186,7 +187,7 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
                 target_ongoing_requests=settings.target_ongoing_requests,
                 upscale_delay_s=settings.upscale_delay_s,
                 downscale_delay_s=settings.downscale_delay_s,
-                look_back_period_s=settings.upscale_delay_s,
+                look_back_period_s=max(_LEAST_LOOK_BACK_S, settings.upscale_delay_s),
                 policy=AutoscalingPolicy(policy_function=replicas_for_work),
             ),
             ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
