@@ -72,7 +72,7 @@ class DeploymentConfig(Section):
     min_replicas: int = Field(1, ge=0, description="0: none where there is nothing to do; the next video waits for one")
     max_replicas: int = Field(2, ge=1)
     target_ongoing_requests: float = Field(
-        2.0, gt=0, description="segments (AR: plans at work) that come to one replica before there is another"
+        4.0, gt=0, description="segments (AR: plans at work) that come to one replica before there is another"
     )
     upscale_delay_s: float = Field(5.0, gt=0, description="how long more replicas must be needed before they are added")
     downscale_delay_s: float = Field(60.0, ge=0, description="how long fewer must do before some are taken away")
@@ -103,7 +103,7 @@ class ServeConfig(Section):
     )  # fmt: skip
     max_segments: int = Field(64, ge=1, description="longest video that a request may ask for")
     max_prompt_characters: int = Field(1000, ge=1)
-    max_running: int = Field(2, ge=1, description="videos made at the same time; the others wait")
+    max_running: int = Field(8, ge=1, description="videos made at the same time; the others wait")
     max_queued: int = Field(64, ge=1, description="videos waiting; more are refused with 429")
     planned_ahead: int = Field(2, ge=1, description="segments that the AR may be ahead of the DiT")
     max_queued_per_key: int = Field(32, ge=1, description="videos of one key that may wait; more are refused with 429")
