@@ -12,6 +12,7 @@ thumbnail.png …             pictures of it, as soon as somebody has asked for 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class JobFiles:
     def __init__(self, blobs: Blobs, job_id: str) -> None:
         self._blobs, self._folder = blobs, f"videos/{job_id}"
         # the file that grows must be one of this machine
-        local = blobs.path(self._folder) or Path(tempfile.gettempdir()) / "arlon-ray" / job_id
-        self.growing = GrowingVideo(local / VIDEO_FILE)
+        self._scratch = None if blobs.folder else Path(tempfile.gettempdir()) / "arlon-ray" / job_id
+        self.growing = GrowingVideo((self._scratch or blobs.folder / self._folder) / VIDEO_FILE)  # type: ignore[operator]
 
     @property
     def finished(self) -> bool:
@@ -115,9 +116,9 @@ class JobFiles:
     def finish(self, restored: Restored, keep_segments: bool = False) -> None:
         """The video as one file, and its end in place of the segments (or beside them). Raises OSError."""
         path = self.growing.finish()
-        if self._blobs.folder is None:
+        if self._scratch:
             self._blobs.write(self._name(VIDEO_FILE), path.read_bytes())
-            path.unlink()
+            shutil.rmtree(self._scratch, ignore_errors=True)
         tokens = np.stack([restored.tokens[i] for i in range(restored.done)]) if restored.tokens else None
         arrays = {"tokens": tokens, "overlap": restored.overlap, "last": restored.last}
         self._blobs.write(self._name(END), _packed({**arrays, "done": np.array([restored.done])}))
@@ -160,7 +161,8 @@ class JobFiles:
     def delete(self) -> None:
         """Remove everything."""
         self._blobs.delete_folder(self._folder)
-        self.growing.partial.unlink(missing_ok=True)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _segment_names(self) -> list[str]:
         return [name for name in self._blobs.names(self._folder) if name.rsplit("/", 1)[1].startswith("segment-")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import boto3
 import numpy as np
 import pyarrow.csv
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import DataConfig, VideoConfig
@@ -23,6 +21,7 @@ from data_pipeline.pixels import PixelClips
 from data_pipeline.sources import find_sources
 from jobs.command_line import InputError, collection
 from tests.data_pipeline.inputs import numbered, numbers_of, write_video
+from tests.s3 import s3_server
 
 VIDEO = VideoConfig(height=32, width=32, fps=16)
 NAMES = ["a/one.mp4", "a/b/tw o.mp4", "thré%e.mp4"]
@@ -31,15 +30,8 @@ NAMES = ["a/one.mp4", "a/b/tw o.mp4", "thré%e.mp4"]
 @pytest.fixture(scope="module")
 def options() -> Iterator[str]:
     """The part of a URI that names the server; keys are in the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    before = dict(os.environ)
-    os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_EC2_METADATA_DISABLED="true")
-    host, port = server.get_host_and_port()
-    yield f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
-    os.environ.clear()
-    os.environ.update(before)
+    with s3_server() as named:
+        yield named
 
 
 @pytest.fixture(scope="module")
