@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from logging import getLogger
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from serve.callers import Caller
 from serve.job_store import Event, JobStore
 from serve.metrics import Metrics, Stage
 from serve.schema import SegmentStatus, Video, VideoError
 from serve.work import Job, Timed
+
+logger = getLogger("ray.serve")
 
 #: Share of the progress, in percent, that a segment in this state has made.
 _PROGRESS: dict[SegmentStatus, int] = {"queued": 0, "planned": 10, "rendering": 10, "rendered": 90, "completed": 100}
@@ -59,7 +65,22 @@ class Active:
     def save_soon(self) -> None:
         """Write the state without keeping the work waiting; changes that come together are written together."""
         if self._pending is None:
-            self._pending = asyncio.create_task(self.save())
+            self._pending = asyncio.create_task(self._try_to_save())
+
+    async def _try_to_save(self) -> None:
+        try:
+            await self.save()
+        except SQLAlchemyError as error:  # what is not written now is written with what comes next
+            logger.warning("%s: the database took no state: %s", self.video.id, type(error).__name__)
+
+    async def _save_at_last(self) -> None:
+        """Write the end, however long the database is away."""
+        for again in itertools.count():
+            try:
+                return await self.save()
+            except SQLAlchemyError:
+                logger.exception("%s has ended, but the database took no state: once more", self.video.id)
+                await asyncio.sleep(min(30.0, 0.5 * 2**again))
 
     def tell(self, kind: str | None = None, *, lasting: bool = True, ended: bool = False, **data: Any) -> None:
         """Note an event, and wake all who wait for a change."""
@@ -133,7 +154,7 @@ class Active:
         else:
             self.video.progress = 100
             self.past.append(Event("completed", {}, len(self.past) + 1))
-        await self.save()
+        await self._save_at_last()
 
 
 async def pieces(file: BinaryIO, active: Active | None) -> AsyncIterator[bytes]:

@@ -8,12 +8,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from arlon_ray import __version__
@@ -42,6 +44,8 @@ from serve.schema import (
 )
 from serve.service import VideoService
 from serve.tracing import trace_of
+
+logger = getLogger("ray.serve")
 
 #: How often a client should ask, in milliseconds (the OpenAI client heeds it).
 _POLL = {"openai-poll-after-ms": "500"}
@@ -89,6 +93,7 @@ def build_api(
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(SQLAlchemyError, _no_database)
     app.add_exception_handler(Exception, _broken)
     app.include_router(_videos(service, config))
     app.include_router(_drafts(service, config))
@@ -264,6 +269,12 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
 async def _no_route(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse(error_body(str(error.detail)), status_code=error.status_code, headers=error.headers)
+
+
+async def _no_database(_: Request, error: Exception) -> JSONResponse:
+    logger.error("the database failed a request", exc_info=error)
+    body = error_body("the service cannot reach its database: try again", code="unavailable", server=True)
+    return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
 
 
 async def _broken(_: Request, error: Exception) -> JSONResponse:

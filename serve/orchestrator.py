@@ -152,7 +152,7 @@ class Orchestrator:
         raise AssertionError("unreachable")
 
     async def _pause(self, stage: str, index: int, again: int) -> None:
-        logger.warning("%s: segment %d: the replica for %s was lost: once more", self._job.id, index, stage)
+        logger.warning("%s: segment %d: %s was lost: once more", self._job.id, index, stage)
         await asyncio.sleep(_PAUSE_S * 2**again)
 
     async def _plan(self) -> None:
@@ -258,10 +258,15 @@ class Orchestrator:
             self._files.write_segment(index, record)
             self._files.growing.add(record.fragment)
 
-        try:
-            await _to_end(write)
-        except Exception as error:
-            raise StageError("writing", index, error) from error
+        for again in range(RETRIES + 1):
+            try:
+                await _to_end(write)
+                break
+            except Exception as error:
+                # a bucket may be away for a while; a full disk does not empty itself
+                if again == RETRIES or not isinstance(error, OSError) or error.errno == errno.ENOSPC:
+                    raise StageError("writing", index, error) from error
+                await self._pause("writing", index, again)
         self._state.done, self._state.overlap, self._state.last = index + 1, record.overlap, record.last
         await self._watcher.segment(index, "completed", "decode", times)
 

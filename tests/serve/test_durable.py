@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from arlon_ray.generation.video import read_video
+from serve.job_files import JobFiles
 from serve.job_store import JobStore
 from serve.schema import RequestError, VideoRequest
 from serve.service import VideoService
@@ -144,6 +146,70 @@ def test_a_damaged_segment_is_made_again(tmp_path: Path) -> None:
     damaged = tmp_path / "videos" / names[0] / "segment-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-20])
     play(after, tmp_path)
+
+
+def test_a_database_that_is_away_for_a_while_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, away = JobStore.save, [True]
+
+    def save(store: JobStore, *arguments: Any) -> None:
+        if away[0]:
+            raise OperationalError("UPDATE", {}, Exception("no connection to /secret"))
+        plain(store, *arguments)
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        monkeypatch.setattr(JobStore, "save", save)
+        video = await post(client, prompt="a", num_segments=3, seed=1)
+        while len(stages.rendered) < 3:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        away[0] = False
+        await until(client, video["id"], "completed")
+        events = (await client.get(f"/v1/videos/{video['id']}/events")).text
+        assert events.count("event: segment.completed") == 3
+        assert (await client.get(f"/v1/videos/{video['id']}/content")).content == expected
+
+    expected = undisturbed(tmp_path / "other", prompt="a", num_segments=3, seed=1)
+    play(scenario, tmp_path)
+
+
+def test_without_a_database_clients_are_told_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        def away(*_: object, **__: object) -> None:
+            raise OperationalError("SELECT", {}, Exception("no connection to /secret"))
+
+        for name in ("add", "get", "page"):
+            monkeypatch.setattr(JobStore, name, away)
+        answers = [
+            await client.post("/v1/videos", json={"prompt": "a"}),
+            await client.get("/v1/videos/video_0"),
+            await client.get("/v1/videos"),
+        ]
+        assert {(answer.status_code, answer.headers["retry-after"]) for answer in answers} == {(503, "5")}
+        assert all("secret" not in answer.text for answer in answers)
+        assert (await client.get("/healthz")).json()["queued"] == 0
+
+    play(scenario, tmp_path)
+
+
+def test_storage_that_is_away_for_a_while_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.orchestrator._PAUSE_S", 0.01)
+    plain, failures = JobFiles.write_segment, [3]
+
+    def write(files: JobFiles, *arguments: Any) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError("connection reset")
+        plain(files, *arguments)
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        monkeypatch.setattr(JobFiles, "write_segment", write)
+        video = await until(
+            client, (await post(client, prompt="a", num_segments=3, seed=1))["id"], "completed", "failed"
+        )
+        assert (await client.get(f"/v1/videos/{video['id']}/content")).content == expected
+
+    expected = undisturbed(tmp_path / "other", prompt="a", num_segments=3, seed=1)
+    play(scenario, tmp_path)
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
