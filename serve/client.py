@@ -23,7 +23,6 @@ _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _EVENTS_TIMEOUT = httpx.Timeout(10.0, read=45.0)
 _LAST = frozenset({"completed", "failed", "deleted"})
 _BAD_INPUT = frozenset({400, 401, 403, 404, 413, 415, 422})
-_POLL_S = 1.0
 _PATIENCE_S = 300.0  # for a server that is being started again
 _PIECE = 2**16
 
@@ -74,9 +73,10 @@ class Client:
         self._http.close()
 
     def create(self, body: Mapping[str, Any], *, image: Path | None = None, draft: bool = False) -> Made:
-        """Ask for a video or a draft; `image` is its first frame. Where the answer is lost it is asked once more, and made once.
+        """Ask for a video or a draft; `image` is its first frame.
 
-        Raises ClientError, OSError for an image that cannot be read.
+        Where the answer is lost it is asked once more, and made once. Raises ClientError, OSError for an image that
+        cannot be read.
         """
         picture = {}
         if image is not None:
@@ -157,37 +157,21 @@ class Client:
         """
         pause, alive, ended = 0.5, time.monotonic(), False
         while not ended:
+            told = False
             try:
                 for number, event in self._events(made_id, last):
-                    pause, alive, last = 0.5, time.monotonic(), number or last
-                    ended = event.type in _LAST  # a draft of which a segment was planned anew goes on behind its end
+                    pause, alive, told = 0.5, time.monotonic(), True
+                    if number:
+                        # a draft of which a segment was planned anew goes on behind its end
+                        last, ended = number, event.type in _LAST
                     yield event
-                if ended:
+                if ended or (not told and self.get(made_id)["status"] in _LAST):
                     return
             except ClientError as error:
-                if error.status == 404:
-                    self.get(made_id)  # raises, if it is the video that is not there
-                    yield from self._polled(made_id)
-                    return
                 if error.bad_input or time.monotonic() - alive > _PATIENCE_S:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, 10.0)
-
-    def _polled(self, made_id: str) -> Iterator[Event]:
-        """The same from a server without events, as far as statuses tell it."""
-        states: dict[int, str] = {}
-        while True:
-            made = self.get(made_id)
-            for segment in made["segments"]:
-                index, state = segment["index"], segment["status"]
-                if state != states.get(index, "queued") and state != "rendering":
-                    yield Event(f"segment.{state}", {"index": index, "progress": made["progress"]})
-                states[index] = state
-            if made["status"] in _LAST:
-                yield Event(made["status"], made["error"] or {})
-                return
-            time.sleep(_POLL_S)
 
     def _events(self, made_id: str, last: str | None) -> Iterator[tuple[str, Event]]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last} if last else {})

@@ -1,6 +1,7 @@
 // The way to the server: JSON, files, and the events of one video. See docs/serving.md.
 
 const KEY = "arlon.key";
+const LAST = ["completed", "failed", "deleted"];
 const base = new URL("v1/", document.baseURI);
 const wait = (ms, signal) =>
   new Promise((done) => {
@@ -79,21 +80,22 @@ export function release(url) {
 /**
  * Tells `onEvent(type, data)` what happens to a video until it has ended or `signal` is aborted. `seen.id` is the last
  * event that was read: after a lost connection, or in another call, only what came later is told.
- * Raises ApiError where there is nothing to watch (404: perhaps a server without events).
+ * Raises ApiError where there is nothing to watch.
  */
 export async function watch(id, onEvent, { signal, seen = {} }) {
   for (let pause = 500; !signal.aborted; pause = Math.min(2 * pause, 10000)) {
     try {
       const headers = { Accept: "text/event-stream", ...(seen.id && { "Last-Event-ID": seen.id }) };
       const response = await request(pathOf(id, "/events"), { headers, signal, cache: "no-store" });
+      let told = false;
       for await (const event of eventsOf(response.body)) {
         pause = 500;
-        if (event.id) seen.id = event.id;
-        onEvent(event.type, event.data);
+        told = true;
         // a draft of which a segment was planned anew goes on behind its end
-        seen.ended = ["completed", "failed", "deleted"].includes(event.type);
+        if (event.id) Object.assign(seen, { id: event.id, ended: LAST.includes(event.type) });
+        onEvent(event.type, event.data);
       }
-      if (seen.ended) return;
+      if (seen.ended || (!told && LAST.includes((await call("GET", pathOf(id))).status))) return;
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof ApiError && error.status && error.status < 500 && error.status !== 429) throw error;

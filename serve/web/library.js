@@ -45,7 +45,7 @@ async function load(after = null) {
   } catch (error) {
     if (asked !== kind) return;
     show($("more"), false);
-    say($("cards-note"), error.status === 404 ? `This server has no ${asked}.` : error.message);
+    say($("cards-note"), error.message);
   }
   draw();
 }

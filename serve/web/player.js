@@ -1,5 +1,6 @@
 // Shows a video while it is made: what arrives of the growing mp4 is handed to the player at once.
-// A plain <video src> would do without a key, but browsers wait there for more bytes than a short segment has.
+// A plain <video src> shows nothing before tens of kilobytes are there, which is more than a short segment has; and it
+// can send no key.
 
 import { mediaUrl, pathOf, release, request } from "./api.js";
 

@@ -6,7 +6,6 @@ import { Player } from "./player.js";
 
 const STATES = ["queued", "planned", "rendering", "rendered", "completed"];
 const WORDS = { queued: "waiting", planned: "planned", rendering: "rendering", rendered: "rendered", completed: "ready" };
-const POLL_MS = 1000;
 
 const player = new Player($("video"));
 let open = null; // {id, object, stop, seen, queue, step, selected, since, streamed}
@@ -63,21 +62,13 @@ async function follow(what) {
   const told = (type, data) => what === open && heard(type, data);
   try {
     await watch(what.id, told, { signal: what.stop.signal, seen: what.seen });
-  } catch {
-    await poll(what);
+  } catch (error) {
+    if (what === open && error.status !== 404) say($("stage-error"), error.message);
   }
   if (what !== open || what.stop.signal.aborted) return;
   await refresh(what);
   // the player has all of it where the stream came to its end; else the file takes its place
   if (what === open && what.object.status === "completed" && !((await what.streamed) && !isDraft())) showFile(what);
-}
-
-/** For a server without events. */
-async function poll(what) {
-  while (what === open && active(what.object)) {
-    await new Promise((done) => setTimeout(done, POLL_MS));
-    if (what === open) await refresh(what);
-  }
 }
 
 async function refresh(what) {

@@ -1,4 +1,4 @@
-"""The commands that the page copies, run as they are."""
+"""The commands that the page copies, and the examples of docs/serving.md, run as they are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from arlon_ray.generation.video import read_video
 from tests.serve.browser import Visit, Visiting
+from tests.serve.live import serving
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -56,3 +60,19 @@ def again(seen: Visit, tab: str, folder: Path) -> None:
         assert made[0][name] == before[0][name], text
     texts = [[segment["prompt"] for segment in video["segments"]] for video in (made[0], before[0])]
     assert texts[0] == texts[1]
+
+
+def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text().split("## From Python and curl")[1]
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    with serving(tmp_path / "data") as (url, stages):
+        for example, frames in zip(examples, (68, 85), strict=True):
+            here = example.replace("http://127.0.0.1:8000", url)
+            command = [sys.executable, "-c", here]
+            path = {**os.environ, "PYTHONPATH": str(ROOT)}
+            ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=path)
+            assert ended.returncode == 0, ended.stderr
+            assert len(read_video(tmp_path / "video.mp4")) == frames
+            (tmp_path / "video.mp4").unlink()
+        assert "segment.completed {'index': 3, 'frames': 17" in ended.stdout and len(stages.rendered) == 3 + 4
