@@ -77,12 +77,12 @@ def renderings(generator: VideoGenerator, seed: int) -> list[Rendering]:
     return made
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_segments_are_rendered_as_if_alone(generator: VideoGenerator, threads: int) -> None:
     renderer, before = generator.renderer, torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for seed in range(3):
+        for seed in range(3 if threads == 1 else 1):
             asked = renderings(generator, seed)
             alone = [renderer.render(*each).latents for each in asked]
             arrivals = np.random.default_rng(seed).integers(0, 6, len(asked)).tolist()
@@ -158,14 +158,14 @@ def planned_in(batch: Batch, generator: VideoGenerator, asked: Sequence, arrival
     return together(batch, [whole(arguments) for arguments in asked], arrivals)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_videos_are_planned_as_if_alone(generator: VideoGenerator, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         batch = generator.planner.batch(5)
         memory = batch.cache.values.data_ptr(), batch.cache.values.shape
-        for seed in range(6):
+        for seed in range(2 if threads == 1 else 1):
             asked = plans(generator, seed)
             alone = [[plan.tokens for plan in generator.planner.plan(*each)] for each in asked]
             arrivals = np.random.default_rng(seed).integers(0, 20, len(asked)).tolist()
