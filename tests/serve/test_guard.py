@@ -159,6 +159,17 @@ async def here_as_ipv6(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/videos/a")).status_code == 200
 
 
+def test_addresses_with_a_zero_are_refused() -> None:
+    """PostgreSQL answers them with an error."""
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        for path in ("/v1/videos/%00", "/v1/videos/a%00b", "/v1/videos/a?after=%00"):
+            assert code_of(await client.get(path)) == (400, "invalid_address"), path
+        assert (await client.get("/v1/videos/%2500")).status_code == 200
+
+    ask(application(), scenario)
+
+
 def test_each_key_has_its_own_rate(tmp_path: Path) -> None:
     keys = keys_in(tmp_path)
     many, few = keys.add("many"), keys.add("few", requests_per_minute=2)
