@@ -86,7 +86,7 @@ class Active:
         """Note an event, and wake all who wait for a change."""
         if kind and lasting:
             self.past.append(Event(kind, data, len(self.past) + 1))
-        elif kind:
+        elif kind and not self.ended:  # a replica's last words may come late
             self.fleeting = Event(kind, data)
         self.ended = self.ended or ended
         self.changed.set()

@@ -92,10 +92,16 @@ def serving(
     stages = kind(config)
     service = VideoService(config, JobStore.in_folder(folder), stages, Blobs(folder))
     app = build_api(service, config, keys and KeyCheck(keys))
+    with answering(around(app), port) as url:
+        yield url, stages
+
+
+@contextmanager
+def answering(app: ASGIApp, port: int = 0) -> Iterator[str]:
+    """An application on a real HTTP server, in a thread; yields its address."""
     with socket.create_server(("127.0.0.1", port)) as listening:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer takes 40 ms more
-        options = uvicorn.Config(around(app), log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(options)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         try:
@@ -103,7 +109,7 @@ def serving(
             while not server.started:
                 assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
                 time.sleep(0.02)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}", stages
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(20)

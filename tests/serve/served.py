@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from serve.api import build_api
 from serve.blobs import Blobs
 from serve.job_store import JobStore
 from serve.keys import KeyCheck, Keys
 from serve.service import VideoService
+from tests.serve.live import answering
 from tests.serve.stages import FakeStages, small_config
 
 
@@ -46,17 +43,5 @@ def served(folder: Path, *overrides: str, database: str | None = None) -> Iterat
     user, admin = ({"authorization": f"Bearer {key}"} for key in (keys.add("ann"), keys.add("root", "admin")))
     service = VideoService(config, store, FakeStages(config), Blobs(folder), None)
     app = build_api(service, config, KeyCheck(keys))
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer takes 40 ms more
-    port = listening.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
-    thread.start()
-    try:
-        here = Served(f"http://127.0.0.1:{port}", port, user, admin, openapi=app.openapi())
-        assert httpx.get(f"{here.url}/healthz", timeout=20).status_code == 200
-        yield here
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
+    with answering(app) as url:
+        yield Served(url, int(url.rsplit(":", 1)[1]), user, admin, openapi=app.openapi())

@@ -13,6 +13,7 @@ import pytest
 from serve.job_store import Event
 from serve.schema import VideoRequest
 from serve.service import VideoService
+from serve.work import Job, Told
 from tests.serve.live import serving
 from tests.serve.play import play, post, serve_alone, until
 from tests.serve.stages import FakeStages
@@ -136,3 +137,27 @@ def test_to_the_end_is_not_away(tmp_path: Path) -> None:
         assert (await until(client, video["id"], "completed", "failed"))["status"] == "completed"
 
     play(scenario, tmp_path)
+
+
+def test_nothing_comes_behind_the_end(tmp_path: Path) -> None:
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        plain = stages.render
+
+        async def render(job: Job, index: int, tokens: object, overlap: object, told: Told) -> object:
+            made = await plain(job, index, tokens, overlap, told)  # type: ignore[arg-type]
+            late.append(asyncio.create_task(asyncio.sleep(0.3)))
+            late[-1].add_done_callback(lambda _: late.append(asyncio.create_task(told(index, 99))))  # type: ignore[arg-type]
+            return made
+
+        late: list[asyncio.Task[None]] = []
+        stages.render = render  # type: ignore[method-assign, assignment]
+        video = await service.create(VideoRequest(prompt="a"))
+        watched = await service.events(video.id, 0)
+        seen = []
+        async for event in watched:
+            seen.append(event)
+            if event and event.type == "completed":
+                await asyncio.sleep(0.5)  # a step is told meanwhile
+        assert seen[-1] and seen[-1].type == "completed"
+
+    serve_alone(scenario, tmp_path)
