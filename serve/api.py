@@ -22,7 +22,7 @@ from arlon_ray import __version__
 from arlon_ray.config import Config
 from serve.active import as_text
 from serve.bodies import BODY, first_frame, read_video_request
-from serve.callers import LOCAL, Caller
+from serve.callers import Caller
 from serve.guard import Guard
 from serve.keys import KeyCheck
 from serve.page import mount_page
@@ -57,11 +57,11 @@ _stopping: set[asyncio.Task[None]] = set()  # or they could be collected while t
 
 
 def _caller(request: Request) -> Caller:
-    return getattr(request.state, "caller", LOCAL)
+    return request.state.caller
 
 
 def _request_id(request: Request) -> str:
-    return getattr(request.state, "request_id", "")
+    return request.state.request_id
 
 
 def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
@@ -89,7 +89,8 @@ def build_api(
         yield
         await service.close()
 
-    app = FastAPI(title="ARLON-Ray", version=__version__, lifespan=lifespan)
+    # no redirects: their address would be made of what the client calls the host
+    app = FastAPI(title="ARLON-Ray", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)

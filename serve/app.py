@@ -60,7 +60,11 @@ def serve_bundle(config: Config, bundle: str | Path, data_dir: str | Path) -> It
         raise ConfigError("Ray Serve runs on this cluster already: end it with `serve shutdown`")
     http = HTTPOptions(host=config.serve.host, port=config.serve.port)
     # clients poll: a line for each request would bury all others
-    quiet = LoggingConfig(enable_access_log=False)
+    quiet = LoggingConfig(
+        enable_access_log=False,
+        encoding="JSON" if config.serve.log_format == "json" else "TEXT",
+        log_level=config.serve.log_level.upper(),
+    )
     # Serve's own start-up lines speak of "existing" apps and options "not applied" where all is well
     getLogger("ray.serve").setLevel(WARNING)
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)

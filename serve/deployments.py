@@ -26,11 +26,14 @@ from arlon_ray.generation.sampling import Sampling
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
 from serve.batching import BatchWorker
+from serve.logs import LogSettings, log_stage, set_up_logging
+from serve.metrics import Metrics, Stage
 from serve.scaling import PAUSED, replicas_for_work
 from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
 
+_LATEST = 32  # steps whose batches are reported
 _LEAST_LOOK_BACK_S = 10.5  # Ray's replicas report every 10 seconds
 AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
 
@@ -52,13 +55,29 @@ class _Worker:
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(_timed, call, *arguments))
 
 
+class _Reports:
+    """What a stage says of its work, in the log and to Prometheus."""
+
+    def __init__(self, stage: Stage, log: LogSettings | None) -> None:
+        if log is not None:
+            set_up_logging(*log)
+        self.stage, self.metrics = stage, Metrics()
+
+    def segment(self, job: Job, index: int, seconds: float, sizes: Sequence[int] = ()) -> None:
+        """A segment is done; `sizes` are those of the batches that the latest steps ran."""
+        log_stage(job.request_id, job.id, self.stage, index, seconds)
+        if latest := list(sizes)[-_LATEST:]:
+            self.metrics.batch(self.stage, round(sum(latest) / len(latest)))
+
+
 class ArDeployment:
     """Plans videos: streams one segment's tokens at a time. Requests share the AR's steps, at most `max_batch`.
 
     A cancelled one draws no more tokens.
     """
 
-    def __init__(self, bundle: str, device: str, threads: int, max_batch: int) -> None:
+    def __init__(self, bundle: str, device: str, threads: int, max_batch: int, log: LogSettings | None = None) -> None:
+        self._reports = _Reports("ar", log)
         self._worker: BatchWorker[Sampling] = BatchWorker(threads)
         self._planner = self._worker.now(ArPlanner.from_bundle, bundle, device)
         self._worker.use(self._planner.batch(max_batch))
@@ -87,6 +106,9 @@ class ArDeployment:
             if not await self._may_go_on(permit, index):
                 return
             made = await self._worker.run(plan.segment)
+            self._reports.segment(job, index, made.seconds, self._worker.sizes)
+            shared = self._planner.overlap_frames(index)
+            self._reports.metrics.tokens(made.value.tokens[shared:].size)
             yield Timed(made.value.tokens, made.started, made.seconds)
 
     def check_health(self) -> None:
@@ -104,7 +126,8 @@ class DitDeployment:
     A cancelled one leaves before its next denoising step.
     """
 
-    def __init__(self, bundle: str, device: str, threads: int, max_batch: int) -> None:
+    def __init__(self, bundle: str, device: str, threads: int, max_batch: int, log: LogSettings | None = None) -> None:
+        self._reports = _Reports("dit", log)
         self._worker: BatchWorker[Denoising] = BatchWorker(threads)
         self._renderer = self._worker.now(DiTRenderer.from_bundle, bundle, device)
         self._worker.use(DenoisingBatch(max_batch))
@@ -132,6 +155,7 @@ class DitDeployment:
             )
         )
         self._counts["segments"] += 1
+        self._reports.segment(job, index, rendered.seconds, self._worker.sizes)
         return Timed(rendered.value.latents, rendered.started, rendered.seconds)
 
     def check_health(self) -> None:
@@ -146,28 +170,30 @@ class DitDeployment:
 class DecoderDeployment:
     """Latents to an mp4 fragment."""
 
-    def __init__(self, bundle: str, device: str, threads: int, fps: float) -> None:
+    def __init__(self, bundle: str, device: str, threads: int, fps: float, log: LogSettings | None = None) -> None:
+        self._reports = _Reports("decode", log)
         self._worker = _Worker(threads)
         self._fps = fps
         self._decoder = self._worker.now(FrameDecoder.from_bundle, bundle, device)
 
-    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
+    async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """A fragment for `join_fragments` out of latents [C, n, h, w]."""
+        return await self._decoded(job, index, self._decoder.decode, latents, before)
 
-        def decode() -> Decoded:
-            frames = self._decoder.decode(_own(latents), before, job.options.seam_frames)
-            return Decoded(encode_fragment(frames, self._fps), frames[-1].copy())
-
-        return await self._worker.run(decode)
-
-    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+    async def preview(self, job: Job, index: int, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
         """The same out of the tokens [n, h', w'] of whole groups alone."""
+        return await self._decoded(job, index, self._decoder.preview, tokens, before)
 
+    async def _decoded(
+        self, job: Job, index: int, call: Callable[..., Any], what: Latents | Tokens, before: Frame | None
+    ) -> Timed[Decoded]:
         def decode() -> Decoded:
-            frames = self._decoder.preview(_own(tokens), before, job.options.seam_frames)
+            frames = call(_own(what), before, job.options.seam_frames)
             return Decoded(encode_fragment(frames, self._fps), frames[-1].copy())
 
-        return await self._worker.run(decode)
+        decoded = await self._worker.run(decode)
+        self._reports.segment(job, index, decoded.seconds)
+        return decoded
 
     async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
         """The latents [C, 1, h, w] of a picture uint8 [H, W, 3]."""
@@ -194,8 +220,9 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
             graceful_shutdown_timeout_s=5,
         )(kind)
         device = "cuda" if settings.num_gpus else "cpu"
-        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments)
+        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments, log)
 
+    log: LogSettings = (config.serve.log_format, config.serve.log_level)
     return (
         None if config.sampling.baseline else bound(ArDeployment, AR, config.serve.ar, config.serve.ar.max_batch),
         bound(DitDeployment, DIT, config.serve.dit, config.serve.dit.max_batch),

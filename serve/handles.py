@@ -101,13 +101,13 @@ class HandleStages:
         finally:
             self._told.pop(name, None)
 
-    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
+    async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """See `Stages`."""
-        return await _result(self._decoder.decode.remote(job, latents, before))
+        return await _result(self._decoder.decode.remote(job, index, latents, before))
 
-    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+    async def preview(self, job: Job, index: int, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
         """See `Stages`."""
-        return await _result(self._decoder.preview.remote(job, tokens, before))
+        return await _result(self._decoder.preview.remote(job, index, tokens, before))
 
     async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
         """See `Stages`."""

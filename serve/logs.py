@@ -16,6 +16,9 @@ from ray import serve
 #: Of the request that is being answered, or that asked for the video which is being made.
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
+#: `serve.log_format` and `serve.log_level`.
+LogSettings = tuple[Literal["text", "json"], str]
+
 #: Beyond the message, what a line may carry as fields of its own (`extra=`).
 FIELDS = ("method", "route", "status", "seconds", "caller", "job", "stage", "segment")
 

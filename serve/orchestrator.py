@@ -235,7 +235,7 @@ class Orchestrator:
     async def _decode(
         self, index: int, tokens: Tokens | None, latents: Latents, overlap: Latents, before: Frame | None
     ) -> Frame:
-        decoded = await self._lasting("decoding", index, lambda: self._stages.decode(self._job, latents, before))
+        decoded = await self._lasting("decoding", index, lambda: self._stages.decode(self._job, index, latents, before))
         frames = decoded.value
         await self._keep(index, SegmentRecord(tokens, overlap, frames.last, frames.fragment), decoded)
         return frames.last
@@ -246,8 +246,10 @@ class Orchestrator:
         for index in range(self._state.done, len(self._job.prompts)):
             tokens = await self._planned.get()
             await self._window.advance(index)
-            new, last = tokens[self._overlap(tokens) if index else 0 :], before
-            decoded = await self._lasting("decoding", index, lambda: self._stages.preview(self._job, new, last))  # noqa: B023
+            new = tokens[self._overlap(tokens) if index else 0 :]
+            decoded = await self._lasting(
+                "decoding", index, partial(self._stages.preview, self._job, index, new, before)
+            )
             before = decoded.value.last
             await self._keep(index, SegmentRecord(tokens, None, before, decoded.value.fragment), decoded)
 

@@ -91,10 +91,10 @@ class Stages(Protocol):
     ) -> Timed[Latents]:
         """The new latents of segment `index`; `overlap` are the latents before it, None for the first segment."""
 
-    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
+    async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """An mp4 fragment; `before` is the last frame of the segment before, None for the first."""
 
-    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+    async def preview(self, job: Job, index: int, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
         """The same of whole groups' tokens alone, without the DiT."""
 
     async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:

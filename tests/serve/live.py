@@ -56,10 +56,10 @@ class DrawnStages(FakeStages):
             raise
         return await super().render(job, index, tokens, overlap)
 
-    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
+    async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         return self._drawn(latents.shape[1] // 5 * 17, int(latents[0, 0, 0, 0]) // 100 + job.seed)
 
-    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+    async def preview(self, job: Job, index: int, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
         await asyncio.sleep(self.step_s)
         return self._drawn(len(tokens) * 17, int(tokens[-1, 0, 0]))
 

@@ -81,13 +81,13 @@ class FakeStages:
         steps = np.arange(latents, dtype=np.float32)[None, :, None, None] + 100 * index
         return Timed(np.broadcast_to(steps, (1, latents, 2, 2)).copy(), time.time(), 0.01)
 
-    async def decode(self, job: Job, latents: Latents, before: Frame | None) -> Timed[Decoded]:
+    async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         self.lose("decode")
         # another picture for other latents, and for another frame before
         grey = int(latents[0, 0, 0, 0]) + (0 if before is None else 7 * int(before[0, 0, 0]) + 1)
         return self._frames(latents.shape[1] // 5 * 17, grey % 256)
 
-    async def preview(self, job: Job, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+    async def preview(self, job: Job, index: int, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
         self.previewed.append(tokens[:, 0, 0].tolist())
         return self._frames(len(tokens) * 17, int(tokens[-1, 0, 0]) % 256)
 

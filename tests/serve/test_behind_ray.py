@@ -71,6 +71,7 @@ def free_port() -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_request_can_be_followed_through_the_deployments() -> None:
     port, structured = free_port(), LoggingConfig(encoding="JSON", enable_access_log=False)
     with connect(load_config("tiny")):

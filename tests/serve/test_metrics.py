@@ -73,6 +73,7 @@ def test_the_dashboard_shows_every_figure_and_no_other() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_prometheus_finds_them_where_it_finds_ray() -> None:
     import ray
 
