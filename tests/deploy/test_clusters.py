@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,17 @@ def test_nodes_get_the_code_the_token_and_the_pinned_versions(path: Path) -> Non
         assert any("-c ~/arlon-ray/constraints.txt -e ~/arlon-ray" in command for command in commands)
     head, worker = (config[f"{role}_start_ray_commands"][-1] for role in ("head", "worker"))
     assert "--head --num-cpus=0" in head and "--address=$RAY_HEAD_IP:6379" in worker
+    assert all("RAY_JOB_STOP_WAIT_TIME_S=120" in command for command in (head, worker))
     assert all("RAY_AUTH_MODE=token" in command and "cd ~/arlon-ray" in command for command in (head, worker))
+
+
+@pytest.mark.parametrize("path", ALL.values(), ids=ALL.keys())
+def test_commands_are_shell(path: Path) -> None:
+    config = prepared(path)
+    commands = [each for name, value in config.items() if name.endswith("_commands") for each in value]
+    assert len(commands) > 8
+    checked = subprocess.run(["bash", "-n", "-c", "\n".join(commands)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp", "on-premises"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -46,6 +47,11 @@ def test_it_is_built_for_both_devices_from_the_pinned_versions() -> None:
     (base,) = [line.split()[1] for line in LINES if line.startswith("FROM ")]
     assert base.startswith(f"python:{sys.version_info.major}.{sys.version_info.minor}-")
     assert pinned("psycopg2-binary")  # beyond the project's own dependencies, and pinned as they are
+
+
+def test_its_commands_are_shell() -> None:
+    for line in (line for line in LINES if line.startswith("RUN ")):
+        assert subprocess.run(["sh", "-n", "-c", line.removeprefix("RUN ")]).returncode == 0, line
 
 
 def test_the_requirements_that_it_installs_are_the_projects(
@@ -92,3 +98,17 @@ def test_no_file_names_a_registry() -> None:
             for image in re.findall(r"(?:image:|FROM|-t) (\S+)", path.read_text()):
                 host = image.split("/")[0] if "/" in image else ""
                 assert "." not in host and ":" not in host, f"{path}: {image}"
+
+
+def test_every_placeholder_is_explained() -> None:
+    explained = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (DEPLOY / "README.md").read_text()))
+    files = [*DEPLOY.rglob("*.yaml"), DEPLOY / "Dockerfile", ROOT / "cluster.yaml"]
+    texts = {
+        path: "\n".join(re.sub(r"(^|\s)#.*", "", line) for line in path.read_text().splitlines()) for path in files
+    }
+    inside = re.compile(r"(?<=[/:@ \[,(=])([A-Z]+(?:_[A-Z0-9]+)+|REGISTRY)(?=[/:\s\],}\\]|$)", re.M)
+    used = {name for text in texts.values() for name in inside.findall(text)}
+    environment = {name for text in texts.values() for name in re.findall(r"\b([A-Z_]+)=|name: ([A-Z_]+)[,}]", text)}
+    names = {name for pair in environment for name in pair if name}
+    assert {"REGISTRY", "NFS_HOST", "PROJECT_ID", "HEAD_IP", "SHARED_CLASS", "POSTGRES_HOST"} <= used
+    assert used - names <= explained

@@ -108,6 +108,7 @@ def test_jobs_are_commands_that_the_job_takes(name: str, monkeypatch: pytest.Mon
     cluster = cluster_of(JOBS[name])
     gpus = sum(g["maxReplicas"] for g in cluster["workerGroupSpecs"] if g["groupName"] == "gpu")
     if name.startswith("train_"):
+        assert config.cluster.max_failures > 10  # the default, 1, is for machines that stay
         assert config.cluster.use_gpu and config.cluster.worker_counts[-1] <= gpus
         pod = next(g for g in cluster["workerGroupSpecs"] if g["groupName"] == "gpu")["template"]["spec"]
         assert config.cluster.cpus_per_worker < int(pod["containers"][0]["resources"]["limits"]["cpu"])
