@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 OUTPUT ?= runs/demo
 BUNDLE ?= weights/tiny
+# two files of tests at a time, each with one thread: cores are used, and figures stay comparable
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not gpu"
 export RAY_AUTH_MODE ?= token
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -21,11 +23,11 @@ demo: setup
 	$(BIN)/python jobs/pipeline.py --config demo --output $(OUTPUT)
 
 test: setup
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu"
+	$(UNIT)
 	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
 
 test-unit: setup
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu"
+	$(UNIT)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

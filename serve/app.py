@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from arlon_ray.bundle import load_bundle
 from arlon_ray.config import Config, ConfigError
 from serve.deployments import bind_stages
 from serve.ingress import bind_api
@@ -36,7 +37,7 @@ def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve
     """The application that serves `bundle` with the settings of `config`; videos are kept in `data_dir`.
 
     `config.serve.data_dir`, where it is set, goes before `data_dir`. Both paths must be readable wherever replicas run.
-    Raises ConfigError as `check_devices` and `check_auth` do.
+    Raises ConfigError as `check_devices` and `check_auth` do, and ArtifactError for a bundle that cannot be read.
     """
     check_devices(config)
     check_auth(config.serve)
@@ -45,7 +46,8 @@ def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve
         data = str(Path(data).expanduser().absolute())
     elif config.serve.database_url is None:
         raise ConfigError(f"serve.data_dir={data}: a database is no file of a bucket: set serve.database_url too")
-    return bind_api(config, data, bind_stages(config, str(Path(bundle).expanduser().absolute())))
+    path = Path(bundle).expanduser().absolute()
+    return bind_api(config, data, load_bundle(path).fingerprint, bind_stages(config, str(path)))
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class VideoAPI:
         self,
         config: Config,
         data: str,
+        bundle: str,
         ar: DeploymentHandle | None,
         dit: DeploymentHandle,
         decoder: DeploymentHandle,
@@ -44,7 +45,8 @@ class VideoAPI:
         set_up_logging(config.serve.log_format, config.serve.log_level)
         store = JobStore(url) if url else JobStore.in_folder(Path(data))
         self._keys = open_keys(config.serve, store.engine)
-        self._service = VideoService(config, store, self._stages, Blobs(data), load_token_counter(config.text))
+        count_tokens = load_token_counter(config.text)
+        self._service = VideoService(config, store, self._stages, Blobs(data), count_tokens, bundle=bundle)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._service, self._config, self._keys, behind_proxy=True)
@@ -58,8 +60,8 @@ class VideoAPI:
         await self._stages.told(rendering, index, step)
 
 
-def bind_api(config: Config, data: str, stages: tuple[serve.Application | None, ...]) -> serve.Application:
-    """The ingress over the bound stages."""
+def bind_api(config: Config, data: str, bundle: str, stages: tuple[serve.Application | None, ...]) -> serve.Application:
+    """The ingress over the bound stages; `bundle` is the fingerprint of what they run."""
     deployment = serve.deployment(
         name=API,
         num_replicas=1,
@@ -68,4 +70,4 @@ def bind_api(config: Config, data: str, stages: tuple[serve.Application | None, 
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=5,
     )(VideoAPI)
-    return deployment.bind(config, data, *stages)
+    return deployment.bind(config, data, bundle, *stages)

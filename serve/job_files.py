@@ -125,6 +125,12 @@ class JobFiles:
         for name in [] if keep_segments else [*self._segment_names(), self._name(BASE), self._name(BASE_FILE)]:
             self._blobs.delete(name)
 
+    def forget_all(self) -> None:
+        """Everything but the picture that the video starts from: it is made from nothing."""
+        for name in self._blobs.names(self._folder):
+            if name != self._name(PICTURE):
+                self._blobs.delete(name)
+
     def go_on_from(self, other: JobFiles) -> None:
         """Start from the end of a finished video."""
         self._blobs.write(self._name(BASE_FILE), other.read(VIDEO_FILE))

@@ -42,6 +42,9 @@ logger = logging.getLogger("ray.serve")
 _FIRST_GUESS_S = 10.0  # length of a job, before one has finished
 _CLEANING_S = 60.0  # between looks for what has expired
 _LATE = VideoError(code="deadline_exceeded", message="the video was not finished before its deadline")
+_OTHER_MODEL = VideoError(
+    code="model_changed", message="it was made with another model than the one that is served now"
+)
 
 
 class VideoService(VideoReader):
@@ -55,12 +58,16 @@ class VideoService(VideoReader):
         blobs: Blobs,
         count_tokens: Callable[[str], int] | None = None,
         metrics: Metrics | None = None,
+        bundle: str = "",
     ) -> None:
-        """With `count_tokens`, prompts with more tokens than the text encoder takes are refused."""
+        """With `count_tokens`, prompts with more tokens than the text encoder takes are refused.
+
+        `bundle` is the fingerprint of the one that `stages` run.
+        """
         self.metrics = metrics or Metrics()
         super().__init__(store, blobs)
         self._config, self._stages = config, stages
-        self._count_tokens = count_tokens
+        self._count_tokens, self._bundle = count_tokens, bundle
         self._waiting = FairQueue()
         self._running: dict[str, Active] = {}
         self._arriving = 0
@@ -74,8 +81,30 @@ class VideoService(VideoReader):
             active = self._active(stored)
             active.restored(await asyncio.to_thread(self._store.events, stored.video.id))
             active.began = float(stored.video.started_at or 0)
-            self._enqueue(active)
+            if stored.job.bundle == self._bundle or await self._begin_again(active):
+                self._enqueue(active)
         self._cleaning = asyncio.create_task(self._clean(), context=contextvars.Context())
+
+    async def _begin_again(self, active: Active) -> bool:
+        """Another bundle has begun it: all over, or, if it goes on from something that the other has made, not at all."""
+        video = active.video
+        if video.draft_id or video.extended_from_video_id:
+            await self._fail(active, _OTHER_MODEL)
+            return False
+        logger.warning("%s was begun with another bundle: it is made from nothing", video.id)
+        await asyncio.to_thread(self._files(video.id).forget_all)
+        for segment in video.segments:
+            segment.status = "queued"
+        video.progress = 0
+        active.job = replace(active.job, bundle=self._bundle, anew=())
+        await active.save(active.job)
+        return True
+
+    def _check_bundle(self, stored: Stored) -> Stored:
+        """Raises RequestError for what another bundle has made, which this one cannot go on from."""
+        if stored.job.bundle != self._bundle:
+            raise RequestError(_OTHER_MODEL.message, code=_OTHER_MODEL.code, status=409)
+        return stored
 
     def counts(self) -> dict[str, int]:
         """How many videos wait and are being made."""
@@ -98,7 +127,7 @@ class VideoService(VideoReader):
         """
         source = None
         if isinstance(request, VideoRequest) and request.draft is not None:
-            source = await self._finished(request.draft, caller, "draft")
+            source = self._check_bundle(await self._finished(request.draft, caller, "draft"))
             new = new_jobs.rendered(source, request, self._config)
         else:
             new = new_jobs.asked(request, self._config, self._count_tokens)
@@ -127,7 +156,7 @@ class VideoService(VideoReader):
 
     async def extend(self, request: ExtendRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
         """Accept a finished video with more behind it. Raises RequestError."""
-        stored = await self._finished(request.video.id, caller, "video")
+        stored = self._check_bundle(await self._finished(request.video.id, caller, "video"))
         new = new_jobs.extended(stored, request, self._config, self._count_tokens)
         prepare = partial(JobFiles.go_on_from, other=self._files(stored.video.id))
         return await self._accept(Stored(*new, caller.name), caller, request_id, prepare)
@@ -135,7 +164,7 @@ class VideoService(VideoReader):
     async def reroll(self, draft_id: str, index: int, request: RerollRequest, caller: Caller = LOCAL) -> Video:
         """Plan a segment of a draft anew. Raises RequestError; 409 while the draft is being made."""
         async with self._rerolling:  # or two would find it finished
-            stored = await self._finished(draft_id, caller, "draft")
+            stored = self._check_bundle(await self._finished(draft_id, caller, "draft"))
             video, job = new_jobs.rerolled(stored, index, request, self._config, self._count_tokens)
             self._refuse_if_full(caller)
             active = self._active(replace(stored, video=video, job=job, deadline=None))
@@ -155,7 +184,7 @@ class VideoService(VideoReader):
         self._refuse_if_full(caller)
         self._arriving += 1
         try:
-            new.job = replace(new.job, request_id=request_id)
+            new.job = replace(new.job, request_id=request_id, bundle=self._bundle)
             await asyncio.to_thread(prepare, self._files(new.video.id))
             accepted = new.video.model_copy(deep=True)
             if earlier := await asyncio.to_thread(self._store.add, new):

@@ -40,6 +40,8 @@ class Job:
     plan_seeds: tuple[int, ...] = ()
     #: Segments whose plan is made again, whatever is there of it.
     anew: tuple[int, ...] = ()
+    #: The fingerprint of the bundle that makes it: what another one has begun, this one cannot go on with.
+    bundle: str = ""
     #: Of the HTTP request that asked for it: it finds the job's lines in every deployment's log.
     request_id: str = ""
 

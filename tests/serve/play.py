@@ -18,7 +18,13 @@ from tests.serve.stages import FakeStages, small_config
 Scenario = Callable[[httpx.AsyncClient, FakeStages], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, folder: Path, *overrides: str, count_tokens: Callable[[str], int] | None = None) -> None:
+def play(
+    scenario: Scenario,
+    folder: Path,
+    *overrides: str,
+    count_tokens: Callable[[str], int] | None = None,
+    bundle: str = "",
+) -> None:
     """Run a scenario against the API of a fresh service with its files in `folder`."""
 
     async def over_http(service: VideoService, stages: FakeStages) -> None:
@@ -26,7 +32,7 @@ def play(scenario: Scenario, folder: Path, *overrides: str, count_tokens: Callab
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             await scenario(client, stages)
 
-    serve_alone(over_http, folder, *overrides, count_tokens=count_tokens)
+    serve_alone(over_http, folder, *overrides, count_tokens=count_tokens, bundle=bundle)
 
 
 def serve_alone(
@@ -34,13 +40,15 @@ def serve_alone(
     folder: Path,
     *overrides: str,
     count_tokens: Callable[[str], int] | None = None,
+    bundle: str = "",
 ) -> None:
     """The same without HTTP."""
 
     async def run() -> None:
         config = small_config("serve.max_running=1", *overrides)
         stages = FakeStages(config)
-        service = VideoService(config, JobStore.in_folder(folder), stages, Blobs(folder), count_tokens)
+        store, blobs = JobStore.in_folder(folder), Blobs(folder)
+        service = VideoService(config, store, stages, blobs, count_tokens, bundle=bundle)
         await service.start()
         try:
             async with asyncio.timeout(30):

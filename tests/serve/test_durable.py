@@ -122,6 +122,46 @@ def test_a_replica_lost_behind_some_segments_of_a_plan(tmp_path: Path, monkeypat
     play(scenario, tmp_path)
 
 
+def test_another_model_begins_again_and_goes_on_from_nothing_of_the_first(tmp_path: Path) -> None:
+    names: dict[str, str] = {}
+
+    async def before(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        draft = (await client.post("/v1/drafts", json={"prompt": "a", "num_segments": 3})).json()["id"]
+        await until(client, draft, "completed")
+        names["draft"], names["done"] = draft, (await post(client, prompt="a"))["id"]
+        await until(client, names["done"], "completed")
+        plain = stages.render
+
+        async def render(job: Job, index: int, *others: Any) -> Any:
+            if index == 2:
+                await asyncio.Event().wait()
+            return await plain(job, index, *others)
+
+        stages.render = render  # type: ignore[method-assign]
+        names["cut"] = (await post(client, prompt="a", num_segments=3, seed=1))["id"]
+        names["of_draft"] = (await post(client, draft=draft))["id"]
+        while (await client.get(f"/v1/videos/{names['cut']}")).json()["segments"][1]["status"] != "completed":
+            await asyncio.sleep(0.01)
+
+    async def after(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        await until(client, names["cut"], "completed")
+        assert [index for name, index in stages.rendered if name == names["cut"]] == [0, 1, 2]
+        failed = await until(client, names["of_draft"], "failed", "completed")
+        assert failed["error"]["code"] == "model_changed"
+        refused = [
+            await client.post("/v1/videos", json={"draft": names["draft"]}),
+            await client.post(f"/v1/drafts/{names['draft']}/segments/0/reroll", json={}),
+            await client.post("/v1/videos/extensions", json={"prompt": "a", "video": {"id": names["done"]}}),
+        ]
+        assert {(each.status_code, each.json()["error"]["code"]) for each in refused} == {(409, "model_changed")}
+        # what can be seen can still be seen, and a remix needs only the request
+        assert (await client.get(f"/v1/videos/{names['done']}/content")).status_code == 200
+        assert (await client.post(f"/v1/videos/{names['done']}/remix", json={"prompt": "b"})).status_code == 200
+
+    play(before, tmp_path, bundle="one")
+    play(after, tmp_path, bundle="two")
+
+
 def test_a_damaged_segment_is_made_again(tmp_path: Path) -> None:
     names: list[str] = []
 
