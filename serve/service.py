@@ -86,7 +86,7 @@ class VideoService(VideoReader):
         self._cleaning = asyncio.create_task(self._clean(), context=contextvars.Context())
 
     async def _begin_again(self, active: Active) -> bool:
-        """Another bundle has begun it: all over, or, if it goes on from something that the other has made, not at all."""
+        """Another bundle has begun it: all over, or, if it goes on from something of the other's, not at all."""
         video = active.video
         if video.draft_id or video.extended_from_video_id:
             await self._fail(active, _OTHER_MODEL)

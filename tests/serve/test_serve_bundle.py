@@ -103,10 +103,10 @@ def test_bad_input_ends_with_code_2_and_one_line(
     assert printed.startswith("error:") and printed.count("\n") == 1 and expected in printed
 
 
-def test_a_cluster_that_serves_already_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_serves_already_is_bad_input(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     controller = [{"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}]
     monkeypatch.setattr("serve.app.ray.util.list_named_actors", lambda **_: controller)
-    with pytest.raises(ConfigError, match="runs on this cluster already"), serve_bundle(small_config(), "b", "d"):
+    with pytest.raises(ConfigError, match="runs on this cluster already"), serve_bundle(small_config(), bundle, "d"):
         pass
 
 
