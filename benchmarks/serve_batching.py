@@ -90,6 +90,7 @@ class Stage:
         self._pipe.recv()
         self._numbers, self._waiting = itertools.count(), dict[int, asyncio.Queue[tuple[Any, bool]]]()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.busy = 0
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -117,7 +118,11 @@ class Stage:
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """What the method returns."""
-        return await anext(self.stream(method, *arguments))
+        self.busy += 1
+        try:
+            return await anext(self.stream(method, *arguments))
+        finally:
+            self.busy -= 1
 
     def close(self) -> None:
         """End the process."""
@@ -128,11 +133,11 @@ class Stage:
 class Service:
     """The three stages, and a video made of them as `serve.orchestrator` does."""
 
-    def __init__(self, bundle: Path, threads: int, max_batch: int) -> None:
+    def __init__(self, bundle: Path, threads: int, max_batch: int, dits: int) -> None:
         self.config = load_bundle(bundle).config
         fps = self.config.video.fps
-        self.ar, self.dit, self.decoder = (
-            Stage(stage, str(bundle), threads, max_batch, fps) for stage in ("ar", "dit", "decoder")
+        self.ar, self.decoder, *self.dits = (
+            Stage(stage, str(bundle), threads, max_batch, fps) for stage in ("ar", "decoder", *["dit"] * dits)
         )
 
     async def video(self, job: Job) -> str:
@@ -147,11 +152,12 @@ class Service:
         async with asyncio.TaskGroup() as group:
             group.create_task(plan())
             for index in range(len(job.prompts)):
-                latents = (await self.dit.call("render", job, index, await planned.get(), overlap)).value
+                dit = min(self.dits, key=lambda stage: stage.busy)
+                latents = (await dit.call("render", job, index, await planned.get(), overlap)).value
                 digest.update(latents.tobytes())
                 overlap = behind_overlap(overlap, latents)[:, -self.config.segment.overlap_latents :]
                 before = (await decoding).value.last if decoding else None
-                decoding = group.create_task(self.decoder.call("decode", job, latents, before))
+                decoding = group.create_task(self.decoder.call("decode", job, index, latents, before))
         return digest.hexdigest()
 
     async def all_at_once(self, jobs: list[Job]) -> list[str]:
@@ -164,11 +170,12 @@ class Service:
 
     async def cpu_s(self) -> dict[str, float]:
         """CPU seconds of each stage so far."""
-        return {name: await getattr(self, name).call("cpu") for name in ("ar", "dit", "decoder")}
+        stages = {"ar": [self.ar], "dit": self.dits, "decoder": [self.decoder]}
+        return {name: sum([await each.call("cpu") for each in of_name]) for name, of_name in stages.items()}
 
     def close(self) -> None:
         """End the processes."""
-        for stage in (self.ar, self.dit, self.decoder):
+        for stage in (self.ar, self.decoder, *self.dits):
             stage.close()
 
 
@@ -210,6 +217,7 @@ def main() -> None:
     flags.add_argument("--requests", type=int, default=8, metavar="N")
     flags.add_argument("--runs", type=int, default=5, metavar="N")
     flags.add_argument("--max-batch", type=int, default=8, metavar="N")
+    flags.add_argument("--dits", type=int, default=1, metavar="N", help="replicas of the DiT")
     flags.add_argument("--threads", type=int, default=1, metavar="N", help="of torch, in each replica")
     arguments = flags.parse_args()
     bundle, described = existing(arguments.bundle, "--bundle"), machine()
@@ -219,7 +227,7 @@ def main() -> None:
         for n in range(arguments.requests)
     ]
     services = {
-        name: Service(bundle, arguments.threads, most)
+        name: Service(bundle, arguments.threads, most, arguments.dits)
         for name, most in (("batched", arguments.max_batch), ("alone", 1))
     }
     try:
@@ -227,7 +235,7 @@ def main() -> None:
     finally:
         for service in services.values():
             service.close()
-    settings = {name: getattr(arguments, name) for name in ("requests", "runs", "max_batch", "threads")}
+    settings = {name: getattr(arguments, name) for name in ("requests", "runs", "max_batch", "dits", "threads")}
     segments = sum(len(job.prompts) for job in jobs)
     whole = {"machine": described, "bundle": bundle.name, **settings, "segments": segments, **result}
     Path(arguments.output).write_text(json.dumps(whole, indent=2) + "\n")
