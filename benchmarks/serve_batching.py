@@ -156,7 +156,7 @@ class Service:
                 latents = (await dit.call("render", job, index, await planned.get(), overlap)).value
                 digest.update(latents.tobytes())
                 overlap = behind_overlap(overlap, latents)[:, -self.config.segment.overlap_latents :]
-                before = (await decoding).value.last if decoding else None
+                before: Any = (await decoding).value.last if decoding else None
                 decoding = group.create_task(self.decoder.call("decode", job, index, latents, before))
         return digest.hexdigest()
 
@@ -185,7 +185,7 @@ async def measure(services: dict[str, Service], jobs: list[Job], runs: int) -> d
     ways = {"one_by_one": (batched, "one_by_one"), "at_once": (batched, "all_at_once"), "alone": (alone, "all_at_once")}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     cpu: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    hashes = {}
+    hashes: dict[str, list[str]] = {}
     for service in services.values():
         await service.all_at_once(jobs)  # warm up
     for _ in range(runs):
