@@ -1,4 +1,5 @@
-"""The service under many clients, and what a served video costs over one that is made in this process.
+"""The service under many clients, what a served video costs over one that is made in this process, and what is gained
+where requests come at the same time.
 
 `python -m benchmarks.serve_load --clients 50 --seconds 180 --output benchmarks/results/serve_load.json`
 
@@ -130,6 +131,32 @@ async def listed(http: httpx.AsyncClient) -> int:
             return count
 
 
+async def together(url: str, requests: int, segments: int, runs: int) -> dict[str, Any]:
+    """Seconds of some requests one after another and at the same time, in turns."""
+    seconds: dict[str, list[float]] = {"one_by_one": [], "at_once": []}
+
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+
+        async def one(number: int) -> None:
+            body = {"prompt": PROMPTS[number % len(PROMPTS)], "num_segments": segments, "seed": number}
+            made = (await http.post("/v1/videos", json=body)).json()["id"]
+            async with http.stream("GET", f"/v1/videos/{made}/stream") as video:
+                async for _ in video.aiter_raw():
+                    pass
+
+        for turn in range(runs + 1):
+            begin = time.perf_counter()
+            for number in range(requests):
+                await one(number)
+            between = time.perf_counter()
+            await asyncio.gather(*(one(number) for number in range(requests)))
+            if turn:  # the first of each warms up
+                seconds["one_by_one"].append(between - begin)
+                seconds["at_once"].append(time.perf_counter() - between)
+    ratios = [a / b for a, b in zip(seconds["one_by_one"], seconds["at_once"], strict=True)]
+    return {"requests": requests, "segments": segments, **seconds, "faster": statistics.median(ratios)}
+
+
 def percentiles(values: list[float]) -> dict[str, float]:
     """p50, p90, p99 and the longest."""
     if not values:
@@ -188,6 +215,8 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "bundle": bundle.name, "settings": arguments.overrides}
     with connect(config), serve_bundle(config, bundle, data) as url:
         result["overhead"] = overhead(url, bundle, arguments.overhead_segments, arguments.runs)
+        result["together"] = asyncio.run(together(url, 8, 3, arguments.runs))
+        print(f"8 at once: {result['together']['faster']:.2f} times faster than one after another", flush=True)
         print(f"served / in this process: {result['overhead']['served_over_in_process']:.3f}", flush=True)
         result["load"] = asyncio.run(load(url, arguments.clients, arguments.seconds, arguments.segments))
     Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
