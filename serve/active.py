@@ -41,6 +41,7 @@ class Active:
     began: float = 0.0  # Unix seconds
     partial: Path | None = None  # the file that grows
     task: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None  # of its deadline
     ended: bool = False
     past: list[Event] = field(default_factory=list)  # lasting events
     fleeting: Event | None = None  # the newest of the others
@@ -59,7 +60,7 @@ class Active:
         async with self._saving:
             self._pending = None
             new, video = self.past[self._saved :], self.video.model_copy(deep=True)
-            await asyncio.to_thread(self.store.save, video, new, job)
+            await asyncio.to_thread(self.store.save, video, new, job, self.deadline)
             self._saved += len(new)
 
     def save_soon(self) -> None:
@@ -80,7 +81,13 @@ class Active:
                 return await self.save()
             except SQLAlchemyError:
                 logger.exception("%s has ended, but the database took no state: once more", self.video.id)
-                await asyncio.sleep(min(30.0, 0.5 * 2**again))
+                await asyncio.sleep(0.5 * 2 ** min(again, 6))
+
+    def stop_timer(self) -> None:
+        """The deadline does not matter any more."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def tell(self, kind: str | None = None, *, lasting: bool = True, ended: bool = False, **data: Any) -> None:
         """Note an event, and wake all who wait for a change."""

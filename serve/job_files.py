@@ -115,15 +115,18 @@ class JobFiles:
 
     def finish(self, restored: Restored, keep_segments: bool = False) -> None:
         """The video as one file, and its end in place of the segments (or beside them). Raises OSError."""
-        path = self.growing.finish()
+        path = self.growing.path
+        if self.growing.partial.exists() or not path.exists():  # else this was done, and what follows was not
+            self.growing.finish()
         if self._scratch:
             self._blobs.write(self._name(VIDEO_FILE), path.read_bytes())
-            shutil.rmtree(self._scratch, ignore_errors=True)
         tokens = np.stack([restored.tokens[i] for i in range(restored.done)]) if restored.tokens else None
         arrays = {"tokens": tokens, "overlap": restored.overlap, "last": restored.last}
         self._blobs.write(self._name(END), _packed({**arrays, "done": np.array([restored.done])}))
         for name in [] if keep_segments else [*self._segment_names(), self._name(BASE), self._name(BASE_FILE)]:
             self._blobs.delete(name)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def forget_all(self) -> None:
         """Everything but the picture that the video starts from: it is made from nothing."""
@@ -135,6 +138,8 @@ class JobFiles:
         """Start from the end of a finished video."""
         self._blobs.write(self._name(BASE_FILE), other.read(VIDEO_FILE))
         self._blobs.write(self._name(BASE), other.read(END))
+        if (picture := other.picture()) is not None:
+            self.write_picture(picture)
 
     def write_picture(self, picture: Frame) -> None:
         """The picture that the video starts from: uint8 [H, W, 3]."""
@@ -160,6 +165,10 @@ class JobFiles:
         """One of the files."""
         self._blobs.write(self._name(name), data)
 
+    def remove(self, name: str) -> None:
+        """One of the files, if it is there."""
+        self._blobs.delete(self._name(name))
+
     def path(self, name: str) -> Path | None:
         """Where one of the files lies, if that is on this machine."""
         return self._blobs.path(self._name(name))
@@ -179,7 +188,7 @@ class JobFiles:
     def _read(self, name: str) -> SegmentRecord | None:
         try:
             found = load(self._blobs.read(name))
-        except (OSError, SafetensorError):
+        except (FileNotFoundError, SafetensorError):
             return None
         fragment = found.pop("fragment", np.zeros(0, np.uint8)).tobytes()
         return SegmentRecord(**found, fragment=fragment)

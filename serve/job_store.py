@@ -8,7 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, Engine, Select, String, UniqueConstraint, create_engine, delete, event, select, update
+from sqlalchemy import (
+    JSON,
+    Engine,
+    Select,
+    String,
+    UniqueConstraint,
+    create_engine,
+    delete,
+    event,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -124,15 +136,27 @@ class JobStore:
             row = session.scalar(select(_Row).where(_Row.owner == owner, _Row.idempotency_key == idempotency_key))
             return _stored(row) if row else None
 
-    def save(self, video: Video, events: Sequence[Event] = (), job: Job | None = None) -> None:
-        """Write the state of a video, and what has happened to it. One that has been deleted stays deleted."""
-        values = _state(video) if job is None else {**_state(video), "job": JOB.dump_python(job, mode="json")}
+    def save(
+        self, video: Video, events: Sequence[Event] = (), job: Job | None = None, deadline: float | None = None
+    ) -> None:
+        """Write the state of a video, and what has happened to it; with `job`, also how it is made, and until when.
+
+        One that has been deleted stays deleted. Events that are there already are not written again.
+        """
+        values = _state(video)
+        if job is not None:
+            values |= {"job": JOB.dump_python(job, mode="json"), "deadline": deadline}
         with Session(self._engine) as session, session.begin():
             found = session.execute(update(_Row).where(_Row.id == video.id).values(**values))
-            if found.rowcount:  # type: ignore[attr-defined]
-                session.add_all(
-                    _EventRow(job_id=video.id, number=each.number, type=each.type, data=each.data) for each in events
-                )
+            if not found.rowcount:  # type: ignore[attr-defined]
+                return
+            # the connection may have broken behind a commit that nobody heard of
+            there = session.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == video.id)) or 0
+            session.add_all(
+                _EventRow(job_id=video.id, number=each.number, type=each.type, data=each.data)
+                for each in events
+                if each.number is not None and each.number > there
+            )
 
     def get(self, job_id: str, caller: Caller) -> Stored | None:
         """The job, if the caller may see it."""

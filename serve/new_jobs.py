@@ -11,7 +11,7 @@ from dataclasses import replace
 from arlon_ray.config import Config
 from arlon_ray.generation import GenerationOptions, SegmentText, new_frames, playing_time, prompt_of
 from serve.job_store import Stored
-from serve.requests import check_draft, extended_length, options_of, read_prompts, read_text
+from serve.requests import check_draft, check_model, extended_length, options_of, read_prompts, read_text
 from serve.schema import (
     ExtendRequest,
     PlanRequest,
@@ -32,8 +32,7 @@ New = tuple[Video, Job]
 def asked(request: PlanRequest, config: Config, count_tokens: CountTokens = None) -> New:
     """A new video, or a new draft if the request is no more than a plan's. Raises RequestError."""
     prompts = read_prompts(request, config, count_tokens)
-    if request.negative_prompt:
-        read_text(request.negative_prompt, "negative_prompt", config, count_tokens)
+    _check_negative(request, config, count_tokens)
     draft = not isinstance(request, VideoRequest)
     if draft and config.sampling.baseline:
         raise RequestError("this service has no AR: there are no drafts", code="no_ar")
@@ -63,9 +62,11 @@ def extended(stored: Stored, request: ExtendRequest, config: Config, count_token
     return video.model_copy(update={"extended_from_video_id": stored.video.id}), job
 
 
-def rendered(draft: Stored, request: VideoRequest, config: Config) -> New:
+def rendered(draft: Stored, request: VideoRequest, config: Config, count_tokens: CountTokens = None) -> New:
     """The video of a draft: its texts, seed and plan. Raises RequestError for what the draft says already."""
     check_draft(request)
+    check_model(request, config)
+    _check_negative(request, config, count_tokens)
     old = draft.job
     options = options_of(request, config)
     if request.negative_prompt is None:
@@ -101,6 +102,11 @@ def rerolled(
     update = {"status": "queued", "progress": 0, "error": None, "started_at": None, "completed_at": None}
     job = replace(old, prompts=tuple(prompts), plan_seeds=tuple(seeds), anew=anew)
     return video.model_copy(update=update), job
+
+
+def _check_negative(request: PlanRequest, config: Config, count_tokens: CountTokens) -> None:
+    if request.negative_prompt:
+        read_text(request.negative_prompt, "negative_prompt", config, count_tokens)
 
 
 def _new(

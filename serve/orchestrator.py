@@ -103,10 +103,10 @@ class Orchestrator:
         Raises StageError for the first step that fails.
         """
         if self._job.anew:
-            await asyncio.to_thread(self._files.forget, self._job.anew)
-        elif await asyncio.to_thread(lambda: self._files.finished):
+            await self._filed(0, partial(self._files.forget, self._job.anew))
+        elif await self._filed(0, lambda: self._files.finished):
             return
-        self._state = await asyncio.to_thread(self._files.restore)
+        self._state = await self._filed(0, self._files.restore)
         await self._window.advance(self._state.done)
         try:
             await self._start_from_picture()
@@ -116,9 +116,7 @@ class Orchestrator:
                 else:
                     group.create_task(self._plan())
                 await (self._preview() if self._job.draft else self._render(group))
-            await _to_end(partial(self._files.finish, self._state, self._job.draft))
-        except OSError as error:
-            raise StageError("writing", len(self._job.prompts) - 1, error) from error
+            await self._filed(self._state.done - 1, partial(self._files.finish, self._state, self._job.draft))
         except ExceptionGroup as failures:
             raise _first(failures) from failures
         finally:
@@ -130,13 +128,32 @@ class Orchestrator:
             await self._watcher.started(self._state.done)
 
     async def _start_from_picture(self) -> None:
-        self._given = await asyncio.to_thread(self._files.given)
-        picture = None if self._given is not None else await asyncio.to_thread(self._files.picture)
+        self._given = await self._filed(0, self._files.given)
+        picture = None if self._given is not None else await self._filed(0, self._files.picture)
         if picture is None:
             return
         encoded = await self._lasting("encoding", 0, lambda: self._stages.encode(self._job, picture))
         self._given = encoded.value
-        await asyncio.to_thread(self._files.write_given, self._given)
+        await self._filed(0, partial(self._files.write_given, self._given))
+
+    async def _filed(self, index: int, call: Callable[[], T]) -> T:
+        """Read or write files in a thread, again where storage is away for a while. Raises StageError.
+
+        Who is cancelled meanwhile waits for the thread: others may remove the files then.
+        """
+        for again in range(RETRIES + 1):
+            working = asyncio.ensure_future(asyncio.to_thread(call))
+            try:
+                return await asyncio.shield(working)
+            except asyncio.CancelledError:
+                await asyncio.wait({working})
+                raise
+            except Exception as error:
+                # a bucket may be away for a while; a full disk does not empty itself
+                if again == RETRIES or not isinstance(error, OSError) or error.errno == errno.ENOSPC:
+                    raise StageError("writing", index, error) from error
+                await self._pause("storage", index, again)
+        raise AssertionError("unreachable")
 
     async def _lasting(self, stage: str, index: int, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call of a segment, again where the replica is lost. Raises StageError."""
@@ -173,6 +190,8 @@ class Orchestrator:
                 if lost > RETRIES:
                     raise StageError("planning", index, error) from error
                 await self._pause("planning", self._next, lost - 1)
+            except StageError:
+                raise
             except Exception as error:
                 raise StageError("planning", index, error) from error
 
@@ -196,7 +215,7 @@ class Orchestrator:
     async def _put(self, index: int, tokens: Tokens, times: Timed | None = None) -> None:
         self._state.tokens[index], self._next = tokens, index + 1
         if self._job.draft:  # what a draft is; a video's plan can be had again
-            await _to_end(partial(self._files.write_segment, index, SegmentRecord(tokens)))
+            await self._filed(index, partial(self._files.write_segment, index, SegmentRecord(tokens)))
         await self._watcher.segment(index, "planned", "ar", times)
         self._planned.put_nowait(tokens)
 
@@ -260,27 +279,9 @@ class Orchestrator:
             self._files.write_segment(index, record)
             self._files.growing.add(record.fragment)
 
-        for again in range(RETRIES + 1):
-            try:
-                await _to_end(write)
-                break
-            except Exception as error:
-                # a bucket may be away for a while; a full disk does not empty itself
-                if again == RETRIES or not isinstance(error, OSError) or error.errno == errno.ENOSPC:
-                    raise StageError("writing", index, error) from error
-                await self._pause("writing", index, again)
+        await self._filed(index, write)
         self._state.done, self._state.overlap, self._state.last = index + 1, record.overlap, record.last
         await self._watcher.segment(index, "completed", "decode", times)
-
-
-async def _to_end(write: Callable[[], None]) -> None:
-    """Write files in a thread. Who is cancelled meanwhile waits for the thread: others may remove the files then."""
-    writing = asyncio.ensure_future(asyncio.to_thread(write))
-    try:
-        await asyncio.shield(writing)
-    except asyncio.CancelledError:
-        await asyncio.wait({writing})
-        raise
 
 
 def _first(failures: BaseExceptionGroup) -> BaseException:

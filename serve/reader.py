@@ -59,11 +59,12 @@ class VideoReader:
 
         Raises RequestError: unknown (404), not finished or failed (409).
         """
-        await self._finished(video_id, caller, kind)
+        before = await self._finished(video_id, caller, kind)
         files, name = self._files(video_id), pictures.FILES[variant]
         try:
             if variant != "video":
                 await asyncio.to_thread(pictures.draw, files, variant)
+                await self._check_drawn(before, caller, kind, files, name)
             if (path := files.path(name)) is None:
                 return await asyncio.to_thread(files.read, name)
             if path.is_file():
@@ -72,15 +73,26 @@ class VideoReader:
             pass
         raise unknown(video_id, kind)  # it has been removed meanwhile
 
+    async def _check_drawn(self, before: Stored, caller: Caller, kind: str, files: JobFiles, name: str) -> None:
+        """Raises RequestError if the video was deleted or made anew while its picture was drawn: then that goes too."""
+        now = await asyncio.to_thread(self._store.get, before.video.id, caller)
+        if now is None:
+            await asyncio.to_thread(files.delete)
+            raise unknown(before.video.id, kind)
+        if now.video.completed_at != before.video.completed_at or now.job != before.job:
+            await asyncio.to_thread(files.remove, name)
+            await self._finished(before.video.id, caller, kind)  # says what it is now
+            raise RequestError("it was made anew meanwhile: ask again", code=f"{kind}_queued", status=409)
+
     async def stream(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> AsyncIterator[bytes]:
         """The video as it is made: a fragmented mp4, segment by segment; the file of one that is finished.
 
         Ends where the making ends, if it fails or is stopped. Raises RequestError: unknown (404), failed (409).
         """
         await self.stored(video_id, caller, kind)
-        active = self._find(video_id)
-        file = await self._grown(active) if active else await self._file(video_id)
-        return pieces(file, active)
+        if active := self._find(video_id):
+            return self._growing(active)
+        return pieces(await self._file(video_id, kind), None)
 
     async def events(
         self, video_id: str, after: int, caller: Caller = LOCAL, kind: str = "video"
@@ -112,20 +124,27 @@ class VideoReader:
             raise RequestError(message, param=f"{kind}_id", code=f"{kind}_{status}", status=409)
         return stored
 
-    async def _file(self, video_id: str) -> BinaryIO:
-        found = await self.content(video_id)
+    async def _file(self, video_id: str, kind: str) -> BinaryIO:
+        found = await self.content(video_id, kind=kind)
         return io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
 
-    async def _grown(self, active: Active) -> BinaryIO:
+    async def _growing(self, active: Active) -> AsyncIterator[bytes]:
         """The file of a video that is being made, as soon as there is one, or the finished one."""
-        while True:
-            changed = active.changed
+        file: BinaryIO | None = None
+        while file is None:
+            changed, ended = active.changed, active.ended
             with suppress(FileNotFoundError):
                 if active.partial:
-                    return active.partial.open("rb")
-            if active.ended:
-                return await self._file(active.video.id)
-            await changed.wait()
+                    file = active.partial.open("rb")
+            if file is None and ended:
+                with suppress(RequestError):
+                    file = await self._file(active.video.id, active.video.object)
+                break
+            if file is None:
+                await changed.wait()
+        if file is not None:
+            async for piece in pieces(file, active):
+                yield piece
 
 
 async def _each(events: list[Event]) -> AsyncIterator[Event | None]:

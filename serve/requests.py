@@ -26,11 +26,7 @@ def read_prompts(
     `count_tokens` is the text encoder's: without it, what is too long for the encoder passes and is cut off there.
     Raises RequestError that names the field.
     """
-    if request.model is not None and request.model != config.name:
-        raise RequestError(f"model must be {config.name!r}", param="model", code="model_not_found")
-    size = f"{config.video.width}x{config.video.height}"
-    if request.size is not None and request.size != size:
-        raise RequestError(f"size must be {size}, the size this model makes", param="size")
+    check_model(request, config)
     if (request.prompt is None) == (request.segments is None):
         field = "prompt" if request.prompt is None else "segments"
         raise RequestError("exactly one of prompt and segments is required", param=field)
@@ -98,6 +94,15 @@ def extended_length(request: ExtendRequest, segments: int, config: Config) -> in
         count, field = segments_for(request.seconds + float(playing_time(segments, config)), config), "seconds"
     _check_length(count, config, field)
     return count
+
+
+def check_model(request: PlanRequest, config: Config) -> None:
+    """Raises RequestError if another model or size is asked for."""
+    if request.model is not None and request.model != config.name:
+        raise RequestError(f"model must be {config.name!r}", param="model", code="model_not_found")
+    size = f"{config.video.width}x{config.video.height}"
+    if request.size is not None and request.size != size:
+        raise RequestError(f"size must be {size}, the size this model makes", param="size")
 
 
 def check_draft(request: VideoRequest) -> None:

@@ -294,7 +294,7 @@ def test_a_video_that_goes_on_is_what_a_longer_one_would_have_been(tmp_path: Pat
 
 
 def test_what_has_expired_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.service._CLEANING_S", 0.05)
+    monkeypatch.setattr("serve.making._CLEANING_S", 0.05)
 
     async def scenario(service: VideoService, stages: FakeStages) -> None:
         stages.gate.clear()

@@ -1,0 +1,255 @@
+"""The queue and the life of every video and draft, from its turn to its end. Knows neither HTTP nor Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from arlon_ray.config import Config
+from serve.active import Active
+from serve.blobs import Blobs
+from serve.callers import LOCAL, Caller
+from serve.fair_queue import FairQueue
+from serve.job_store import JobStore, Stored
+from serve.logs import REQUEST_ID
+from serve.metrics import Metrics
+from serve.orchestrator import Orchestrator, StageError
+from serve.reader import VideoReader, unknown
+from serve.schema import (
+    RequestError,
+    VideoError,
+)
+from serve.work import Stages
+
+T = TypeVar("T")
+
+logger = logging.getLogger("ray.serve")
+
+_FIRST_GUESS_S = 10.0  # length of a job, before one has finished
+_CLEANING_S = 60.0  # between looks for what has expired
+_LATE = VideoError(code="deadline_exceeded", message="the video was not finished before its deadline")
+OTHER_MODEL = VideoError(code="model_changed", message="it was made with another model than the one that is served now")
+
+
+class VideoMaker(VideoReader):
+    """Makes at most `config.serve.max_running` videos at once; `max_queued` more may wait."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: JobStore,
+        stages: Stages,
+        blobs: Blobs,
+        count_tokens: Callable[[str], int] | None = None,
+        metrics: Metrics | None = None,
+        bundle: str = "",
+    ) -> None:
+        """With `count_tokens`, prompts with more tokens than the text encoder takes are refused.
+
+        `bundle` is the fingerprint of the one that `stages` run.
+        """
+        self.metrics = metrics or Metrics()
+        super().__init__(store, blobs)
+        self._config, self._stages = config, stages
+        self._count_tokens, self._bundle = count_tokens, bundle
+        self._waiting = FairQueue()
+        self._running: dict[str, Active] = {}
+        self._arriving: Counter[str] = Counter()  # of each owner
+        self._at_work: set[asyncio.Task[Any]] = set()
+        self._mean_seconds = _FIRST_GUESS_S
+        self._cleaning: asyncio.Task[None] | None = None
+        self._rerolling = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Go on with all that an earlier process has accepted, each behind its last finished segment."""
+        for stored in await asyncio.to_thread(self._store.unfinished):
+            active = self._active(stored)
+            active.restored(await asyncio.to_thread(self._store.events, stored.video.id))
+            active.began = float(stored.video.started_at or 0)
+            if stored.job.bundle == self._bundle or await self._begin_again(active):
+                self._enqueue(active)
+        self._cleaning = asyncio.create_task(self._clean(), context=contextvars.Context())
+
+    async def _begin_again(self, active: Active) -> bool:
+        """Another bundle has begun it: all over, or, if it goes on from something of the other's, not at all."""
+        video = active.video
+        if video.draft_id or video.extended_from_video_id:
+            await self._fail(active, OTHER_MODEL)
+            return False
+        logger.warning("%s was begun with another bundle: it is made from nothing", video.id)
+        await asyncio.to_thread(self._files(video.id).forget_all)
+        for segment in video.segments:
+            segment.status = "queued"
+        video.progress = 0
+        active.job = replace(active.job, bundle=self._bundle, anew=())
+        await active.save(active.job)
+        return True
+
+    def counts(self) -> dict[str, int]:
+        """How many videos wait and are being made."""
+        return {"queued": len(self._waiting) + self._arriving.total(), "running": len(self._running)}
+
+    async def stop(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> None:
+        """Delete a video that is not finished: nobody waits for it any more. One that is finished stays."""
+        if self._find(video_id):
+            with suppress(RequestError):  # it was deleted meanwhile
+                await self.delete(video_id, caller, kind)
+
+    async def delete(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> None:
+        """Forget a video. One that is being made is stopped: no denoising step begins after the one at work.
+
+        Raises RequestError (404).
+        """
+        await self._whole(self._delete(video_id, caller, kind))
+
+    async def _delete(self, video_id: str, caller: Caller, kind: str) -> None:
+        await self.stored(video_id, caller, kind)
+        # first, or a database that is away would leave a video that nobody works on
+        if not await asyncio.to_thread(self._store.delete, video_id):
+            raise unknown(video_id, kind)
+        active = self._waiting.remove(video_id) or self._running.get(video_id)
+        if active:
+            active.stop_timer()
+            if active.task:
+                active.task.cancel()
+                await asyncio.wait({active.task})
+            active.tell("deleted", ended=True)
+            self.metrics.finished("deleted")
+            self._tell_positions()
+        await asyncio.to_thread(without_error, self._files(video_id).delete)
+
+    def _find(self, video_id: str) -> Active | None:
+        return self._waiting.get(video_id) or self._running.get(video_id)
+
+    def _active(self, stored: Stored, owner: Caller | None = None) -> Active:
+        owner = owner or Caller(stored.owner)
+        return Active(stored.video, stored.job, owner, self._store, self.metrics, stored.deadline)
+
+    def _enqueue(self, active: Active) -> None:
+        self._waiting.add(active)
+        if active.deadline is not None:
+            left = max(0.0, active.deadline - time.time())
+            active.timer = asyncio.get_running_loop().call_later(left, self._expire, active)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while len(self._waiting) and len(self._running) < self._config.serve.max_running:
+            active = self._waiting.pop(self._running.values())
+            self._running[active.video.id] = active
+            # an empty context: Serve ties calls to the HTTP request in whose context they are made, and this work
+            # outlives it
+            active.task = asyncio.create_task(self._make(active), context=contextvars.Context())
+            active.task.add_done_callback(partial(self._ended, active))
+        self._tell_positions()
+
+    def _tell_positions(self) -> None:
+        self.metrics.queue(len(self._waiting), len(self._running))
+        for position, active in enumerate(self._waiting.order(self._running.values())):
+            active.queued_at(position + len(self._running))
+
+    def _ended(self, active: Active, task: asyncio.Task[None]) -> None:
+        del self._running[active.video.id]
+        active.stop_timer()
+        if not task.cancelled():  # who stops it says so, when its traces are gone
+            active.tell(ended=True)
+        self._start_waiting()
+
+    def _expire(self, active: Active) -> None:
+        """The deadline has come: what waits never begins; what is being made is stopped."""
+        if self._waiting.get(active.video.id) is active:
+            self._waiting.remove(active.video.id)
+            self._running[active.video.id] = active
+            active.task = asyncio.create_task(self._fail(active, _LATE), context=contextvars.Context())
+            active.task.add_done_callback(partial(self._ended, active))
+
+    async def _make(self, active: Active) -> None:
+        video, config = active.video, self._config
+        orchestrator = Orchestrator(
+            active.job,
+            self._stages,
+            self._files(video.id),
+            active,
+            segment=config.segment,
+            planned_ahead=config.serve.planned_ahead,
+        )
+        active.partial = orchestrator.partial
+        REQUEST_ID.set(active.job.request_id)  # of the task alone: its lines are found by the id of the request
+        try:
+            left = None if active.deadline is None else active.deadline - time.time()
+            async with asyncio.timeout(left):
+                await orchestrator.run()
+        except TimeoutError:
+            await self._fail(active, _LATE)
+        except StageError as error:
+            logger.exception("%s failed", video.id)
+            await self._fail(active, VideoError(code=error.code, message=str(error)))
+        except Exception:
+            logger.exception("%s failed", video.id)
+            message = "the video could not be made; see the server's log"
+            await self._fail(active, VideoError(code="internal_error", message=message))
+        else:
+            self._mean_seconds = 0.7 * self._mean_seconds + 0.3 * (time.time() - active.began)
+            await active.finish(None, self._expires_at())
+            self.metrics.finished("completed")
+
+    async def _fail(self, active: Active, error: VideoError) -> None:
+        await active.finish(error, self._expires_at())
+        # the picture that it starts from stays: the video may be remixed
+        await asyncio.to_thread(without_error, self._files(active.video.id).forget_all)
+        self.metrics.failure(error.code)
+
+    def _expires_at(self) -> int | None:
+        hours = self._config.serve.keep_hours
+        return None if hours is None else int(time.time() + 3600 * hours)
+
+    async def _clean(self) -> None:
+        """Remove what has expired, now and then."""
+        while True:
+            try:
+                for job_id in await asyncio.to_thread(self._store.expired):
+                    await asyncio.to_thread(self._store.delete, job_id)
+                    await asyncio.to_thread(without_error, self._files(job_id).delete)
+            except Exception:
+                logger.exception("what has expired could not be removed")
+            await asyncio.sleep(_CLEANING_S)
+
+    async def close(self) -> None:
+        """Stop all work. What is unfinished goes on when the service starts again."""
+        all_active = [*self._waiting, *self._running.values()]  # type: ignore[misc]
+        self._waiting = FairQueue()
+        tasks = {task for task in (self._cleaning, *(active.task for active in all_active)) if task}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for active in all_active:
+            active.tell(ended=True)
+        self._store.close()
+
+    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it to its end, whether or not the client that asked is still there: half would be worse than none."""
+        task = asyncio.create_task(work)
+        self._at_work.add(task)
+        task.add_done_callback(self._done_with)
+        return await asyncio.shield(task)
+
+    def _done_with(self, task: asyncio.Task[Any]) -> None:
+        self._at_work.discard(task)
+        if not task.cancelled():
+            task.exception()  # who asked may be gone, and nobody else wants to know
+
+
+def without_error(remove: Callable[[], None]) -> None:
+    """Remove files that nobody needs; where that fails they stay, and the log says so."""
+    try:
+        remove()
+    except OSError:
+        logger.exception("files could not be removed")
