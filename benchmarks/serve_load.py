@@ -14,7 +14,6 @@ import asyncio
 import io
 import json
 import random
-import socket
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from arlon_ray.generation.video import encode_fragment, join_fragments, read_vid
 from benchmarks.machine import machine
 from jobs.command_line import BOX, InputError, existing, parser, run
 from jobs.ray_session import connect
+from jobs.serve_demo import free_port
 from serve.app import serve_bundle
 from serve.settings import served_config
 
@@ -205,16 +205,13 @@ def main() -> None:
     arguments = flags.parse_args()
     if min(arguments.clients, arguments.segments, arguments.runs) < 1:
         raise InputError("--clients, --segments and --runs: expected 1 or more")
-    bundle = existing(arguments.bundle, "--bundle")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = [f"serve.port={port}", "serve.requests_per_minute=1000000", *arguments.overrides]
-    config = served_config(load_bundle(bundle).config, arguments.config, settings)
+    bundle = load_bundle(existing(arguments.bundle, "--bundle"))
+    settings = [f"serve.port={free_port()}", "serve.requests_per_minute=1000000", *arguments.overrides]
+    config = served_config(bundle.config, arguments.config, settings)
     data = Path(arguments.output).with_suffix("")
-    result: dict[str, Any] = {"machine": machine(), "bundle": bundle.name, "settings": arguments.overrides}
+    result: dict[str, Any] = {"machine": machine(), "bundle": bundle.path.name, "settings": arguments.overrides}
     with connect(config), serve_bundle(config, bundle, data) as url:
-        result["overhead"] = overhead(url, bundle, arguments.overhead_segments, arguments.runs)
+        result["overhead"] = overhead(url, bundle.path, arguments.overhead_segments, arguments.runs)
         result["together"] = asyncio.run(together(url, 8, 3, arguments.runs))
         print(f"8 at once: {result['together']['faster']:.2f} times faster than one after another", flush=True)
         print(f"served / in this process: {result['overhead']['served_over_in_process']:.3f}", flush=True)

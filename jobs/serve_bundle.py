@@ -69,9 +69,8 @@ def main() -> None:
     data = command_line.output_folder(arguments)
     # a wrong text encoder would otherwise show as replicas that never start
     bundle.check_text()
-    del bundle
     print("starting Ray Serve …", flush=True)
-    with connect(config), serve_bundle(config, path, data) as url:
+    with connect(config), serve_bundle(config, bundle, data) as url:
         ended = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: ended.set())

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from arlon_ray.bundle import load_bundle
 from arlon_ray.config import Config
 from arlon_ray.generation.video import contact_sheet, read_video
 from jobs.ray_session import connect
@@ -34,10 +35,10 @@ def serve_demo(config: Config, bundle: Path, output: Path) -> DemoResult:
 
     Raises RuntimeError if a video fails.
     """
-    serve_config = config.serve.model_copy(update={"port": _free_port(config.serve.host)})
+    serve_config = config.serve.model_copy(update={"port": free_port(config.serve.host)})
     with (
         connect(config),
-        serve_bundle(config.model_copy(update={"serve": serve_config}), bundle, output / "serve") as url,
+        serve_bundle(config.model_copy(update={"serve": serve_config}), load_bundle(bundle), output / "serve") as url,
         httpx.Client(base_url=url, timeout=60.0) as client,
     ):
         print(f"serving at {url}", flush=True)
@@ -74,7 +75,7 @@ def _make(client: httpx.Client, path: Path, baseline: bool) -> tuple[dict[str, A
     return video, seconds
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str = "127.0.0.1") -> int:
     """A port that nothing listens on, so that the demo never collides with a service of the user's."""
     with socket.socket() as probe:
         probe.bind((host, 0))

@@ -156,11 +156,8 @@ class Active:
         self.video.status = "failed" if error else "completed"
         self.video.error, self.video.expires_at = error, expires_at
         self.video.completed_at = int(time.time())
-        if error:
-            self.past.append(Event("failed", error.model_dump(), len(self.past) + 1))
-        else:
-            self.video.progress = 100
-            self.past.append(Event("completed", {}, len(self.past) + 1))
+        self.video.progress = self.video.progress if error else 100
+        self.past.append(Event(self.video.status, error.model_dump() if error else {}, len(self.past) + 1))
         await self._save_at_last()
 
 

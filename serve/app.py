@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from arlon_ray.bundle import load_bundle
+from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config, ConfigError
 from serve.deployments import bind_stages
 from serve.ingress import bind_api
@@ -33,11 +33,11 @@ def check_devices(config: Config) -> None:
             raise ConfigError(f"serve.{name}.num_gpus={settings.num_gpus:g}, but device=cpu: one of them must change")
 
 
-def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve.Application:
+def build_app(config: Config, bundle: Bundle, data_dir: str | Path) -> serve.Application:
     """The application that serves `bundle` with the settings of `config`; videos are kept in `data_dir`.
 
     `config.serve.data_dir`, where it is set, goes before `data_dir`. Both paths must be readable wherever replicas run.
-    Raises ConfigError as `check_devices` and `check_auth` do, and ArtifactError for a bundle that cannot be read.
+    Raises ConfigError as `check_devices` and `check_auth` do.
     """
     check_devices(config)
     check_auth(config.serve)
@@ -46,12 +46,11 @@ def build_app(config: Config, bundle: str | Path, data_dir: str | Path) -> serve
         data = str(Path(data).expanduser().absolute())
     elif config.serve.database_url is None:
         raise ConfigError(f"serve.data_dir={data}: a database is no file of a bucket: set serve.database_url too")
-    path = Path(bundle).expanduser().absolute()
-    return bind_api(config, data, load_bundle(path).fingerprint, bind_stages(config, str(path)))
+    return bind_api(config, data, bundle.fingerprint, bind_stages(config, str(bundle.path.expanduser().absolute())))
 
 
 @contextmanager
-def serve_bundle(config: Config, bundle: str | Path, data_dir: str | Path) -> Iterator[str]:
+def serve_bundle(config: Config, bundle: Bundle, data_dir: str | Path) -> Iterator[str]:
     """Serve `bundle` on the connected Ray cluster until the block ends; yields the URL.
 
     Raises ConfigError if Serve runs there already (its HTTP address could not be set), RuntimeError if a deployment

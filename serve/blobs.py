@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 from pyarrow import fs
+
+from arlon_ray.generation.video import whole_file
 
 
 class Blobs:
@@ -29,13 +30,8 @@ class Blobs:
             with self._files.open_output_stream(f"{self._root}/{name}") as file:
                 file.write(data)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
+        with whole_file(path) as partial:
             partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""

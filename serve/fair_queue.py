@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from serve.active import Active
 
@@ -22,7 +22,7 @@ class FairQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterable[Active]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Active]:
         return iter(self._waiting.values())
 
     def of(self, owner: str) -> int:

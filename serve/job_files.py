@@ -68,7 +68,11 @@ class JobFiles:
     @property
     def finished(self) -> bool:
         """Whether the video and all that belongs to it are there."""
-        return self._blobs.exists(self._name(END)) and self._blobs.exists(self._name(VIDEO_FILE))
+        return self.exists(END) and self.exists(VIDEO_FILE)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is one of the files."""
+        return self._blobs.exists(self._name(name))
 
     def restore(self) -> Restored:
         """Write the file of the finished segments anew, and say where it stands."""
@@ -84,10 +88,10 @@ class JobFiles:
         return found
 
     def _base(self) -> Restored:
-        if not self._blobs.exists(self._name(BASE)):
+        if not self.exists(BASE):
             return Restored()
-        self.growing.add(self._blobs.read(self._name(BASE_FILE)))
-        return _end(self._blobs.read(self._name(BASE)))
+        self.growing.add(self.read(BASE_FILE))
+        return _end(self.read(BASE))
 
     def segments(self, first: int = 0) -> Iterator[tuple[int, SegmentRecord]]:
         """The records from segment `first` on, in order; one that is damaged counts as missing."""
@@ -138,12 +142,12 @@ class JobFiles:
         """Start from the end of a finished video."""
         self._blobs.write(self._name(BASE_FILE), other.read(VIDEO_FILE))
         self._blobs.write(self._name(BASE), other.read(END))
-        if (picture := other.picture()) is not None:
-            self.write_picture(picture)
+        self.write_picture(other.picture())
 
-    def write_picture(self, picture: Frame) -> None:
-        """The picture that the video starts from: uint8 [H, W, 3]."""
-        self._blobs.write(self._name(PICTURE), _packed({"picture": picture}))
+    def write_picture(self, picture: Frame | None) -> None:
+        """The picture that the video starts from, if there is one: uint8 [H, W, 3]."""
+        if picture is not None:
+            self._blobs.write(self._name(PICTURE), _packed({"picture": picture}))
 
     def picture(self) -> Frame | None:
         """The picture that the video starts from, if there is one."""
@@ -183,7 +187,7 @@ class JobFiles:
         return [name for name in self._blobs.names(self._folder) if name.rsplit("/", 1)[1].startswith("segment-")]
 
     def _array(self, name: str, key: str) -> np.ndarray | None:
-        return load(self.read(name))[key] if self._blobs.exists(self._name(name)) else None
+        return load(self.read(name))[key] if self.exists(name) else None
 
     def _read(self, name: str) -> SegmentRecord | None:
         try:

@@ -31,4 +31,4 @@ def application(arguments: Arguments) -> serve.Application:
     if not bundle.guided:
         config = override(config, ["sampling.baseline=true"])
     bundle.check_text()
-    return build_app(config, arguments.bundle, arguments.data)
+    return build_app(config, bundle, arguments.data)

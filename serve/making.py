@@ -23,10 +23,7 @@ from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
 from serve.orchestrator import Orchestrator, StageError
 from serve.reader import VideoReader, unknown
-from serve.schema import (
-    RequestError,
-    VideoError,
-)
+from serve.schema import RequestError, VideoError
 from serve.work import Stages
 
 T = TypeVar("T")
@@ -223,7 +220,7 @@ class VideoMaker(VideoReader):
 
     async def close(self) -> None:
         """Stop all work. What is unfinished goes on when the service starts again."""
-        all_active = [*self._waiting, *self._running.values()]  # type: ignore[misc]
+        all_active = [*self._waiting, *self._running.values()]
         self._waiting = FairQueue()
         tasks = {task for task in (self._cleaning, *(active.task for active in all_active)) if task}
         for task in tasks:

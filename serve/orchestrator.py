@@ -137,35 +137,24 @@ class Orchestrator:
         await self._filed(0, partial(self._files.write_given, self._given))
 
     async def _filed(self, index: int, call: Callable[[], T]) -> T:
-        """Read or write files in a thread, again where storage is away for a while. Raises StageError.
+        """Read or write files in a thread, again where storage is away for a while. Raises StageError."""
+        return await self._lasting("writing", index, lambda: _in_thread(call), _storage_away)
 
-        Who is cancelled meanwhile waits for the thread: others may remove the files then.
-        """
-        for again in range(RETRIES + 1):
-            working = asyncio.ensure_future(asyncio.to_thread(call))
-            try:
-                return await asyncio.shield(working)
-            except asyncio.CancelledError:
-                await asyncio.wait({working})
-                raise
-            except Exception as error:
-                # a bucket may be away for a while; a full disk does not empty itself
-                if again == RETRIES or not isinstance(error, OSError) or error.errno == errno.ENOSPC:
-                    raise StageError("writing", index, error) from error
-                await self._pause("storage", index, again)
-        raise AssertionError("unreachable")
-
-    async def _lasting(self, stage: str, index: int, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call of a segment, again where the replica is lost. Raises StageError."""
+    async def _lasting(
+        self,
+        stage: str,
+        index: int,
+        call: Callable[[], Awaitable[T]],
+        passing: Callable[[Exception], bool] = lambda error: isinstance(error, WorkerLost),
+    ) -> T:
+        """Make a call of a segment, again where it failed for a reason that is `passing`. Raises StageError."""
         for again in range(RETRIES + 1):
             try:
                 return await call()
-            except WorkerLost as error:
-                if again == RETRIES:
+            except Exception as error:
+                if again == RETRIES or not passing(error):
                     raise StageError(stage, index, error) from error
                 await self._pause(stage, index, again)
-            except Exception as error:
-                raise StageError(stage, index, error) from error
         raise AssertionError("unreachable")
 
     async def _pause(self, stage: str, index: int, again: int) -> None:
@@ -282,6 +271,21 @@ class Orchestrator:
         await self._filed(index, write)
         self._state.done, self._state.overlap, self._state.last = index + 1, record.overlap, record.last
         await self._watcher.segment(index, "completed", "decode", times)
+
+
+def _storage_away(error: Exception) -> bool:
+    """A bucket may be away for a while; a full disk does not empty itself."""
+    return isinstance(error, OSError) and error.errno != errno.ENOSPC
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """What a call gives. Who is cancelled meanwhile waits for the thread: others may remove the files then."""
+    working = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise
 
 
 def _first(failures: BaseExceptionGroup) -> BaseException:

@@ -22,11 +22,8 @@ def draw(files: JobFiles, variant: Variant) -> None:
     """Make a picture of the video, unless it is there. Raises FileNotFoundError without a video. Blocks."""
     import av
 
-    try:
-        files.read(FILES[variant])
+    if files.exists(FILES[variant]):
         return
-    except FileNotFoundError:
-        pass
     opened: Any = av.open(io.BytesIO(files.read(VIDEO_FILE)))
     with opened as video:
         count = video.streams.video[0].frames

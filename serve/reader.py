@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,15 +19,15 @@ from serve.job_store import Event, JobStore, Stored
 from serve.schema import DraftTokens, RequestError, SegmentPlan, Video
 
 
-class VideoReader:
+class VideoReader(ABC):
     """Reads what the store and the files have, and what this process knows of a video that is being made."""
 
     def __init__(self, store: JobStore, blobs: Blobs) -> None:
         self._store, self._blobs = store, blobs
 
+    @abstractmethod
     def _find(self, video_id: str) -> Active | None:
         """The video, if this process has it under way."""
-        raise NotImplementedError
 
     async def get(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> Video:
         """Raises RequestError (404)."""

@@ -51,14 +51,11 @@ class VideoService(VideoMaker):
                 raise RequestError("the draft says that already", param="input_reference")
             return await self._whole(self._render_draft(request, asked))
 
-        def prepare(files: JobFiles) -> None:
-            if picture is not None:
-                files.write_picture(picture)
-
         async def new() -> Video:
             if earlier := await self._asked_before(asked):
                 return earlier
-            return await self._accept(new_jobs.asked(request, self._config, self._count_tokens), asked, prepare)
+            made = new_jobs.asked(request, self._config, self._count_tokens)
+            return await self._accept(made, asked, lambda files: files.write_picture(picture))
 
         return await self._whole(new())
 
@@ -80,18 +77,15 @@ class VideoService(VideoMaker):
                 taken += 1
         if taken != len(source.job.prompts):
             raise unknown(source.job.id, "draft")
-        if (picture := draft.picture()) is not None:
-            files.write_picture(picture)
+        files.write_picture(draft.picture())
 
     async def remix(self, video_id: str, request: RemixRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
         """Accept the same video with another text. Raises RequestError."""
         stored = await self.stored(video_id, caller, "video")
         new = new_jobs.remixed(stored, request, self._config, self._count_tokens)
-        picture = await asyncio.to_thread(self._files(video_id).picture)
 
         def prepare(files: JobFiles) -> None:
-            if picture is not None:
-                files.write_picture(picture)
+            files.write_picture(self._files(video_id).picture())
 
         return await self._whole(self._accept(new, _Asked(caller, request_id), prepare))
 

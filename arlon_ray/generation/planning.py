@@ -74,9 +74,9 @@ class ArPlanner:
         tokens. `planned` are the tokens int32 [t', h', w'] of the first segments, where those are there already: only
         what follows is planned, as if all had been planned in one go. Raises ValueError for tokens that do not fit.
         """
-        plan = self.begin(prompts, seed, options, on_token, given, planned)
+        plan, batch = self.begin(prompts, seed, options, on_token, given, planned), self.batch()
         for _ in range(len(planned), len(prompts)):
-            yield run_alone(self.batch(), plan.segment())
+            yield run_alone(batch, plan.segment())
 
     def begin(
         self,

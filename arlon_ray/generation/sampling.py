@@ -109,6 +109,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, members: list[Sampling], device: torch.device) -> _Layout:
+        """Of these members, in their order."""
         owners = [number for number, member in enumerate(members) for _ in range(member.rows)]
         away = torch.tensor([member.rows for member in members], device=device).cumsum(0) - 1
         options = [member.options for member in members]

@@ -53,7 +53,7 @@ def write_video(path: str | Path, frames: Iterable[Frames], fps: float) -> Path:
 
     Keeps one frame at a time in memory. Raises ValueError as `encode_fragment` does.
     """
-    with _whole_file(path) as partial, partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         _encode(file, frames, fps, _FASTSTART)
     return Path(path)
 
@@ -66,7 +66,7 @@ def join_fragments(fragments: Iterable[bytes | str | Path], path: str | Path) ->
     """
     import av
 
-    with _whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=_FASTSTART) as output:
+    with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=_FASTSTART) as output:
         target: Any = None
         first: tuple[Any, ...] = ()
         offset = 0
@@ -198,7 +198,7 @@ def contact_sheet(path: str | Path, frames: Frames, columns: int = 8, limit: int
     cells = np.zeros((rows * columns, height, width, 3), np.uint8)
     cells[:count] = shown
     sheet = cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-    with _whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_bytes(_png(sheet))
     return Path(path)
 
@@ -299,7 +299,7 @@ def _png(picture: Frames) -> bytes:
 
 
 @contextmanager
-def _whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Iterator[Path]:
     """A new file beside `path` that takes its place when the block ends, and vanishes if it raises."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,12 @@ from arlon_ray.config import load_config
 from data_pipeline.manifest import DatasetManifest, read_manifest
 from data_pipeline.synthetic import write_samples
 from jobs.ray_session import path_with_interpreter
+from jobs.serve_demo import free_port
 
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def submit_when_ready(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

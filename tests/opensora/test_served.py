@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from arlon_ray.config import override
 from arlon_ray.generation import VideoGenerator
 from arlon_ray.generation.video import encode_fragment, join_fragments, read_video
 from jobs.ray_session import connect
+from jobs.serve_demo import free_port
 from serve.app import APP, serve_bundle
 from tests.opensora.public import make_public_bundle
 
@@ -26,14 +26,11 @@ def test_it_is_served_without_an_ar(tmp_path: Path) -> None:
 
     path = make_public_bundle(tmp_path)
     bundle = load_bundle(path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     small = [f"serve.{stage}.num_gpus=0" for stage in ("dit", "decoder")]
     config = override(
-        bundle.config, [*small, "serve.dit.num_cpus=0.5", "serve.decoder.num_cpus=0.25", f"serve.port={port}"]
+        bundle.config, [*small, "serve.dit.num_cpus=0.5", "serve.decoder.num_cpus=0.25", f"serve.port={free_port()}"]
     )
-    with connect(config), serve_bundle(config, path, tmp_path / "data") as url, httpx.Client(base_url=url) as client:
+    with connect(config), serve_bundle(config, bundle, tmp_path / "data") as url, httpx.Client(base_url=url) as client:
         assert set(serve.status().applications[APP].deployments) == {"VideoAPI", "DiTRenderer", "FrameDecoder"}
         made = client.post("/v1/videos", json={"prompt": "a red circle", "seed": 3, "num_segments": 2}).json()
         deadline = time.monotonic() + 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,19 @@ class FakeStages:
 
     async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
         return Timed(np.full((1, 1, 2, 2), picture.mean(), np.float32), time.time(), 0.01)
+
+    def hang_at(self, index: int) -> asyncio.Event:
+        """Never come to an end with segment `index`; set when one gets there."""
+        plain, reached = self.render, asyncio.Event()
+
+        async def render(job: Job, number: int, *others: Any) -> Timed[Latents]:
+            if number == index:
+                reached.set()
+                await asyncio.Event().wait()
+            return await plain(job, number, *others)
+
+        self.render = render  # type: ignore[method-assign]
+        return reached
 
     def lose(self, stage: str) -> None:
         """Fail as if the replica were gone, if this call is one of `losses`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -20,6 +19,7 @@ from ray.serve.schema import LoggingConfig
 
 from arlon_ray.config import ServeConfig, load_config
 from jobs.ray_session import connect
+from jobs.serve_demo import free_port
 from serve.guard import Guard
 from serve.logs import log_stage, set_up_logging
 from serve.metrics import Metrics
@@ -62,12 +62,6 @@ class Front:
             raise OSError("/secret/path")
 
         return app
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.ray

@@ -6,7 +6,6 @@ import asyncio
 import io
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import boto3
 import pytest
@@ -16,7 +15,6 @@ from serve.blobs import Blobs
 from serve.job_store import JobStore
 from serve.schema import RequestError, VideoRequest
 from serve.service import VideoService
-from serve.work import Job
 from tests.s3 import s3_server
 from tests.serve.stages import FakeStages, small_config
 
@@ -89,14 +87,7 @@ def test_another_machine_finishes_what_one_has_begun(
         asyncio.run(run())
 
     async def first(service: VideoService, stages: FakeStages) -> None:
-        plain = stages.render
-
-        async def render(job: Job, index: int, *others: Any) -> Any:
-            if index == 2:
-                await asyncio.Event().wait()
-            return await plain(job, index, *others)
-
-        stages.render = render  # type: ignore[method-assign]
+        stages.hang_at(2)
         names.append((await service.create(VideoRequest(prompt="a", num_segments=4, seed=1))).id)
         watched = await service.stream(names[0])
         assert len(read_video(io.BytesIO(await anext(watched)))) >= 34

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from jobs.serve_demo import free_port
 from tests.bundles import make_random_bundle
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -26,9 +26,7 @@ class Service:
     """`python jobs/serve_bundle.py` as a process of its own."""
 
     def __init__(self, bundle: Path, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "jobs/serve_bundle.py", "--bundle", str(bundle), "--output", str(folder), "--port"]
         self.log = (folder.with_suffix(".log")).open("ab")
         self.process = subprocess.Popen(

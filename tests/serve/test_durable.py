@@ -18,7 +18,6 @@ from serve.job_files import JobFiles
 from serve.job_store import JobStore
 from serve.schema import RequestError, VideoRequest
 from serve.service import VideoService
-from serve.work import Job
 from tests.serve.play import play, post, serve_alone, until
 from tests.serve.stages import FakeStages, tokens_of
 
@@ -46,15 +45,7 @@ def test_a_new_process_goes_on_behind_the_last_finished_segment(tmp_path: Path, 
     request = {"segments": prompts, "num_segments": SEGMENTS, "seed": 3, "baseline": baseline}
 
     async def before(client: httpx.AsyncClient, stages: FakeStages) -> None:
-        plain, reached = stages.render, asyncio.Event()
-
-        async def render(job: Job, index: int, *others: Any) -> Any:
-            if index == cut:
-                reached.set()
-                await asyncio.Event().wait()
-            return await plain(job, index, *others)
-
-        stages.render = render  # type: ignore[method-assign]
+        reached = stages.hang_at(cut)
         names.append((await post(client, **request))["id"])
         names.append((await post(client, prompt="waits"))["id"])
         await reached.wait()
@@ -130,14 +121,7 @@ def test_another_model_begins_again_and_goes_on_from_nothing_of_the_first(tmp_pa
         await until(client, draft, "completed")
         names["draft"], names["done"] = draft, (await post(client, prompt="a"))["id"]
         await until(client, names["done"], "completed")
-        plain = stages.render
-
-        async def render(job: Job, index: int, *others: Any) -> Any:
-            if index == 2:
-                await asyncio.Event().wait()
-            return await plain(job, index, *others)
-
-        stages.render = render  # type: ignore[method-assign]
+        stages.hang_at(2)
         names["cut"] = (await post(client, prompt="a", num_segments=3, seed=1))["id"]
         names["of_draft"] = (await post(client, draft=draft))["id"]
         while (await client.get(f"/v1/videos/{names['cut']}")).json()["segments"][1]["status"] != "completed":
@@ -166,14 +150,7 @@ def test_a_damaged_segment_is_made_again(tmp_path: Path) -> None:
     names: list[str] = []
 
     async def before(client: httpx.AsyncClient, stages: FakeStages) -> None:
-        plain = stages.render
-
-        async def render(job: Job, index: int, *others: Any) -> Any:
-            if index == 3:
-                await asyncio.Event().wait()
-            return await plain(job, index, *others)
-
-        stages.render = render  # type: ignore[method-assign]
+        stages.hang_at(3)
         names.append((await post(client, prompt="a", num_segments=4, seed=1))["id"])
         while (await client.get(f"/v1/videos/{names[0]}")).json()["segments"][2]["status"] != "completed":
             await asyncio.sleep(0.01)

@@ -128,7 +128,7 @@ def test_many_made_up_requests(here: Served, start: int) -> None:
 def test_made_up_requests_with_postgresql(tmp_path: Path) -> None:
     """It takes less than SQLite does: no zero character in a text, for one."""
     with postgres(tmp_path / "pg") as uri, served(tmp_path, "serve.max_segments=4", database=uri) as running:
-        fuzz(running, 300, 3)
+        assert 200 in fuzz(running, 300, 3)
         tricks(running)
 
 

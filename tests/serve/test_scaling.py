@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from ray import serve
 
 from arlon_ray.bundle import load_bundle
 from jobs.ray_session import connect
+from jobs.serve_demo import free_port
 from serve.app import APP, serve_bundle
 from serve.deployments import AR, DIT
 from serve.scaling import PAUSED, replicas_for_work
@@ -61,17 +61,15 @@ def until(done: Callable[[dict[str, int]], bool], limit_s: float = 120) -> dict[
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ar_and_dit_scale_apart_from_each_other(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     each = ["target_ongoing_requests=1", "upscale_delay_s=1", "downscale_delay_s=3", "num_cpus=0.1", "max_replicas=2"]
     settings = [f"serve.{stage}.{setting}" for stage in ("ar", "dit") for setting in each]
     bundle = make_random_bundle(
-        tmp_path / "bundle", f"serve.port={port}", "serve.max_running=4", "serve.planned_ahead=64", *settings,
+        tmp_path / "bundle", f"serve.port={free_port()}", "serve.max_running=4", "serve.planned_ahead=64", *settings,
         "serve.dit.min_replicas=0", "serve.decoder.max_replicas=1", "serve.decoder.num_cpus=0.1",
     )  # fmt: skip
-    config = load_bundle(bundle).config
-    with connect(config), serve_bundle(config, bundle, tmp_path / "data") as url, httpx.Client(base_url=url) as client:
+    opened = load_bundle(bundle)
+    config, data = opened.config, tmp_path / "data"
+    with connect(config), serve_bundle(config, opened, data) as url, httpx.Client(base_url=url) as client:
 
         def ask(where: str, count: int, **body: object) -> list[str]:
             answers = [client.post(f"/v1/{where}", json={"prompt": "a", **body}) for _ in range(count)]

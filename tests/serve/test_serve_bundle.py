@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arlon_ray.bundle import load_bundle
 from arlon_ray.config import ConfigError
 from jobs import command_line
 from jobs import serve_bundle as serve_bundle_job
@@ -106,7 +107,10 @@ def test_bad_input_ends_with_code_2_and_one_line(
 def test_a_cluster_that_serves_already_is_bad_input(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     controller = [{"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}]
     monkeypatch.setattr("serve.app.ray.util.list_named_actors", lambda **_: controller)
-    with pytest.raises(ConfigError, match="runs on this cluster already"), serve_bundle(small_config(), bundle, "d"):
+    with (
+        pytest.raises(ConfigError, match="runs on this cluster already"),
+        serve_bundle(small_config(), load_bundle(bundle), "d"),
+    ):
         pass
 
 

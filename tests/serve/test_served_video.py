@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +21,7 @@ from arlon_ray.config import Config
 from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.generation.video import encode_fragment, join_fragments, read_video
 from jobs.ray_session import connect
+from jobs.serve_demo import free_port
 from serve.app import APP, serve_bundle
 from serve.deployments import AR, DECODER, DIT
 from serve.ingress import API
@@ -80,17 +80,15 @@ def _kind(name: str) -> str:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     single = [f"serve.{stage}.max_replicas=1" for stage in ("ar", "dit", "decoder")]
     bundle = make_random_bundle(
-        folder / "bundle", "dit.depth=6", "dit.hidden_size=64", f"serve.port={port}", "serve.max_running=1",
+        folder / "bundle", "dit.depth=6", "dit.hidden_size=64", f"serve.port={free_port()}", "serve.max_running=1",
         "serve.max_queued=1", *single,
     )  # fmt: skip
-    config = load_bundle(bundle).config
-    with connect(config), serve_bundle(config, bundle, folder / "data") as url, httpx.Client(base_url=url) as client:
-        yield Served(client, config, bundle, folder / "data")
+    opened = load_bundle(bundle)
+    config, data = opened.config, folder / "data"
+    with connect(config), serve_bundle(config, opened, data) as url, httpx.Client(base_url=url) as client:
+        yield Served(client, config, bundle, data)
 
 
 def test_two_prompts_over_four_segments(served: Served, tmp_path: Path) -> None:
