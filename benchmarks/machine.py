@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,43 @@ def timed(work: Callable[[], Any], runs: int = 5) -> dict[str, float]:
         work()
         seconds.append(time.perf_counter() - begin)
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def in_turns(works: Mapping[str, Callable[[], Any]], runs: int = 5) -> dict[str, dict[str, float]]:
+    """`timed` of several works that take turns, so that what disturbs the machine meets all of them alike.
+
+    Every work runs once to warm up. On a GPU each must end with its device (`synchronised`). The first is what the
+    others are compared with: `times_as_fast` is the median over the rounds of its seconds over theirs, `from` and `to`
+    the smallest and the largest.
+    """
+    for work in works.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(runs):
+        for name, work in works.items():
+            begin = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - begin)
+    first = next(iter(seconds.values()))
+    found = {}
+    for name, values in seconds.items():
+        ratios = [base / value for base, value in zip(first, values, strict=True)]
+        found[name] = {
+            "median": statistics.median(values), "min": min(values), "max": max(values),
+            "times_as_fast": statistics.median(ratios), "from": min(ratios), "to": max(ratios),
+        }  # fmt: skip
+    return found
+
+
+def synchronised(work: Callable[[], Any], device: str) -> Callable[[], None]:
+    """`work` that ends when the device has ended."""
+
+    def run() -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def peak_memory_mib() -> float:

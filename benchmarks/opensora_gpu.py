@@ -22,7 +22,7 @@ from arlon_ray.config import DitConfig, InjectionConfig
 from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.models.dit import STDiT3, load_dit
-from benchmarks.machine import machine, peak_memory_mib, timed
+from benchmarks.machine import machine, peak_memory_mib, synchronised, timed
 
 #: name: (height, width in pixels, latent frames)
 CASES = {"240p, 51 frames": (240, 426, 15), "720p, 68 frames": (720, 1280, 20)}
@@ -35,17 +35,6 @@ def write_random(config: DitConfig, folder: Path) -> int:
     save_file({name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}, folder / WEIGHTS)
     record(folder, kind="dit", config=config.model_dump(mode="json"))
     return (folder / WEIGHTS).stat().st_size
-
-
-def synchronised(work: Any, device: str) -> Any:
-    """`work` that ends when the device has ended."""
-
-    def run() -> None:
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
 
 
 @torch.no_grad()
