@@ -57,7 +57,8 @@ def _validated(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
 #: (its fingerprint is a parent).
 WITHOUT_EFFECT = (
     "log_every", "checkpoint_every", "evaluate_every", "init", "group_batch", "frame_batch",
-    "accumulation", "activation_checkpointing", "sequence_parallel", "zero_stage", "offload_optimizer", "deepspeed",
+    "accumulation", "activation_checkpointing", "checkpointed_share", "compile", "sequence_parallel", "zero_stage",
+    "offload_optimizer", "deepspeed",
 )  # fmt: skip
 
 

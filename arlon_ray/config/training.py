@@ -32,6 +32,12 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulation: int = Field(1, ge=1, description="parts in which each worker goes through its share of a batch")
     activation_checkpointing: bool = Field(False, description="blocks are computed again in the backward pass")
+    checkpointed_share: float = Field(
+        1.0, gt=0, le=1, description="share of the blocks that activation_checkpointing computes again"
+    )
+    compile: bool = Field(
+        False, description="the blocks go through torch.compile: a minute at the start, faster steps behind it"
+    )
     sequence_parallel: int = Field(1, ge=1, description="workers that share the frames of a sample; for the DiT")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed splits over the workers")
     offload_optimizer: bool = Field(False, description="the optimizer's state lies in main memory; needs AdamW, ZeRO")
@@ -53,6 +59,11 @@ class TrainingConfig(Section):
             raise ValueError("offload_optimizer=true needs zero_stage 1, 2 or 3")
         if self.offload_optimizer and self.optimizer != "adamw":
             raise ValueError(f"offload_optimizer=true needs optimizer=adamw, not {self.optimizer}")
+        if self.compile and (self.zero_stage == 3 or self.sequence_parallel > 1):
+            raise ValueError(
+                f"compile=true needs zero_stage 0, 1 or 2 and sequence_parallel=1, not {self.zero_stage} and "
+                f"{self.sequence_parallel}: a compiled block knows nothing of parts that lie in other workers"
+            )
         if self.keep_best and not self.evaluate_every:
             raise ValueError(f"keep_best={self.keep_best} needs evaluate_every, the steps between two evaluations")
         if owned := OWNED.intersection(self.deepspeed):

@@ -150,9 +150,11 @@ def seed_everything(*parts: object) -> None:
 def build_objective(stage: Stage) -> nn.Module:
     """The stage's objective with the same initial weights on every rank and in every engine."""
     seed_everything(stage.seed, stage.name, "init")
-    objective = stage.objective().train()
-    if stage.training.activation_checkpointing:
-        recompute_blocks(objective)
+    objective, training = stage.objective().train(), stage.training
+    if training.compile:
+        compile_blocks(objective)
+    if training.activation_checkpointing:
+        recompute_blocks(objective, training.checkpointed_share)
     return objective
 
 
@@ -169,11 +171,31 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for each in lists for block in each]
 
 
-def recompute_blocks(objective: nn.Module) -> int:
-    """Keep only the inputs of blocks that train and compute the rest again in the backward pass; returns how many."""
-    blocks = [block for block in blocks_of(objective) if any(p.requires_grad for p in block.parameters())]
-    for block in blocks:
+def trained_blocks(objective: nn.Module) -> list[nn.Module]:
+    """Those of `blocks_of` that have something to train."""
+    return [block for block in blocks_of(objective) if any(p.requires_grad for p in block.parameters())]
+
+
+def recompute_blocks(objective: nn.Module, share: float = 1.0) -> int:
+    """Keep only the inputs of blocks that train and compute the rest again in the backward pass; returns how many.
+
+    `share` of them, evenly spread over the model.
+    """
+    blocks = trained_blocks(objective)
+    chosen = [block for i, block in enumerate(blocks) if math.floor((i + 1) * share) > math.floor(i * share)]
+    for block in chosen:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(chosen)
+
+
+def compile_blocks(model: nn.Module) -> int:
+    """Compile the blocks that train (of a frozen model: all); returns how many. Blocks of one kind share a compilation.
+
+    It happens at the first call, and again for shapes that are new. Before `recompute_blocks`, which goes around it.
+    """
+    blocks = trained_blocks(model) or blocks_of(model)
+    for block in blocks:
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     return len(blocks)
 
 

@@ -171,7 +171,7 @@ def _followed(config: Config, stage: str, batch: int) -> tuple[int, int]:
         for parameter in probe.model.parameters():
             parameter.requires_grad_(True)  # the tracker asks for it
         if training.activation_checkpointing:
-            recompute_blocks(probe.model)
+            recompute_blocks(probe.model, training.checkpointed_share)
         tracker: Any = MemTracker()
         tracker.track_external(probe.model)
         arithmetic = torch.autocast("cpu", torch.bfloat16) if training.precision == "bf16" else nullcontext()
