@@ -1,8 +1,13 @@
-"""Train every stage on rendered scenes in one process, within a time budget, and measure the bundle: for a lent GPU.
+"""Train every stage on rendered scenes on one machine without Ray, and measure the bundle: for a lent GPU.
 
 `python -m benchmarks.train_box --minutes 9 --device cuda --output DIR` needs torch, einops, pydantic, safetensors and
 the text encoder (MiniLM's package on PYTHONPATH), but neither Ray nor DeepSpeed nor a file of footage: the stages are
-those of `jobs/`, the scenes are rendered into memory. `--set` takes any setting: larger models, `sample_grade=rich`.
+those of `jobs/`, the scenes are rendered in the background. `--set` takes any setting: larger models, batches.
+
+`--start BUNDLE` keeps its VAE and codecs, and goes on with its AR and DiT instead of beginning anew; the text-only DiT
+goes on from the guided one without its injection, and gets as many steps. `--variants NAME …` trains variants of
+`jobs/ablate.py` as well, from the bundle `--ablation-start`; `jobs/ablate.py --trained DIR` measures them.
+AR and DiTs train at the same time, a process each: together they fill a GPU that none of them can.
 """
 
 from __future__ import annotations
@@ -11,31 +16,33 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from arlon_ray.bundle import Bundle, save_bundle
-from arlon_ray.config import GROUP_FRAMES, Config, load_config
-from arlon_ray.models.codec import load_codec
-from arlon_ray.models.text import load_text_encoder
-from arlon_ray.models.vae import load_vae
-from arlon_ray.training.engine import Stage, TorchEngine, derived_seed
+from arlon_ray.artifact import Artifact, load_artifact, save_artifact
+from arlon_ray.bundle import PARTS, Bundle, save_bundle
+from arlon_ray.config import GROUP_FRAMES, Config, load_config, override
+from arlon_ray.models.text import text_identity
+from arlon_ray.training.engine import Stage, TorchEngine
 from arlon_ray.training.loop import train_locally
+from arlon_ray.training.reporting import ConsoleReporter
 from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage
 from arlon_ray.training.stages.dit import DitPaths, DitStage, text_only
-from arlon_ray.training.stages.vae import VaeStage, to_video
+from arlon_ray.training.stages.vae import VaeStage
 from benchmarks.machine import machine
+from benchmarks.rendered_latents import Mix, Parts, RenderedLatents, in_background, write_shards
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import caption, training_seed, whole_scenes
+from data_pipeline.worlds import training_seed, whole_scenes
 from jobs.evaluation import Evaluator, held_out_prompts, parse_row, table_of
+from jobs.variants import VARIANTS, Variant
 
-#: Shares of the time for training; the rest is for rendering, encoding and measuring.
+#: Shares of the time for training, where nothing else says how many steps; the rest is for encoding and measuring.
 SHARES = {"vae": 0.12, "vqvae_fine": 0.05, "vqvae_coarse": 0.03, "ar": 0.2, "dit_base": 0.2, "dit": 0.25}
 PROBED, SEED = 8, 3
 ROWS = ("truth", "vae", "text-only@30", "text-only@5", "guided@5", "true-tokens@5")
@@ -45,12 +52,9 @@ class PixelScenes:
     """17-frame groups of rendered scenes, for the VAE."""
 
     def __init__(self, config: Config, count: int) -> None:
-        self.groups = np.concatenate(
-            [
-                render(s).reshape(-1, GROUP_FRAMES, *_size(config), 3)
-                for s in islice(whole_scenes(config, training_seed(SEED, 0)), count)
-            ]
-        )
+        scenes = islice(whole_scenes(config, training_seed(SEED, 0)), count)
+        height, width = config.video.height, config.video.width
+        self.groups = np.concatenate([render(s).reshape(-1, GROUP_FRAMES, height, width, 3) for s in scenes])
         self.kept = max(1, len(self.groups) // 20)
 
     def training(self, seed: int, count: int) -> np.ndarray:
@@ -62,58 +66,50 @@ class PixelScenes:
         return self.groups[: min(count, self.kept)]
 
 
-class LatentScenes:
-    """Latents, text and tokens of rendered scenes in memory: a BatchSource."""
+@dataclass(frozen=True)
+class Job:
+    """A model to train in a process of its own."""
 
-    def __init__(self, config: Config, count: int, vae_path: Path, device: str) -> None:
-        vae, text = load_vae(vae_path, device), load_text_encoder(config.text, device)
-        self.drawn = list(islice(whole_scenes(config, training_seed(SEED, 0)), count))
-        self.text_identity, self.config = text.identity, config
-        self.batch_size, self.latents, self.texts, self.masks = 0, [], [], []
-        for first in range(0, count, 64):
-            part = self.drawn[first : first + 64]
-            self.latents.append(vae.encode(to_video(np.stack([render(s) for s in part])).to(device)).half().cpu())
-            encoded = [text.encode([caption(scene)]) for scene in part]
-            width = config.text.max_tokens
-            for values, mask in encoded:
-                room = width - values.shape[1]
-                self.texts.append(torch.nn.functional.pad(values, (0, 0, 0, room)).half().cpu())
-                self.masks.append(torch.nn.functional.pad(mask, (0, room)).cpu())
-        self.values = {"latents": torch.cat(self.latents), "text": torch.cat(self.texts)}
-        self.mask, self.tokens = torch.cat(self.masks), dict[str, Tensor]()
-        self.kept = max(1, count // 50)
+    name: str
+    section: Literal["ar", "dit"]
+    config: Config  # with its steps
+    path: Path
+    parents: dict[str, str]
+    folders: dict[str, Path]  # of the VAE and the codecs
+    shards: Path
+    count: int
+    device: str
 
-    def tokenise(self, role: str, path: Path, device: str) -> None:
-        """Add the tokens of a codec."""
-        codec = load_codec(path, device)
-        parts = [codec.encode(part.float().to(device)).cpu() for part in self.values["latents"].split(256)]
-        self.tokens[f"tokens_{role}"] = torch.cat(parts)
+    def stage(self) -> Stage:
+        """Raises ArtifactError if what it starts from does not fit."""
+        training = getattr(self.config, self.section).training
+        source = RenderedLatents(self.config, self.shards, self.count, training.batch_size, self.device, seed=SEED)
+        if training.data_share < 1:
+            source = source.share(training.data_share)
+        vae, fine, coarse = (self.folders[name] for name in ("vae", "codec_fine", "codec_coarse"))
+        if self.section == "ar":
+            return ArStage(self.config, source, ArPaths(fine, vae), self.parents)
+        guided = self.config.dit.injection.enabled
+        paths = DitPaths(vae, fine, coarse, ar=self.folders.get("ar")) if guided else DitPaths(vae)
+        return DitStage(self.config, source, paths, self.parents)
 
-    def sized(self, batch_size: int) -> LatentScenes:
-        """This source with batches of so many."""
-        self.batch_size = batch_size
-        return self
 
-    def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
-        """See BatchSource."""
-        random = np.random.default_rng(derived_seed(SEED, step, rank))
-        return self._gather(self.kept + random.integers(len(self.mask) - self.kept, size=self.batch_size // world))
+def train_job(job: Job) -> None:
+    """Train and export it, where it is not there yet."""
+    if not (job.path / "lineage.json").exists():
+        stage = job.stage()
+        train_locally(
+            stage, job.path, device=job.device, reporter=ConsoleReporter(job.name, stage.training.steps, bar=False)
+        )
 
-    def held_out_batches(self, batch_size: int) -> Iterator[dict[str, Any]]:
-        """See BatchSource."""
-        for rows in np.array_split(np.arange(self.kept), -(-self.kept // batch_size)):
-            yield self._gather(rows)
 
-    def _gather(self, rows: np.ndarray) -> dict[str, Any]:
-        chosen = torch.from_numpy(rows)
-        return {
-            **{name: value[chosen].float() for name, value in self.values.items()},
-            **{name: value[chosen] for name, value in self.tokens.items()},
-            "text_mask": self.mask[chosen],
-            "clip_id": chosen,
-            "fps": torch.full((len(rows),), self.config.video.fps),
-            "caption": [caption(self.drawn[int(row)]) for row in rows],
-        }
+def train_together(jobs: list[Job]) -> None:
+    """All at the same time. Raises RuntimeError that names those that failed."""
+    processes = {job.name: in_background(train_job, job) for job in jobs}
+    for process in processes.values():
+        process.join()
+    if failed := [name for name, process in processes.items() if process.exitcode]:
+        raise RuntimeError(f"these did not train: {', '.join(failed)}")
 
 
 def steps_within(stage: Stage, device: str, seconds: float) -> int:
@@ -127,96 +123,228 @@ def steps_within(stage: Stage, device: str, seconds: float) -> int:
     return max(1, int(seconds / float(np.median(times[2:]))))
 
 
-def train_box(config: Config, output: Path, device: str, minutes: float, count: int) -> Bundle:
-    """Every stage in its share of the time."""
-    paths = {name: output / name for name in ("vae", "codec_fine", "codec_coarse", "ar", "dit_base", "dit")}
+@dataclass
+class Box:
+    """One run of the script."""
 
-    def trained(name: str, path: Path, build: Callable[[Config], Stage], section: str) -> str:
-        """Build, probe, train; the artefact's fingerprint."""
-        steps = steps_within(build(config), device, SHARES[name] * minutes * 60)
-        keys = section.split(".")
-        changed = _with_steps(config, keys, steps)
-        result = train_locally(build(changed), path, device=device)
-        assert result.artifact is not None
-        return result.artifact.fingerprint
+    config: Config
+    output: Path
+    device: str
+    minutes: float
+    videos: int
+    mixes: list[Mix]
+    processes: int
+    shard: int
+    steps: dict[str, int]
+    start: Bundle | None = None
 
-    pixels = PixelScenes(config, min(count, 2000))
-    fingerprints = {"vae": trained("vae", paths["vae"], lambda c: VaeStage(c.vae, pixels, c.seed), "vae")}
-    source = LatentScenes(config, count, paths["vae"], device)
-    common = {"vae": fingerprints["vae"], "text": source.text_identity}
-    for role in ("fine", "coarse"):
+    def path(self, name: str) -> Path:
+        """Where a part lies: the start's VAE and codecs stay where they are."""
+        if self.start is not None and name in ("vae", "codec_fine", "codec_coarse"):
+            return self.start.path / PARTS[name][0]
+        return self.output / name
 
-        def codec(c: Config, role: Any = role) -> Stage:
-            settings = getattr(c.vqvae, role)
-            latents = source.sized(settings.training.batch_size)
-            return CodecStage(settings, role, c.vae.latent_channels, latents, paths["vae"], dict(common), c.seed)
+    def train(self) -> Bundle:
+        """Every stage; returns the bundle."""
+        if self.start is None:
+            self._train_latent_space()
+        shards = max(1, self.videos // self.shard)
+        with self._rendering(self.output / "shards", shards, codecs=True):
+            jobs = self._first_jobs(shards)
+            train_together([self._timed(job) for job in jobs])
+            if self.start is None:  # the guided DiT begins with what the text-only one has learnt
+                base = override(self.config, [f"dit.init={self.path('dit_base')}"])
+                train_together([self._timed(self._job("dit", "dit", base, shards))])
+        parts = {name: self.path(name) for name in PARTS}
+        return Bundle(save_bundle(self.output / "bundle", self.config, parts, self._text), self.device)
 
-        path = paths[f"codec_{role}"]
-        fingerprints[f"codec_{role}"] = trained(f"vqvae_{role}", path, codec, f"vqvae.{role}")
-        source.tokenise(role, path, device)
-    parents = {**common, **fingerprints}
+    def ablate(self, start: Bundle, variants: list[Variant], steps: int, ar_steps: int) -> None:
+        """Variants from one text-only DiT, on the same shards."""
+        shards = max(1, self.videos // self.shard)
+        common = [
+            "dit.base_steps=0", "dit.train_only=all", f"dit.training.steps={steps}", "ar.init=null",
+            f"dit.init={start.path / PARTS['dit_base'][0]}", f"ar.training.steps={ar_steps}",
+        ]  # fmt: skip
+        jobs = []
+        for variant in variants:
+            job = self._job(variant.name, variant.stage, override(self.config, [*common, *variant.overrides]), shards)
+            folders = job.folders | {"ar": start.path / PARTS["ar"][0]}
+            if not job.config.dit.ar_token_probability:
+                folders.pop("ar")
+            path = self.output / "variants" / variant.name / variant.stage
+            jobs.append(replace(job, folders=folders, path=path, config=_quietly(job.config, job.section)))
+        train_together(jobs)
 
-    def ar(c: Config) -> Stage:
-        return ArStage(c, source.sized(c.ar.training.batch_size), ArPaths(paths["codec_fine"], paths["vae"]), parents)
+    @property
+    def _text(self) -> str:
+        return text_identity(self.config.text)
 
-    def base(c: Config) -> Stage:
-        latents = source.sized(c.dit.training.batch_size)
-        return DitStage(text_only(c, c.dit.training.steps), latents, DitPaths(paths["vae"]), parents)
+    def _parents(self) -> dict[str, str]:
+        names = [name for name in ("vae", "codec_fine", "codec_coarse") if (self.path(name) / "lineage.json").exists()]
+        return {"text": self._text} | {
+            name: load_artifact(self.path(name), PARTS[name][1]).fingerprint for name in names
+        }
 
-    def guided(c: Config) -> Stage:
-        started = c.model_copy(update={"dit": c.dit.model_copy(update={"init": str(paths["dit_base"])})})
-        codecs = DitPaths(paths["vae"], paths["codec_fine"], paths["codec_coarse"])
-        return DitStage(started, source.sized(c.dit.training.batch_size), codecs, parents)
+    def _job(self, name: str, section: Literal["ar", "dit"], config: Config, shards: int) -> Job:
+        folders = {part: self.path(part) for part in ("vae", "codec_fine", "codec_coarse")}
+        path, where = self.path(name), self.output / "shards"
+        return Job(name, section, config, path, self._parents(), folders, where, shards, self.device)
 
-    trained("ar", paths["ar"], ar, "ar")
-    trained("dit_base", paths["dit_base"], base, "dit")
-    trained("dit", paths["dit"], guided, "dit")
-    return Bundle(save_bundle(output / "bundle", config, paths, source.text_identity), device)
+    def _first_jobs(self, shards: int) -> list[Job]:
+        if self.start is None:
+            base = text_only(self.config, self.config.dit.training.steps)
+            return [self._job("ar", "ar", self.config, shards), self._job("dit_base", "dit", base, shards)]
+        ar, dit = (self.start.path / PARTS[name][0] for name in ("ar", "dit"))
+        plain = without_injection(self.start.artifacts["dit"], self.output / "start_base")
+        guided = override(self.config, [f"ar.init={ar}", f"dit.init={dit}"])
+        base = override(text_only(self.config, self.config.dit.training.steps), [f"dit.init={plain.path}"])
+        models: list[tuple[str, Literal["ar", "dit"], Config]] = [
+            ("ar", "ar", guided), ("dit", "dit", guided), ("dit_base", "dit", base)
+        ]  # fmt: skip
+        return [self._job(name, section, config, shards) for name, section, config in models]
+
+    def _timed(self, job: Job) -> Job:
+        """With as many steps as it is to have."""
+        key = "dit" if job.name == "dit_base" and self.start is not None else job.name
+        steps = self.steps.get(key) or self.steps.get(job.section)
+        if not steps:
+            steps = steps_within(job.stage(), self.device, SHARES[job.name] * self.minutes * 60)
+        changed = override(job.config, [f"{job.section}.training.steps={steps}"])
+        return replace(job, config=_quietly(changed, job.section))
+
+    def _train_latent_space(self) -> None:
+        """The VAE, and the codecs on latents without tokens."""
+        pixels = PixelScenes(self.config, min(self.videos, 2000))
+        self._train_here("vae", "vae", lambda c: VaeStage(c.vae, pixels, c.seed))
+        folder = self.output / "untokenised"
+        shards = max(1, min(self.videos, 2000) // self.shard)
+        with self._rendering(folder, shards, codecs=False):
+            parents = self._parents()
+            for role in ("fine", "coarse"):
+
+                def codec(c: Config, role: Any = role) -> Stage:
+                    settings = getattr(c.vqvae, role)
+                    size = settings.training.batch_size
+                    latents = RenderedLatents(c, folder, shards, size, self.device, seed=SEED)
+                    return CodecStage(
+                        settings, role, c.vae.latent_channels, latents, self.path("vae"), dict(parents), c.seed
+                    )
+
+                self._train_here(f"codec_{role}", f"vqvae.{role}", codec)
+
+    def _train_here(self, name: str, section: str, build: Callable[[Config], Stage]) -> None:
+        share = SHARES[section.replace(".", "_")]
+        steps = self.steps.get(name) or steps_within(build(self.config), self.device, share * self.minutes * 60)
+        config = _quietly(override(self.config, [f"{section}.training.steps={steps}"]), section)
+        train_locally(build(config), self.path(name), device=self.device)
+
+    def _rendering(self, folder: Path, shards: int, codecs: bool) -> _Rendering:
+        parts = Parts(self.path("vae"))
+        if codecs:
+            parts = Parts(self.path("vae"), self.path("codec_fine"), self.path("codec_coarse"))
+        return _Rendering(
+            in_background(
+                write_shards, self.config, self.mixes, parts, folder, shards=shards, size=self.shard, seed=SEED,
+                device=self.device, processes=self.processes,
+            )
+        )  # fmt: skip
 
 
-def _with_steps(config: Config, keys: list[str], steps: int) -> Config:
-    """The configuration with `<keys>.training.steps`, and no checkpoints within the run."""
-    raw = config.model_dump(mode="json")
-    section = raw
-    for key in keys:
-        section = section[key]
-    section["training"] |= {"steps": steps, "checkpoint_every": steps, "log_every": max(1, steps // 10)}
-    return Config.model_validate(raw)
+@dataclass(frozen=True)
+class _Rendering:
+    """Rendering in the background; what goes wrong there, or in the block, ends both."""
+
+    process: Any
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self.process.terminate()
+        self.process.join()
+        if kind is None and self.process.exitcode:
+            raise RuntimeError("rendering failed: see above")
 
 
-def _size(config: Config) -> tuple[int, int]:
-    return config.video.height, config.video.width
+def without_injection(dit: Artifact, path: Path) -> Artifact:
+    """A guided DiT as a text-only one: what it is without tokens."""
+    tensors = {name: value for name, value in dit.tensors().items() if not name.startswith("injection.")}
+    injection = {**dit.config["injection"], "enabled": False}
+    kept = {name: its for name, its in dit.lineage.parents.items() if not name.startswith("codec")}
+    return save_artifact(path, kind="dit", config={**dit.config, "injection": injection}, tensors=tensors, parents=kept)
+
+
+def _quietly(config: Config, section: str) -> Config:
+    """No checkpoints within the run, and few lines."""
+    training = config
+    for key in section.split("."):
+        training = getattr(training, key)
+    steps = training.training.steps  # type: ignore[attr-defined]
+    keys = {"checkpoint_every": steps, "log_every": max(1, steps // 10)}
+    return override(config, [f"{section}.training.{name}={value}" for name, value in keys.items()])
+
+
+def _pairs(texts: list[str]) -> Iterator[tuple[str, int]]:
+    for text in texts:
+        name, _, value = text.partition("=")
+        yield name, int(value)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line."""
-    flags = argparse.ArgumentParser(description=__doc__)
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--config", default="tiny")
     flags.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    flags.add_argument("--minutes", type=float, default=9.0, help="time for training")
+    flags.add_argument("--minutes", type=float, default=9.0, help="time for training, where --steps says no number")
+    flags.add_argument("--steps", nargs="+", default=[], metavar="PART=N", help="steps of vae, codec_fine, ar, dit, …")
     flags.add_argument("--videos", type=int, default=6000)
-    flags.add_argument("--count", type=int, default=64, help="held-out captions to measure on")
+    flags.add_argument("--mix", nargs="+", metavar="GRADE:GROUPS=SHARE", help="default: the configuration's own grade")
+    flags.add_argument("--shard", type=int, default=2000, help="scenes that are encoded together")
+    flags.add_argument("--processes", type=int, default=2, help="that render")
+    flags.add_argument("--start", metavar="BUNDLE")
+    flags.add_argument("--variants", nargs="*", default=[])
+    flags.add_argument("--ablation-start", metavar="BUNDLE", help="guided bundle with its text-only DiT")
+    flags.add_argument("--count", type=int, default=64, help="held-out captions to measure on; 0: none")
     flags.add_argument("--rows", nargs="+", default=list(ROWS))
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--output", type=Path, default=Path("runs/box"))
     options = flags.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         flags.error("--device cuda: there is no GPU here")
+    if options.variants and not options.ablation_start:
+        flags.error("--variants need --ablation-start")
     config = load_config(options.config, options.overrides)
+    groups = ",".join(map(str, config.data.bucket_groups))
+    mixes = [Mix.parse(text) for text in options.mix or [f"{config.data.sample_grade}:{groups}=1"]]
+    box = Box(
+        config, options.output, options.device, options.minutes, options.videos, mixes, options.processes,
+        options.shard, dict(_pairs(options.steps)), Bundle(options.start) if options.start else None,
+    )  # fmt: skip
     begin = time.perf_counter()
-    bundle = train_box(config, options.output, options.device, options.minutes, options.videos)
-    trained = time.perf_counter() - begin
-    evaluator = Evaluator(bundle, held_out_prompts(bundle, options.count), 0)
-    results = [evaluator.row(parse_row(row)) for row in options.rows]
-    print(f"\n{table_of(results)}\n")
-    found = {
+    bundle = box.train()
+    if options.variants:
+        chosen = [variant for variant in VARIANTS if variant.name in options.variants]
+        steps = (box.steps["variants"], box.steps.get("ar-variants", box.steps["variants"]))
+        box.ablate(Bundle(options.ablation_start), chosen, *steps)
+    return report(bundle, options.output, (time.perf_counter() - begin) / 60, options.rows, options.count)
+
+
+def report(bundle: Bundle, output: Path, minutes: float, rows: list[str], count: int) -> dict[str, Any]:
+    """Measure the bundle and write results.json."""
+    found: dict[str, Any] = {
         "machine": machine(),
-        "minutes": trained / 60,
+        "minutes": minutes,
         "held_out": {name: dict(artifact.lineage.metrics) for name, artifact in bundle.artifacts.items()},
-        "rows": {result.row.name: result.report() for result in results},
+        "rows": {},
     }
-    (options.output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(options.output / "results.json")
+    if count:
+        evaluator = Evaluator(bundle, held_out_prompts(bundle, count), 0)
+        results = [evaluator.row(parse_row(row)) for row in rows]
+        print(f"\n{table_of(results)}\n")
+        found["rows"] = {result.row.name: result.report() for result in results}
+    (output / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(output / "results.json")
     return found
 
 

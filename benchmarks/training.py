@@ -39,7 +39,7 @@ from arlon_ray.training.optimizer import (
 from arlon_ray.training.reporting import QuietReporter
 from arlon_ray.training.stages.dit import DitPaths, DitStage, text_only
 from benchmarks.machine import machine
-from benchmarks.train_box import LatentScenes
+from benchmarks.rendered_latents import Parts, rendered_latents
 from jobs.command_line import InputError, parser, read_config, run, vae_folder
 from jobs.ray_session import connect, threads_per_worker
 from jobs.ray_training import train_stage
@@ -55,7 +55,7 @@ def stage_of(config: Config, vae: Path, steps: int) -> Stage:
     """The text-only DiT on rendered scenes; Ray's worker builds it by the same call."""
     training = trained(config, steps)
     batch = config.dit.training.batch_size
-    source = LatentScenes(config, min(SCENES, batch * steps), vae, "cpu").sized(batch)
+    source = rendered_latents(config, min(SCENES, batch * steps), Parts(vae), batch, "cpu")
     return DitStage(training, source, DitPaths(vae), {})
 
 

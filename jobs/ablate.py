@@ -3,7 +3,8 @@
 `python jobs/ablate.py --bundle DIR --dataset DIR --tokens DIR --steps 500 --output runs/ablation`
 
 Every DiT starts from the bundle's text-only one and gets the same steps, data and seed; every AR starts anew. A variant
-that is there already is not trained again. `--docs FILE` writes table, plot and pictures beside a page of the docs.
+that is there already is not trained again. `--trained DIR` trains nothing: it measures variants that
+`benchmarks/train_box.py` made of the same bundle. `--docs FILE` writes table, plot and pictures beside a page.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from arlon_ray.artifact import Artifact, load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, override
 from jobs.command_line import InputError, existing, output_folder, parser, run
@@ -21,7 +23,7 @@ from jobs.evaluation import Evaluator, RowResult, held_out_prompts, parse_row, t
 from jobs.generate import open_bundle
 from jobs.ray_session import connect
 from jobs.results_page import read_results, write_page
-from jobs.stage_runs import StageOutcome, run_ar, run_dit
+from jobs.stage_runs import run_ar, run_dit
 from jobs.tracking import Tracking
 from jobs.variants import NAMES, VARIANTS, Variant
 
@@ -31,12 +33,13 @@ class Ablation:
     """What all variants share."""
 
     bundle: Bundle
-    dataset: Path
-    tokens: Path
     output: Path
     steps: int
     ar_steps: int
     tracking: Tracking
+    dataset: Path | None = None
+    tokens: Path | None = None
+    trained: Path | None = None
 
     def config(self, variant: Variant) -> Config:
         """The bundle's configuration with the variant's overrides, its steps, and the common start."""
@@ -51,15 +54,19 @@ class Ablation:
         """A part of the bundle."""
         return self.bundle.path / PARTS[name][0]
 
-    def train(self, variant: Variant) -> StageOutcome:
-        """The variant's own part, trained where it is not there."""
+    def train(self, variant: Variant) -> Artifact:
+        """The variant's own part, trained where it is not there. Raises ArtifactError if it should be and is not."""
+        if self.trained is not None:
+            return load_artifact(self.trained / variant.name / variant.stage, variant.stage)
+        assert self.dataset is not None and self.tokens is not None
         config, folder = self.config(variant), self.output / "models" / variant.name
         vae = self.part("vae")
         if variant.stage == "ar":
             fine = self.part("codec_fine")
-            return run_ar(config, self.dataset, self.tokens, vae, fine, folder, self.tracking)
+            return run_ar(config, self.dataset, self.tokens, vae, fine, folder, self.tracking).artifact
         codecs = (self.part("codec_fine"), self.part("codec_coarse"))
-        return run_dit(config, self.dataset, vae, folder, self.tokens, codecs, self.tracking, self.part("ar"))
+        given = self.part("ar")
+        return run_dit(config, self.dataset, vae, folder, self.tokens, codecs, self.tracking, given).artifact
 
     def bundled(self, variant: Variant, trained: Path) -> Bundle:
         """The bundle with the variant's part in place of its own."""
@@ -75,14 +82,14 @@ def measure_variant(
     ablation: Ablation, variant: Variant, count: int, choices: dict[str, list[float]], tune_count: int, seed: int
 ) -> list[RowResult]:
     """Train (or find) one variant and measure its rows."""
-    outcome = ablation.train(variant)
-    bundle = ablation.bundled(variant, outcome.artifact.path)
+    artifact = ablation.train(variant)
+    bundle = ablation.bundled(variant, artifact.path)
     output = ablation.output / variant.name
     output.mkdir(parents=True, exist_ok=True)
     rows = tuned(bundle, [parse_row(text) for text in variant.rows], choices, tune_count, seed)
     evaluator = Evaluator(bundle, held_out_prompts(bundle, count), seed)
     results = evaluate(evaluator, rows, output, label=variant.name, tracking=ablation.tracking)
-    facts = {"variant": variant.name, "what": variant.what, "loss": outcome.artifact.lineage.metrics.get("loss")}
+    facts = {"variant": variant.name, "what": variant.what, "loss": artifact.lineage.metrics.get("loss")}
     write_results(output, evaluator, results, parts=costs(evaluator), **facts)
     print(f"\n{variant.name}: {variant.what}\n\n{table_of(results)}\n", flush=True)
     return results
@@ -95,24 +102,35 @@ def chosen_variants(names: Sequence[str]) -> list[Variant]:
     return [variant for variant in VARIANTS if variant.name in names]
 
 
-def check(bundle: Bundle, dataset: Path, tokens: Path) -> None:
+def check(bundle: Bundle) -> None:
     """Raises InputError for a bundle that has not all that is compared."""
     for name in ("ar", "dit", "dit_base"):
         if name not in bundle.artifacts:
             raise InputError(
                 f"--bundle {bundle.path}: has no {name}: the comparison needs a guided bundle with its base"
             )
-    for folder, flag in ((dataset, "--dataset"), (tokens, "--tokens")):
+
+
+def trained_on(dataset: str | None, tokens: str | None) -> tuple[Path, Path]:
+    """The folders to train on. Raises InputError where one is missing or none."""
+    found = []
+    for flag, text in (("--dataset", dataset), ("--tokens", tokens)):
+        if text is None:
+            raise InputError(f"{flag} is missing: expected what to train on, or --trained")
+        folder = existing(text, flag)
         if not (folder / "manifest.json").is_file():
             raise InputError(f"{flag} {folder}: no manifest.json in it")
+        found.append(folder)
+    return found[0], found[1]
 
 
 def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="runs/ablation", config=False)
     flags.add_argument("--bundle", required=True, metavar="DIR", help="guided bundle with its text-only base")
-    flags.add_argument("--dataset", required=True, metavar="DIR", help="latents, by jobs/preprocess.py")
-    flags.add_argument("--tokens", required=True, metavar="DIR", help="tokens, by jobs/extract_tokens.py")
+    flags.add_argument("--dataset", metavar="DIR", help="latents, by jobs/preprocess.py")
+    flags.add_argument("--tokens", metavar="DIR", help="tokens, by jobs/extract_tokens.py")
+    flags.add_argument("--trained", metavar="DIR", help="variants, by benchmarks/train_box.py: nothing is trained here")
     flags.add_argument("--variants", nargs="+", default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
     flags.add_argument("--steps", type=int, default=500, help="training steps of every DiT (default: 500)")
     flags.add_argument("--ar-steps", type=int, default=500, help="training steps of every AR (default: 500)")
@@ -132,17 +150,18 @@ def main() -> None:
     also = [read_results(existing(path, "--also")) for path in arguments.also]
     variants, choices = chosen_variants(arguments.variants), parse_choices(arguments.tune)
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
-    dataset, tokens = existing(arguments.dataset, "--dataset"), existing(arguments.tokens, "--tokens")
-    check(bundle, dataset, tokens)
+    check(bundle)
+    trained = existing(arguments.trained, "--trained") if arguments.trained else None
+    dataset, tokens = (None, None) if trained else trained_on(arguments.dataset, arguments.tokens)
     output = output_folder(arguments)
     ablation = Ablation(
-        bundle, dataset, tokens, output, arguments.steps, arguments.ar_steps, Tracking(bundle.config, output)
+        bundle, output, arguments.steps, arguments.ar_steps, Tracking(bundle.config, output), dataset, tokens, trained
     )
     failed = False
     with connect(bundle.config):
         if arguments.train_only:
             for variant in variants:
-                print(ablation.train(variant).artifact.path, flush=True)
+                print(ablation.train(variant).path, flush=True)
             return
         for variant in variants:
             results = measure_variant(ablation, variant, arguments.count, choices, arguments.tune_count, arguments.seed)

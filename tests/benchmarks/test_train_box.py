@@ -15,7 +15,23 @@ STAGES = ("vae", "vqvae.fine", "vqvae.coarse", "ar", "dit")
 def test_every_stage_trains_within_its_time_and_the_bundle_is_measured(tmp_path: Path) -> None:
     settings = [*SMALL, *(f"{stage}.training.batch_size=4" for stage in STAGES), "vae.training.held_out=2"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    flags += ["--minutes", "0.02", "--videos", "24", "--count", "2", "--rows", "truth", "guided@2", "--device", "cpu"]
+    flags += [
+        "--minutes",
+        "0.02",
+        "--videos",
+        "24",
+        "--shard",
+        "24",
+        "--processes",
+        "1",
+        "--count",
+        "2",
+        "--rows",
+        "truth",
+        "guided@2",
+        "--device",
+        "cpu",
+    ]
     found = main([*flags, "--output", str(tmp_path)])
     assert found == json.loads((tmp_path / "results.json").read_text()) and found["rows"]["guided@2"]["videos"] == 2
     bundle = Bundle(tmp_path / "bundle")

@@ -1,0 +1,78 @@
+"""Scenes that are rendered while a training reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.rendered_latents import HELD_OUT, Mix, Parts, RenderedLatents, in_background, write_shards
+from tests.bundles import make_random_bundle, small_config
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards, written while somebody may read them."""
+    folder = tmp_path_factory.mktemp("shards")
+    bundle = make_random_bundle(folder / "bundle")
+    parts = Parts(*(bundle / name for name in ("vae", "vqvae/fine", "vqvae/coarse")))
+    mixes = [Mix("simple", (2, 3), 0.75), Mix("returning", (7,), 0.25)]
+    process = in_background(
+        write_shards, small_config(), mixes, parts, folder / "shards",
+        shards=2, size=64, seed=3, device="cpu", processes=1,
+    )  # fmt: skip
+    source = RenderedLatents(small_config(), folder / "shards", 2, 8, "cpu", every=1)
+    source.batch(1, 0, 1)  # waits for both
+    process.join()
+    assert process.exitcode == 0
+    return folder / "shards"
+
+
+def source_of(folder: Path) -> RenderedLatents:
+    """A new reader of both shards, one more a step."""
+    return RenderedLatents(small_config(), folder, 2, 8, "cpu", every=1)
+
+
+def test_a_batch_depends_on_its_step_alone(shards: Path) -> None:
+    ahead, behind = source_of(shards), source_of(shards)
+    ahead.batch(0, 0, 1)
+    ahead.batch(1, 0, 1)
+    first, again = ahead.batch(5, 0, 1), behind.batch(5, 0, 1)
+    assert all(torch.equal(first[name], again[name]) for name in ("latents", "tokens_fine", "text", "clip_id"))
+    assert not torch.equal(first["clip_id"], ahead.batch(6, 0, 1)["clip_id"])
+
+
+def test_batches_are_of_one_length_and_of_every_length(shards: Path) -> None:
+    source = source_of(shards)
+    lengths = set()
+    for step in range(40):
+        batch = source.batch(step, 0, 1)
+        latents, fine, coarse = (batch[name] for name in ("latents", "tokens_fine", "tokens_coarse"))
+        assert latents.shape[2] == fine.shape[1] == coarse.shape[1] and latents.dtype is torch.float32
+        assert len(latents) == 8 and batch["text"].shape[:2] == batch["text_mask"].shape
+        lengths.add(latents.shape[2])
+    assert lengths == {10, 15, 35}
+
+
+def test_what_is_held_out_is_never_trained_on(shards: Path) -> None:
+    source = source_of(shards)
+    held_out = [row for batch in source.held_out_batches(8) for row in batch["latents"].flatten(1)]
+    captions = [text for batch in source.held_out_batches(8) for text in batch["caption"]]
+    assert len(held_out) == len(captions) >= 64 // HELD_OUT and all(captions)
+    for step in range(60):
+        for row in source.batch(step, 0, 1)["latents"].flatten(1):
+            assert not any(len(row) == len(other) and torch.equal(row, other) for other in held_out)
+
+
+def test_a_share_of_the_data_is_its_first_shards(shards: Path) -> None:
+    half, whole = source_of(shards).share(0.5), source_of(shards)
+    rows = {int(row) for step in range(50) for row in half.batch(step, 0, 1)["clip_id"]}
+    assert half.shards == 1
+    assert max(rows) < max(int(row) for step in range(50) for row in whole.batch(step, 0, 1)["clip_id"])
+
+
+def test_a_mix_that_cannot_be_read_is_named() -> None:
+    assert Mix.parse("simple:2,3=0.8") == Mix("simple", (2, 3), 0.8)
+    with pytest.raises(ValueError, match="--mix simple: expected GRADE"):
+        Mix.parse("simple")
