@@ -16,24 +16,28 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, one_line, read_object, whole_folder, write_json
 from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.models.ar import ArTransformer, load_ar
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.models.dit import STDiT3, load_dit
+from arlon_ray.models.quantised import quantise
 from arlon_ray.models.text import TextEncoder, load_text_encoder, text_identity
 from arlon_ray.models.vae import VideoVAE, load_vae
 from arlon_ray.precision import NOTE, arithmetic, falls_back
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 MANIFEST = "bundle.json"
 #: Where each part lies, and its kind.
@@ -111,10 +115,11 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of all that a video depends on beside its request: every part, the text encoder, the sizes."""
+        """sha256 (hex) of all that a video depends on beside its request: all parts, text encoder, sizes, precision."""
         parts = {name: artifact.fingerprint for name, artifact in self.artifacts.items()}
         sizes = config_fingerprint(self.config.video, self.config.segment)
-        return hashlib.sha256(json.dumps([parts, self.text_identity, sizes], sort_keys=True).encode()).hexdigest()
+        all_of_it = [parts, self.text_identity, sizes, self.config.precision]
+        return hashlib.sha256(json.dumps(all_of_it, sort_keys=True).encode()).hexdigest()
 
     @property
     def guided(self) -> bool:
@@ -152,19 +157,27 @@ class Bundle:
     @cached_property
     def ar(self) -> ArTransformer:
         """The autoregressive transformer."""
-        return load_ar(self._part("ar"), self.device, self._dtype)
+        return self._loaded(load_ar, "ar")
 
     @cached_property
     def dit(self) -> STDiT3:
         """The guided diffusion transformer."""
-        return load_dit(self._part("dit"), self.device, self._dtype)
+        return self._loaded(load_dit, "dit")
 
     @cached_property
     def baseline(self) -> STDiT3:
         """The text-only diffusion transformer; the guided one (used without tokens) if the bundle has no other."""
         if "dit_base" not in self.artifacts:
             return self.dit
-        return load_dit(self._part("dit_base"), self.device, self._dtype)
+        return self._loaded(load_dit, "dit_base")
+
+    def _loaded(self, load: Callable[[Path, torch.device, torch.dtype], M], name: str) -> M:
+        """A part in the precision that the configuration asks for."""
+        if self.config.precision != "int8":
+            return load(self._part(name), self.device, self._dtype)
+        # the device never holds it whole
+        quantise(model := load(self._part(name), torch.device("cpu"), self._dtype))
+        return model.to(self.device)
 
     def _part(self, name: str) -> Path:
         """Raises ArtifactError if the bundle is text-only and the part belongs to guidance."""

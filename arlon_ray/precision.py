@@ -18,14 +18,18 @@ def _cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def falls_back(precision: Precision, device: torch.device | str) -> bool:
+#: Of models that make videos: int8 computes in bf16 with weights of 8 bits (`arlon_ray.models.quantised`).
+Weights = Literal["fp32", "bf16", "int8"]
+
+
+def falls_back(precision: Weights, device: torch.device | str) -> bool:
     """Whether bf16 is asked for on a CPU that has only emulation for it."""
-    return precision == "bf16" and torch.device(device).type == "cpu" and not _cpu_has_bf16()
+    return precision != "fp32" and torch.device(device).type == "cpu" and not _cpu_has_bf16()
 
 
-def arithmetic(precision: Precision, device: torch.device | str) -> torch.dtype:
+def arithmetic(precision: Weights, device: torch.device | str) -> torch.dtype:
     """The type to compute in: what `precision` asks for, but float32 where `falls_back`."""
-    return torch.bfloat16 if precision == "bf16" and not falls_back(precision, device) else torch.float32
+    return torch.bfloat16 if precision != "fp32" and not falls_back(precision, device) else torch.float32
 
 
 #: Dense bf16 operations a second, by a part of the GPU's name (makers' data sheets).

@@ -3,17 +3,20 @@
 `python jobs/pack_weights.py --bundle runs/tiny/bundle --output weights/tiny`
 
 VAE and codecs stay as they are: their fingerprints are what everything else was trained on. Lineage stays, too.
+`--precision int8` makes a bundle whose AR and DiT are used with weights of 8 bits: for GPUs with little memory.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from arlon_ray.artifact import save_artifact
 from arlon_ray.bundle import Bundle, save_bundle
+from arlon_ray.precision import Weights
 from jobs.command_line import InputError, existing, parser, run
 from jobs.generate import open_bundle
 
@@ -21,8 +24,12 @@ HALVED = ("ar", "dit")
 LEFT_OUT = ("dit_base",)
 
 
-def pack(bundle: Bundle, output: Path) -> Path:
-    """Write the small bundle to `output`. What is there besides the bundle's own files (a README) stays."""
+def pack(bundle: Bundle, output: Path, precision: Weights | None = None) -> Path:
+    """Write the small bundle to `output`. What is there besides the bundle's own files (a README) stays.
+
+    `precision`: what its AR and DiT are used in, if not as before.
+    """
+    config = bundle.config.model_copy(update={"precision": precision or bundle.config.precision})
     keep = {path.name: path.read_bytes() for path in output.glob("*.md")} if output.is_dir() else {}
     with tempfile.TemporaryDirectory(prefix="arlon-pack-") as folder:
         parts = {}
@@ -42,7 +49,7 @@ def pack(bundle: Bundle, output: Path) -> Path:
                     key=lineage.key,
                     dtype=torch.float16,
                 ).path
-        save_bundle(output, bundle.config, parts, bundle.text_identity)
+        save_bundle(output, config, parts, bundle.text_identity)
     for name, text in keep.items():
         (output / name).write_bytes(text)
     return output
@@ -52,11 +59,12 @@ def main() -> None:
     """Command line."""
     flags = parser(__doc__ or "", output="weights/tiny", config=False)
     flags.add_argument("--bundle", required=True, metavar="DIR", help="model bundle")
+    flags.add_argument("--precision", choices=get_args(Weights), help="that it is used in (default: as before)")
     arguments = flags.parse_args()
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
     if not bundle.guided:
         raise InputError(f"--bundle {bundle.path}: is text-only; expected a guided bundle")
-    output = pack(bundle, Path(arguments.output).expanduser().absolute())
+    output = pack(bundle, Path(arguments.output).expanduser().absolute(), arguments.precision)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB")
 

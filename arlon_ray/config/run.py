@@ -18,6 +18,7 @@ from arlon_ray.config.models import (
     VqvaeConfig,
 )
 from arlon_ray.config.vae import VaeConfig
+from arlon_ray.precision import Weights
 
 
 class ClusterConfig(Section):
@@ -43,10 +44,15 @@ class ClusterConfig(Section):
         return range(self.num_workers, (self.max_workers or self.num_workers) + 1)
 
 
+#: How the flow is followed: arlon_ray/diffusion/solvers.py.
+Solver = Literal["euler", "midpoint", "heun", "ab2", "dpm2m"]
+
+
 class SamplingConfig(Section):
     """How a video is made."""
 
     steps: int = Field(8, ge=1, description="denoising steps")
+    solver: Solver = Field("euler", description="midpoint and heun evaluate the DiT twice a step, the others once")
     guidance_scale: float = Field(2.0, ge=0, description="text guidance of the DiT")
     token_guidance_scale: float = Field(1.0, ge=0, description="token guidance of the DiT; 1 costs nothing")
     start: float = Field(
@@ -64,6 +70,11 @@ class SamplingConfig(Section):
     )
     baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
     negative_prompt: str = Field("", description="what the text guidance leads away from, instead of from no text")
+
+    @property
+    def evaluations(self) -> int:
+        """How often the DiT is evaluated for a segment."""
+        return {"midpoint": 2 * self.steps, "heun": 2 * self.steps - 1}.get(self.solver, self.steps)
 
 
 class DeploymentConfig(Section):
@@ -161,7 +172,9 @@ class Config(Section):
     name: str = "custom"
     seed: int = Field(0, ge=0, lt=10**9)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the AR and the DiT when videos are made")
+    precision: Weights = Field(
+        "fp32", description="of the AR and the DiT when videos are made; int8: bf16 with weights of 8 bits, by torchao"
+    )
     video: VideoConfig = VideoConfig()
     segment: SegmentConfig = SegmentConfig()
     vae: VaeConfig = VaeConfig()
