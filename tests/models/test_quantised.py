@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from arlon_ray.artifact import ArtifactError
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.generation import VideoGenerator, default_options
-from arlon_ray.models.quantised import quantise, weight_bytes
+from arlon_ray.models.quantised import Int8Linear, quantise, weight_bytes
 from jobs.pack_weights import pack
-from tests.bundles import make_random_bundle
 
 BOX = Path(__file__).parents[2] / "weights" / "tiny"
 
@@ -35,6 +32,18 @@ def test_blocks_take_a_quarter_of_float32(packed: Bundle) -> None:
         assert sum(m.weight.numel() for m in linears) > 0.8 * sum(p.numel() for p in whole.parameters())
 
 
+def test_a_layer_is_what_its_weights_are() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 32)
+    small, x = Int8Linear(layer), torch.randn(5, 48)
+    expected = nn.functional.linear(x, small.in_full(), layer.bias)
+    assert torch.allclose(small(x), expected, atol=1e-5)
+    assert torch.allclose(small(x), layer(x), atol=0.02) and not torch.equal(small(x), layer(x))
+    zeros = nn.Linear(4, 3)
+    nn.init.zeros_(zeros.weight)
+    assert torch.equal(Int8Linear(zeros)(torch.ones(1, 4))[0], zeros.bias)
+
+
 def test_a_quantised_weight_is_off_by_at_most_half_a_level() -> None:
     class Model(nn.Module):
         block_lists = ("blocks",)
@@ -47,7 +56,7 @@ def test_a_quantised_weight_is_off_by_at_most_half_a_level() -> None:
     model = Model()
     before, head = model.blocks[0].weight.detach().clone(), model.head.weight.detach().clone()
     quantise(model)
-    after = model.blocks[0].weight.dequantize()
+    after = model.blocks[0].in_full()
     level = before.abs().amax(1, keepdim=True) / 127
     assert not torch.equal(before, after) and ((before - after).abs() <= level * 0.51).all()
     assert torch.equal(model.head.weight, head)
@@ -66,10 +75,3 @@ def test_videos_are_nearly_the_same_and_the_bundle_is_another(packed: Bundle) ->
     error = np.linalg.norm(coarse - clean) / np.linalg.norm(clean)
     assert 0 < error < 0.05
     assert next(iter(VideoGenerator(packed).generate(prompts, 1, options))).shape == (34, 64, 64, 3)
-
-
-def test_without_torchao_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    bundle = load_bundle(make_random_bundle(tmp_path / "bundle", "precision=int8"))
-    with pytest.raises(ArtifactError, match=r"needs torchao: pip install 'arlon-ray\[int8\]'"):
-        _ = bundle.dit
