@@ -31,6 +31,7 @@ from arlon_ray.config.run import (
     GatesConfig,
     SamplingConfig,
     ServeConfig,
+    Solver,
     TrackingConfig,
 )
 from arlon_ray.config.training import TrainingConfig
@@ -54,6 +55,7 @@ __all__ = [
     "SamplingConfig",
     "SegmentConfig",
     "ServeConfig",
+    "Solver",
     "SpatialVaeConfig",
     "TemporalVaeConfig",
     "TextConfig",

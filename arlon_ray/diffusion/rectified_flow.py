@@ -1,4 +1,4 @@
-"""Rectified flow as in Open-Sora v1.2: straight paths from data (time 0) to noise (time 1000), Euler sampling.
+"""Rectified flow as in Open-Sora v1.2: straight paths from data (time 0) to noise (time 1000).
 
 x_t = (1 − t)·x0 + t·noise with t = time/1000; the model learns the velocity x0 − noise.
 Legend: B batch, C latent channels, t×h×w latent grid.
@@ -7,7 +7,6 @@ Legend: B batch, C latent channels, t×h×w latent grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,50 +55,6 @@ def add_noise(x0_BCthw: Tensor, noise_BCthw: Tensor, time_B: Tensor) -> Tensor:
 
 
 def schedule(steps: int, ratio: float, start: float = 1.0) -> list[float]:
-    """Times of `steps` Euler steps from `start` (1: pure noise) on, noisiest first; the last step ends at 0."""
+    """Times of `steps` steps from `start` (1: pure noise) on, noisiest first; the last step ends at 0."""
     times = torch.tensor([start * (1.0 - i / steps) * NUM_TIMES for i in range(steps)], dtype=torch.float64)
     return transform_time(times, ratio).tolist()
-
-
-class EulerPath:
-    """One sample on its way from noise to data, a step at a time: `x` [B, C, t, h, w] is where it is.
-
-    `frozen` = (mask [B, t] bool, True: a frame to make; latents [B, C, t, h, w] of the frames that are given).
-    """
-
-    def __init__(self, noise_BCthw: Tensor, times: list[float], frozen: tuple[Tensor, Tensor] | None = None) -> None:
-        self.x, self.times, self.step = noise_BCthw, times, 0
-        self._to_make: Tensor | None = None
-        if frozen is not None:
-            self._to_make = frozen[0][:, None, :, None, None]
-            self.x = torch.where(self._to_make, self.x, frozen[1])
-
-    @property
-    def ended(self) -> bool:
-        """Whether `x` is data."""
-        return self.step == len(self.times)
-
-    @property
-    def time_B(self) -> Tensor:
-        """The time of `x`, for each sample of it."""
-        return self.x.new_full((len(self.x),), self.times[self.step])
-
-    def advance(self, velocity_BCthw: Tensor) -> None:
-        """Go one step, with the velocity at `x` and its time."""
-        time, self.step = self.times[self.step], self.step + 1
-        following = 0.0 if self.ended else self.times[self.step]
-        x_next = self.x + velocity_BCthw * ((time - following) / NUM_TIMES)
-        self.x = x_next if self._to_make is None else torch.where(self._to_make, x_next, self.x)
-
-
-def euler_sample(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    noise_BCthw: Tensor,
-    times: list[float],
-    frozen: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Follow `velocity(x, time [B])` from noise to data. Returns [B, C, t, h, w]; see `EulerPath`."""
-    path = EulerPath(noise_BCthw, times, frozen)
-    while not path.ended:
-        path.advance(velocity(path.x, path.time_B))
-    return path.x

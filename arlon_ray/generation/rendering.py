@@ -15,7 +15,8 @@ from torch import Tensor
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
-from arlon_ray.diffusion.rectified_flow import EulerPath, add_noise, schedule, time_ratio
+from arlon_ray.diffusion.rectified_flow import add_noise, schedule, time_ratio
+from arlon_ray.diffusion.solvers import FlowPath
 from arlon_ray.generation.batching import Member, run_alone
 from arlon_ray.generation.guidance import GuidedVelocity, Together, guided_velocity, velocities
 from arlon_ray.generation.options import GenerationOptions
@@ -52,13 +53,13 @@ def _given_latents(name: str, latents: np.ndarray | None, sizes: tuple[int, int,
 
 
 class Denoising(Member[SegmentLatents]):
-    """One segment on its way from noise to latents. `on_step(i)` is called before each step and may raise."""
+    """One segment on its way from noise to latents. `on_step(i)` is called before each evaluation and may raise."""
 
     def __init__(
         self,
         index: int,
         field: GuidedVelocity,
-        path: EulerPath,
+        path: FlowPath,
         new: slice,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
@@ -69,7 +70,7 @@ class Denoising(Member[SegmentLatents]):
         """Whether it goes on: it may be stopped."""
         try:
             if self.on_step is not None:
-                self.on_step(self.path.step)
+                self.on_step(self.path.evaluations)
         except Exception as error:
             self.error = error
         return self.error is None
@@ -86,7 +87,10 @@ class Denoising(Member[SegmentLatents]):
 
 
 class DenoisingBatch:
-    """A `Batch` of segments: those of one kind (`GuidedVelocity.kind`) share the forward pass of a step."""
+    """A `Batch` of segments: those of one kind (`GuidedVelocity.kind`) share a forward pass.
+
+    A step of it is one evaluation of each, whichever its solver, and whichever step of its own that is part of.
+    """
 
     def __init__(self, most: int = 1) -> None:
         self.most, self.members = most, list[Denoising]()
@@ -159,8 +163,8 @@ class DiTRenderer:
         `overlap` is what the segment before ended with, or what the first one starts from (`Given`; None: nothing), at
         most the overlap's o latents. `after` [C, m, h, w], whole groups, is what comes behind the segment, where that
         is there already: then the tokens are those of t + m latents. Both stay exactly as they are, and are not part of
-        what is returned. `on_step(i)` is called before every denoising step and may raise. Raises ValueError on shapes
-        that do not fit, and FloatingPointError if what was made is not finite.
+        what is returned. `on_step(i)` is called before every evaluation of the DiT (`options.evaluations`) and may
+        raise. Raises ValueError on shapes that do not fit, and FloatingPointError if what was made is not finite.
         """
         request = self.rendering(prompt, tokens, overlap, seed, index, options, on_step, after)
         return run_alone(DenoisingBatch(), request)
@@ -207,7 +211,7 @@ class DiTRenderer:
             if coarse is None:
                 raise ValueError(f"start={options.start}: the baseline has no tokens to start from; expected 1")
             noise = add_noise(coarse, noise, noise.new_full((1,), times[0]))
-        path = EulerPath(noise, times, (noisy, given))
+        path = FlowPath(noise, times, (noisy, given), options.solver)
         return (yield Denoising(index, field, path, slice(kept, segment.latents), on_step))
 
     def _encoded(self, text: SegmentText, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arlon_ray.config import InjectionConfig, TemporalVaeConfig
-from arlon_ray.diffusion.rectified_flow import euler_sample, latents_for_time, schedule, time_ratio
+from arlon_ray.diffusion.rectified_flow import latents_for_time, schedule, time_ratio
+from arlon_ray.diffusion.solvers import sample_flow
 from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.models.dit import STDiT3
@@ -142,7 +143,7 @@ def _sample_error(path: Path, raw: dict[str, Any], injection: bool) -> float:
         text = (data["y"].flatten(0, 1)[i : i + 1], data["mask"][i : i + 1].bool())
         grid: Any = tuple(noise.shape[2:])
         velocity = guided_velocity(model, grid, text, coarse, None, float(raw["fps"]), size, options)
-        errors.append(_distance(euler_sample(velocity, noise, times), data["out"][i : i + 1]))
+        errors.append(_distance(sample_flow(velocity, noise, times), data["out"][i : i + 1]))
     return _largest(errors)
 
 

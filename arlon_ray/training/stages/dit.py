@@ -21,7 +21,8 @@ from arlon_ray.artifact import LINEAGE, Artifact, ArtifactError, load_artifact, 
 from arlon_ray.bundle import MANIFEST, PARTS
 from arlon_ray.config import GROUP_LATENTS, Config
 from arlon_ray.diffusion.frame_masks import sample_noisy
-from arlon_ray.diffusion.rectified_flow import add_noise, euler_sample, sample_times, schedule, time_ratio
+from arlon_ray.diffusion.rectified_flow import add_noise, sample_times, schedule, time_ratio
+from arlon_ray.diffusion.solvers import sample_flow
 from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import default_options
 from arlon_ray.models.ar import load_ar
@@ -192,7 +193,7 @@ class DitStage:
             velocity = guided_velocity(objective.dit, grid, text, guide, None, video.fps, size, options)
             drawn = torch.Generator(device=device).manual_seed(self.seed + i)
             noise = torch.randn(x0[:1].shape, generator=drawn, device=device)
-            sampled.append(euler_sample(velocity, noise, schedule(options.steps, ratio)))
+            sampled.append(sample_flow(velocity, noise, schedule(options.steps, ratio), solver=options.solver))
         return comparison(*(look(latents, self.paths.vae) for latents in (x0[:PICTURED], torch.cat(sampled))))
 
     def export(self, objective: nn.Module, path: Path, *, metrics: dict[str, float], key: str) -> Artifact:
