@@ -122,6 +122,24 @@ def muon_update(grad: Tensor, momentum: Tensor, beta: float = MUON_MOMENTUM, **_
     return (orthogonalized(update) * math.sqrt(max(1.0, rows / columns))).view_as(grad)
 
 
+def muon_updates(grads: Sequence[Tensor], momenta: Sequence[Tensor], beta: float = MUON_MOMENTUM) -> list[Tensor]:
+    """`muon_update` of many weights: those of one shape together, and nothing waits for the device.
+
+    For GPUs, where the small products of one weight cost their launches: ten times fewer of them.
+    """
+    torch._foreach_lerp_(list(momenta), list(grads), 1 - beta)
+    ahead = torch._foreach_lerp(list(grads), list(momenta), beta)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, each in enumerate(ahead):
+        alike.setdefault((each.shape[0], each[0].numel()), []).append(number)
+    updates = list(ahead)
+    for (rows, columns), numbers in alike.items():
+        stacked = orthogonalized(torch.stack([ahead[number].flatten(1) for number in numbers]))
+        for number, update in zip(numbers, stacked * math.sqrt(max(1.0, rows / columns)), strict=True):
+            updates[number] = update.view_as(ahead[number])
+    return updates
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for one process. torch.optim.Muon takes matrices only; this one takes convolution weights as well."""
 
@@ -132,13 +150,17 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step from the gradients that are there."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                update = muon_update(parameter.grad, state["momentum_buffer"], group["momentum"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            if parameters and all(parameter.is_cuda for parameter in parameters):
+                updates = muon_updates(gradients, momenta, group["momentum"])
+            else:
+                updates = [muon_update(g, m, group["momentum"]) for g, m in zip(gradients, momenta, strict=True)]
+            for parameter, update in zip(parameters, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"])
 

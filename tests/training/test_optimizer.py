@@ -9,6 +9,7 @@ from arlon_ray.training.optimizer import (
     build_optimizers,
     learning_rate_scale,
     muon_update,
+    muon_updates,
     orthogonalized,
     parameter_groups,
 )
@@ -86,6 +87,17 @@ def test_nan_gradient_leaves_the_momentum_alone():
     momentum = torch.ones(4, 4)
     assert muon_update(torch.full((4, 4), float("nan")), momentum).isnan().all()
     assert torch.equal(momentum, torch.ones(4, 4))
+
+
+def test_many_weights_at_once_step_as_each_alone():
+    torch.manual_seed(0)
+    shapes = [(16, 16), (16, 48), (16, 16), (48, 16), (16, 3, 4, 4), (16, 48)]
+    grads, momenta = [torch.randn(shape) for shape in shapes], [torch.randn(shape) for shape in shapes]
+    alone_momenta = [momentum.clone() for momentum in momenta]
+    alone = [muon_update(grad, momentum) for grad, momentum in zip(grads, alone_momenta, strict=True)]
+    together = muon_updates(grads, momenta)
+    for one, other in zip([*alone, *alone_momenta], [*together, *momenta], strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, atol=2e-5)
 
 
 def test_muon_fits_a_convolution_and_decays():
