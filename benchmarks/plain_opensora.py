@@ -11,6 +11,7 @@ Legend: B batch, C latent channels, t×h×w latent grid, T×S tokens, D hidden s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -21,8 +22,10 @@ from torch.nn import functional as F
 from arlon_ray.models.dit import STDiT3, STDiT3Block
 from arlon_ray.models.layers import CrossAttention, RMSNorm, SelfAttention
 
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The non-flash path of Open-Sora's `Attention.forward`."""
     dtype = q.dtype
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -44,7 +47,9 @@ def rotated(x_BAND: Tensor, freqs: Tensor) -> Tensor:
     return x_BAND * angles.cos().to(x_BAND.dtype) + half * angles.sin().to(x_BAND.dtype)
 
 
-def self_attention(layer: SelfAttention, x_BNC: Tensor, freqs: Tensor | None, places: int = 1) -> Tensor:
+def self_attention(
+    layer: SelfAttention, attention: Attention, x_BNC: Tensor, freqs: Tensor | None, places: int = 1
+) -> Tensor:
     """Queries, keys, values, norms, positions (each holds for `places` neighbouring tokens), attention, projection."""
     batch, count, dim = x_BNC.shape
     qkv = layer.qkv(x_BNC).view(batch, count, 3, layer.heads, dim // layer.heads).permute(2, 0, 3, 1, 4)
@@ -59,7 +64,7 @@ def self_attention(layer: SelfAttention, x_BNC: Tensor, freqs: Tensor | None, pl
     return layer.proj(attention(q, k, v).transpose(1, 2).reshape(batch, count, dim))
 
 
-def cross_attention(layer: CrossAttention, x_BNC: Tensor, text_BLC: Tensor) -> Tensor:
+def cross_attention(layer: CrossAttention, attention: Attention, x_BNC: Tensor, text_BLC: Tensor) -> Tensor:
     """Keys and values of the text are made here, at every step of every layer."""
     q = rearrange(layer.q_linear(x_BNC), "b n (a d) -> b a n d", a=layer.heads)
     k, v = rearrange(layer.kv_linear(text_BLC), "b l (two a d) -> two b a l d", two=2, a=layer.heads)
@@ -77,7 +82,14 @@ def chosen(noisy_BT: Tensor | None, noisy: Tensor, clean: Tensor) -> Tensor:
 
 
 def block(
-    layer: STDiT3Block, x_BTSD: Tensor, text: Tensor, t: Tensor, t0: Tensor, noisy_BT: Tensor | None, freqs: Tensor
+    layer: STDiT3Block,
+    attention: Attention,
+    x_BTSD: Tensor,
+    text: Tensor,
+    t: Tensor,
+    t0: Tensor,
+    noisy_BT: Tensor | None,
+    freqs: Tensor,
 ) -> Tensor:
     """STDiT3Block.forward, conditioning frames modulated apart and then chosen, as `x_mask` does."""
     batch, frames, places, _ = x_BTSD.shape
@@ -89,16 +101,16 @@ def block(
     clean = parts(t0)
     y = chosen(noisy_BT, modulated(x_BTSD, shift1, scale1), modulated(x_BTSD, clean[0], clean[1]))
     if layer.joint:
-        y = self_attention(layer.attn, rearrange(y, "b t s d -> b (t s) d"), freqs, places)
+        y = self_attention(layer.attn, attention, rearrange(y, "b t s d -> b (t s) d"), freqs, places)
         y = rearrange(y, "b (t s) d -> b t s d", t=frames)
     elif layer.temporal:
-        y = self_attention(layer.attn, rearrange(y, "b t s d -> (b s) t d"), freqs)
+        y = self_attention(layer.attn, attention, rearrange(y, "b t s d -> (b s) t d"), freqs)
         y = rearrange(y, "(b s) t d -> b t s d", b=batch)
     else:
-        y = self_attention(layer.attn, rearrange(y, "b t s d -> (b t) s d"), None)
+        y = self_attention(layer.attn, attention, rearrange(y, "b t s d -> (b t) s d"), None)
         y = rearrange(y, "(b t) s d -> b t s d", b=batch)
     x = x_BTSD + chosen(noisy_BT, gate1 * y, clean[2] * y)
-    x = x + cross_attention(layer.cross_attn, x.flatten(1, 2), text).view_as(x)
+    x = x + cross_attention(layer.cross_attn, attention, x.flatten(1, 2), text).view_as(x)
     y = chosen(noisy_BT, modulated(x, shift2, scale2), modulated(x, clean[3], clean[4]))
     y = layer.mlp.fc2(F.gelu(layer.mlp.fc1(y), approximate="tanh"))
     return x + chosen(noisy_BT, gate2 * y, clean[5] * y)
@@ -148,6 +160,7 @@ def forward(
     size: tuple[int, int],
     noisy_Bt: Tensor | None = None,
     coarse_BCthw: Tensor | None = None,
+    attention: Attention = naive_attention,
 ) -> Tensor:
     """STDiT3.forward: [B, C or 2C, t, h, w] in float32. All texts have the same number of real tokens (`mask`)."""
     config, dtype = dit.config, dit.final_layer.linear.weight.dtype
@@ -170,7 +183,7 @@ def forward(
         if coarse is not None:
             x = injected(dit, number, x, coarse)
         for layer in pair:
-            x = block(layer, x, text, t, t0, noisy_BT, dit.rope.freqs)  # type: ignore[arg-type]
+            x = block(layer, attention, x, text, t, t0, noisy_BT, dit.rope.freqs)  # type: ignore[arg-type]
     final = dit.final_layer
 
     def last(x: Tensor, time_BD: Tensor) -> Tensor:
@@ -194,6 +207,7 @@ def guided_step(
     guidance_scale: float,
     noisy_1t: Tensor | None = None,
     coarse_1Cthw: Tensor | None = None,
+    attention: Attention = naive_attention,
 ) -> Tensor:
     """The velocity [1, C, t, h, w] under text guidance: v(null) + s·(v(text) − v(null)), the two as one batch."""
     values, mask = text
@@ -208,6 +222,7 @@ def guided_step(
         size,
         None if noisy_1t is None else torch.cat([noisy_1t, noisy_1t]),
         None if coarse_1Cthw is None else torch.cat([coarse_1Cthw, coarse_1Cthw]),
+        attention,
     )
     with_text, without = output.chunk(2, dim=1)[0].chunk(2) if dit.config.pred_sigma else output.chunk(2)
     return without + guidance_scale * (with_text - without)

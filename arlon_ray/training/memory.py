@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, CodecConfig, Config, TrainingConfig
@@ -93,7 +94,8 @@ def step_flops(config: Config, stage: str) -> int:
     Without those of frozen parts and of blocks that are computed again: what model FLOPs utilisation is reckoned from.
     """
     counter = FlopCounterMode(display=False)
-    with FakeTensorMode():
+    # the counter knows nothing of the CPU's fused attention
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         probe = probe_of(config, stage, 1)
         with counter:
             probe.loss().backward()
