@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from arlon_ray.generation.sampling import Sampling, SamplingBatch
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import SegmentText, prompts_in
 from arlon_ray.models.ar import frame_times
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ArPlanner:
         self.text, self.model, self.codec = bundle.text, bundle.ar, bundle.codec
         height, width = bundle.config.latent_grid
         self.group_grid = self.codec.grid(GROUP_LATENTS, height, width)
+        self._unused: list[SamplingBatch] = []
 
     @classmethod
     def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> ArPlanner:
@@ -74,9 +78,9 @@ class ArPlanner:
         tokens. `planned` are the tokens int32 [t', h', w'] of the first segments, where those are there already: only
         what follows is planned, as if all had been planned in one go. Raises ValueError for tokens that do not fit.
         """
-        plan, batch = self.begin(prompts, seed, options, on_token, given, planned), self.batch()
+        plan = self.begin(prompts, seed, options, on_token, given, planned)
         for _ in range(len(planned), len(prompts)):
-            yield run_alone(batch, plan.segment())
+            yield self._alone(plan.segment())
 
     def begin(
         self,
@@ -94,6 +98,18 @@ class ArPlanner:
         """What plans of at most so many videos share. Its memory is taken at once."""
         t, h, w = self.model.block_grid((self.config.ar_window_groups * self.group_grid[0], *self.group_grid[1:]))
         return SamplingBatch(self.model, self.config.text.max_tokens + t * h * w, most)
+
+    def _alone(self, request: Generator[Sampling, Any, T]) -> T:
+        """`run_alone` in a batch that is kept for the next time: weights laid out, graphs captured."""
+        try:
+            batch = self._unused.pop()  # in one go, for another thread may plan as well
+        except IndexError:
+            batch = self.batch()
+        try:
+            return run_alone(batch, request)
+        finally:
+            if not batch.members:
+                self._unused.append(batch)
 
     def check(self, planned: Sequence[np.ndarray], segments: int) -> None:
         """Raises ValueError for tokens that are not those of the first of so many segments."""
@@ -152,7 +168,7 @@ class ArPlanner:
         begin: Beginning | None = None,
     ) -> Tensor:
         """`going_on` alone."""
-        return run_alone(self.batch(), self.going_on(before, texts, seed, index, options, begin=begin))
+        return self._alone(self.going_on(before, texts, seed, index, options, begin=begin))
 
     @torch.no_grad()
     def going_on(

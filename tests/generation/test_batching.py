@@ -167,14 +167,14 @@ def test_videos_are_planned_as_if_alone(generator: VideoGenerator, threads: int)
     torch.set_num_threads(threads)
     try:
         batch = generator.planner.batch(5)
-        memory = batch.cache.values.data_ptr(), batch.cache.values.shape
+        memory = batch.decoder.cache.values.data_ptr(), batch.decoder.cache.values.shape
         for seed in range(2 if threads == 1 else 1):
             asked = plans(generator, seed)
             alone = [[plan.tokens for plan in generator.planner.plan(*each)] for each in asked]
             arrivals = np.random.default_rng(seed).integers(0, 20, len(asked)).tolist()
             for one, other in zip(alone, planned_in(batch, generator, asked, arrivals), strict=True):
                 assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-        assert (batch.cache.values.data_ptr(), batch.cache.values.shape) == memory and batch.rows == 0
+        assert (batch.decoder.cache.values.data_ptr(), batch.decoder.cache.values.shape) == memory and batch.rows == 0
     finally:
         torch.set_num_threads(before)
 
@@ -246,7 +246,7 @@ def test_what_the_transformer_makes_of_a_row_does_not_depend_on_the_batch() -> N
         seen = []
         while not followed.ended:
             first = sum(member.rows for member in batch.members[: batch.members.index(followed)])
-            seen.append(batch._state[first : first + followed.rows].clone())
+            seen.append(batch.decoder.state[first : first + followed.rows].clone())
             batch.step()
         return seen
 
@@ -267,5 +267,5 @@ def test_a_batch_has_room_for_so_many(generator: VideoGenerator) -> None:
         assert batch.has_room()
         batch.join(next(renderer.rendering(*each)))
     assert not batch.has_room()
-    sizes = {most: generator.planner.batch(most).cache.values.shape[2] for most in (1, 2, 8)}
-    assert sizes == {1: 4, 2: 4, 8: 16}
+    sizes = {most: generator.planner.batch(most).decoder.cache.values.shape[2] for most in (1, 2, 8)}
+    assert sizes == {1: 2, 2: 4, 8: 16}

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from arlon_ray.config import ArConfig, SamplingConfig
+from arlon_ray.generation.decoder import Choice, draw
 from arlon_ray.generation.options import GenerationOptions, default_options
-from arlon_ray.generation.sampling import Choice, draw, sample_tokens
+from arlon_ray.generation.sampling import sample_tokens
 from arlon_ray.models.ar import ArTransformer, frame_times
 
 GRID = (4, 2, 3)
