@@ -55,6 +55,14 @@ class SamplingConfig(Section):
     solver: Solver = Field("euler", description="midpoint and heun evaluate the DiT twice a step, the others once")
     guidance_scale: float = Field(2.0, ge=0, description="text guidance of the DiT")
     token_guidance_scale: float = Field(1.0, ge=0, description="token guidance of the DiT; 1 costs nothing")
+    guidance_low: float = Field(
+        0.0, ge=0, le=1, description="below this time (0: data) the DiT has no guidance; saves its evaluations"
+    )
+    guidance_high: float = Field(1.0, ge=0, le=1, description="above this time (1: noise) the DiT has no guidance")
+    cache_layers: int = Field(
+        0, ge=0, description="so many of the DiT's last layers are computed every cache_every-th evaluation; 0: always"
+    )
+    cache_every: int = Field(2, ge=1, description="in between, what these layers added before is added again")
     start: float = Field(
         1.0, gt=0, le=1, description="noise that sampling starts from; below 1 the rest is the latent of the tokens"
     )
@@ -70,6 +78,12 @@ class SamplingConfig(Section):
     )
     baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
     negative_prompt: str = Field("", description="what the text guidance leads away from, instead of from no text")
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> SamplingConfig:
+        if self.guidance_low > self.guidance_high:
+            raise ValueError(f"guidance_low={self.guidance_low} is above guidance_high={self.guidance_high}")
+        return self
 
     @property
     def evaluations(self) -> int:
@@ -194,6 +208,10 @@ class Config(Section):
         if self.dit.in_channels != self.vae.latent_channels:
             raise ValueError(
                 f"dit.in_channels={self.dit.in_channels} must equal vae.latent_channels={self.vae.latent_channels}"
+            )
+        if self.sampling.cache_layers >= self.dit.depth:
+            raise ValueError(
+                f"sampling.cache_layers={self.sampling.cache_layers} must be below dit.depth={self.dit.depth}"
             )
         if self.dit.caption_channels != self.text.dim:
             raise ValueError(f"dit.caption_channels={self.dit.caption_channels} must equal text.dim={self.text.dim}")

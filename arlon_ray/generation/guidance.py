@@ -6,13 +6,15 @@ Legend: C latent channels, t×h×w latent grid, V texts of a segment, R branches
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from arlon_ray.diffusion.rectified_flow import NUM_TIMES
 from arlon_ray.generation.options import GenerationOptions
-from arlon_ray.models.dit import Condition, STDiT3, TimeFeatures, join_conditions
+from arlon_ray.models.dit import Condition, LateLayers, STDiT3, TimeFeatures, first_samples, join_conditions
 
 Grid = tuple[int, int, int]
 
@@ -28,10 +30,24 @@ class GuidedVelocity:
     terms: list[int]  # how many rows v(text, tokens), v(null, tokens) and v(text) have
     weights: list[float]
     shares_Vt: Tensor | None
+    interval: tuple[float, float] = (0.0, 1.0)  # of time/1000, both ends in it: where there is guidance
 
     @torch.no_grad()
     def __call__(self, x_1Cthw: Tensor, time_1: Tensor) -> Tensor:
-        return velocities(Together([self]), [x_1Cthw], [time_1])[0]
+        # a device is asked for its time only where that matters
+        field = self if self.interval == (0.0, 1.0) else self.at(float(time_1))
+        return velocities(Together([field]), [x_1Cthw], [time_1])[0]
+
+    def at(self, time: float) -> GuidedVelocity:
+        """The field at a time in [0, 1000]: outside of the interval it is v(text, tokens) alone, and costs less."""
+        low, high = self.interval
+        return self if not self.weights or low <= time / NUM_TIMES <= high else self._unguided
+
+    @cached_property
+    def _unguided(self) -> GuidedVelocity:
+        count = self.terms[0]
+        condition = first_samples(self.condition, count)
+        return replace(self, condition=condition, noisy_Rt=self.noisy_Rt[:count], terms=[count], weights=[])
 
     def kind(self) -> tuple[object, ...]:
         """Fields of the same kind can share a forward pass."""
@@ -65,8 +81,30 @@ class Together:
         self.counts = [len(field.noisy_Rt) for field in fields]
 
 
-def velocities(together: Together, xs: Sequence[Tensor], times: Sequence[Tensor]) -> list[Tensor]:
+class StepCache:
+    """One segment's late layers: every `every`-th evaluation computes the last `layers`, the others reuse the latest.
+
+    Evaluations 0, `every`, 2·`every`, … compute them: FORA's fixed interval (Selvaraju et al. 2024) for the residual of
+    the late layers alone. `layers` = 0: nothing is kept, and every evaluation is the plain one.
+    """
+
+    def __init__(self, layers: int, every: int) -> None:
+        self.every, self.late = every, LateLayers(layers) if layers else None
+
+    def at(self, evaluation: int, rows: int) -> LateLayers | None:
+        """What an evaluation of so many rows is given; fewer than before are the first of them."""
+        if self.late is not None and self.late.added is not None:
+            fits = rows <= len(self.late.added) and evaluation % self.every
+            self.late.added = self.late.added[:rows] if fits else None
+        return self.late
+
+
+def velocities(
+    together: Together, xs: Sequence[Tensor], times: Sequence[Tensor], lates: Sequence[LateLayers | None] | None = None
+) -> list[Tensor]:
     """The velocity [1, C, t, h, w] of each field at its x [1, C, t, h, w] and time [1], in one forward pass.
+
+    `lates`: of each field; as many layers for all, and either all of them have something to reuse or none has.
 
     On a CPU each is to the last bit what it is alone: rows of a product of matrices do not depend on each other, and
     what would (few rows, for which there are other kernels) is computed field by field. On a GPU, where kernels are
@@ -77,7 +115,14 @@ def velocities(together: Together, xs: Sequence[Tensor], times: Sequence[Tensor]
     embedded = torch.cat([tokens for tokens, _ in rows])
     features = TimeFeatures(*map(torch.cat, zip(*(features for _, features in rows), strict=True)))
     shape = together.fields[0].shape
-    output = dit.velocity(dit.denoise(embedded, shape, features, together.condition, together.noisy_Rt))
+    kept = [late for late in lates or () if late is not None]
+    late = LateLayers(kept[0].count) if kept else None
+    if late is not None and kept[0].added is not None:
+        late.added = torch.cat([each.added for each in kept if each.added is not None])
+    output = dit.velocity(dit.denoise(embedded, shape, features, together.condition, together.noisy_Rt, late))
+    if late is not None and late.added is not None and kept[0].added is None:
+        for each, part in zip(kept, late.added.split(together.counts), strict=True):
+            each.added = part
     parts = output.split(together.counts)
     return [field.guided(part) for field, part in zip(together.fields, parts, strict=True)]
 
@@ -100,7 +145,8 @@ def guided_velocity(
       + (s_token − 1)·(v(text, tokens) − v(text)).
     With several texts [V, L, E], v(text, ·) of a latent frame is their mean, weighted by `shares_Vt`. `negative`
     [1, L, E] and its mask stand in for the null text. The branches are one batch; a scale of 1 needs no branch.
-    `noisy_1t` marks the frames to make (None: all).
+    `noisy_1t` marks the frames to make (None: all). Outside of the options' interval of times v = v(text, tokens):
+    Kynkäänniemi et al. 2024.
     """
     values, mask = text
     texts = list(range(len(values)))
@@ -128,6 +174,5 @@ def guided_velocity(
         torch.tensor([seen for _, seen in branches], device=values.device),
     )
     noisy = torch.ones(1, latent_shape[0], dtype=torch.bool, device=values.device) if noisy_1t is None else noisy_1t
-    return GuidedVelocity(
-        dit, latent_shape, condition, noisy.expand(count, -1), terms, weights, shares_Vt
-    )  # fmt: skip
+    interval = (options.guidance_low, options.guidance_high)
+    return GuidedVelocity(dit, latent_shape, condition, noisy.expand(count, -1), terms, weights, shares_Vt, interval)

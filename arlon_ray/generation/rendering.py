@@ -18,10 +18,14 @@ from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.diffusion.rectified_flow import add_noise, schedule, time_ratio
 from arlon_ray.diffusion.solvers import FlowPath
 from arlon_ray.generation.batching import Member, run_alone
-from arlon_ray.generation.guidance import GuidedVelocity, Together, guided_velocity, velocities
+from arlon_ray.generation.guidance import GuidedVelocity, StepCache, Together, guided_velocity, velocities
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import SegmentText
+from arlon_ray.models.dit import LateLayers
+
+#: What fields share is kept of so many of the latest sets: intervals and caches make them change from step to step.
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,12 @@ class Denoising(Member[SegmentLatents]):
         field: GuidedVelocity,
         path: FlowPath,
         new: slice,
+        cache: StepCache,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
-        self.index, self.field, self.path, self.new, self.on_step = index, field, path, new, on_step
+        self.index, self.field, self.path, self.new, self.cache = index, field, path, new, cache
+        self.on_step = on_step
 
     def begin_step(self) -> bool:
         """Whether it goes on: it may be stopped."""
@@ -74,6 +80,11 @@ class Denoising(Member[SegmentLatents]):
         except Exception as error:
             self.error = error
         return self.error is None
+
+    def wanted(self) -> tuple[GuidedVelocity, LateLayers | None]:
+        """What is to be evaluated at `path.x`, and its late layers."""
+        field = self.field.at(self.path.time)
+        return field, self.cache.at(self.path.evaluations, len(field.noisy_Rt))
 
     def finish(self) -> None:
         """Take what was made as the result, if there are no more steps to go."""
@@ -94,7 +105,7 @@ class DenoisingBatch:
 
     def __init__(self, most: int = 1) -> None:
         self.most, self.members = most, list[Denoising]()
-        self._together: list[tuple[list[Denoising], Together]] | None = []
+        self._together: dict[tuple[GuidedVelocity, ...], Together] = {}
 
     def has_room(self) -> bool:
         """See Batch."""
@@ -103,12 +114,12 @@ class DenoisingBatch:
     def join(self, member: Denoising) -> None:
         """See Batch."""
         self.members.append(member)
-        self._together = None
+        self._together.clear()
 
     def leave(self, member: Denoising) -> None:
         """See Batch."""
         self.members.remove(member)
-        self._together = None
+        self._together.clear()
 
     @torch.no_grad()
     def step(self) -> list[Denoising]:
@@ -116,14 +127,19 @@ class DenoisingBatch:
         ended = [member for member in self.members if not member.begin_step()]
         for member in ended:
             self.leave(member)
-        if self._together is None:
-            kinds: dict[tuple[object, ...], list[Denoising]] = {}
-            for member in self.members:
-                kinds.setdefault(member.field.kind(), []).append(member)
-            self._together = [(same, Together([member.field for member in same])) for same in kinds.values()]
-        for members, together in self._together:
+        kinds: dict[tuple[object, ...], list[tuple[Denoising, GuidedVelocity, LateLayers | None]]] = {}
+        for member in self.members:
+            field, late = member.wanted()
+            reuse = late and (late.count, late.added is None)
+            kinds.setdefault((*field.kind(), reuse), []).append((member, field, late))
+        for same in kinds.values():
+            members, fields, lates = zip(*same, strict=True)
+            together = self._together.pop(fields, None) or Together(fields)
+            self._together[fields] = together  # the latest last
+            if len(self._together) > _KEPT:
+                del self._together[next(iter(self._together))]
             paths = [member.path for member in members]
-            velocity = velocities(together, [path.x for path in paths], [path.time_B for path in paths])
+            velocity = velocities(together, [p.x for p in paths], [p.time_B for p in paths], lates)
             for member, its in zip(members, velocity, strict=True):
                 member.path.advance(its)
                 member.finish()
@@ -199,6 +215,8 @@ class DiTRenderer:
                 noisy[:, where] = False
         size = (self.config.video.height, self.config.video.width)
         model = self.bundle.baseline if options.baseline else self.dit
+        if options.cache_layers >= (depth := model.config.depth):
+            raise ValueError(f"cache_layers={options.cache_layers}: expected at most {depth - 1} of {depth} layers")
         text, shares = self._encoded(prompt, behind)
         negative = self.text.encode([options.negative_prompt]) if options.negative_prompt else None
         fps = self.config.video.fps
@@ -212,7 +230,8 @@ class DiTRenderer:
                 raise ValueError(f"start={options.start}: the baseline has no tokens to start from; expected 1")
             noise = add_noise(coarse, noise, noise.new_full((1,), times[0]))
         path = FlowPath(noise, times, (noisy, given), options.solver)
-        return (yield Denoising(index, field, path, slice(kept, segment.latents), on_step))
+        cache = StepCache(options.cache_layers, options.cache_every)
+        return (yield Denoising(index, field, path, slice(kept, segment.latents), cache, on_step))
 
     def _encoded(self, text: SegmentText, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Embeddings [V, L, E] and mask [V, L] of a segment's texts, and their shares of each latent frame.

@@ -50,6 +50,30 @@ class TimeFeatures(NamedTuple):
     modulation_BT6D: Tensor  # T = 1: the same for all frames
 
 
+@dataclass
+class LateLayers:
+    """What the last `count` layers added to the tokens, kept from one denoising step for later ones.
+
+    x_out = x_in + added, `added` [B, T, S, D] (with what is injected into these layers; None: still to be computed):
+    it changes less from step to step than the tokens do. Δ-DiT (Chen et al. 2024) keeps the same for its late blocks.
+    """
+
+    count: int
+    added: Tensor | None = None
+
+
+def first_samples(condition: Condition, count: int) -> Condition:
+    """The condition of the first `count` samples alone."""
+    mask = condition.text_mask_BL
+    return Condition(
+        text=[(k[:count], v[:count]) for k, v in condition.text],
+        text_mask_BL=None if mask is None else mask[:count],
+        fps_BD=condition.fps_BD[:count],
+        positions_SD=condition.positions_SD,
+        injection={name: tuple(part[:count] for part in parts) for name, parts in condition.injection.items()},
+    )
+
+
 def join_conditions(conditions: Sequence[Condition]) -> Condition:
     """One condition for the samples of all, one behind the other. All must be of the same size and kind of guidance."""
     first, *others = conditions
@@ -297,10 +321,12 @@ class STDiT3(nn.Module):
         times: TimeFeatures,
         condition: Condition,
         noisy_Bt: Tensor | None,
+        late: LateLayers | None = None,
     ) -> Tensor:
         """What `forward` does behind `embed` and `times`: apart, so that requests of different times can share it.
 
         What it makes of a sample does not depend on the samples beside it; `embed` and `times` do, in the last bits.
+        The layers that are `late` are not computed, but for what they added before, or else leave there what they add.
         """
         patch = self.config.patch_size
         t, h, w = latent_shape
@@ -324,7 +350,14 @@ class STDiT3(nn.Module):
 
         copies = listening_layers(self.config) if BRANCH in condition.injection else range(0)
         branch = x + condition.injection[BRANCH][0].view_as(x) if copies else x
+        first_late = self.config.depth - late.count if late else None
+        entering = x
         for i in range(self.config.depth):
+            if i == first_late and late is not None:
+                entering = x
+                if late.added is not None:
+                    x = x + late.added
+                    break
             if str(i) in condition.injection:
                 injected = self.injection.layers[str(i)](x.flatten(1, 2), condition.injection[str(i)])  # type: ignore[union-attr]
                 x = injected.view_as(x)
@@ -333,6 +366,8 @@ class STDiT3(nn.Module):
                 number = copies.index(i)
                 branch = through(self.config.depth + number, branch)
                 x = x + self._branch.leave(number, branch, condition.injection[BRANCH][1])
+        if late is not None and late.added is None:
+            late.added = x - entering
         patches = self.final_layer(x, times_BD, noisy_BT)
         out = rearrange(
             patches if parallel is None else parallel.gather(patches, 1, frames),
