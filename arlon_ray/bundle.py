@@ -77,7 +77,10 @@ def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path
         if config.text.path is not None:
             shutil.copytree(config.text.path, folder / TEXT, copy_function=_link)
         fingerprints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
-        manifest = {"config": config.model_dump(mode="json"), "parts": fingerprints, "text": text}
+        # how it is served is not what its weights were trained with: defaults stay those of the code that serves it
+        serving = config.serve.model_dump(mode="json", exclude_defaults=True)
+        recorded = {**config.model_dump(mode="json"), "serve": serving}
+        manifest = {"config": recorded, "parts": fingerprints, "text": text}
         write_json(folder / MANIFEST, manifest)
     return Path(path)
 

@@ -18,11 +18,13 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from arlon_ray.bundle import load_bundle
 from arlon_ray.generation import VideoGenerator, default_options
@@ -40,6 +42,7 @@ PROMPTS = [
     for shape in ("circle", "square")
     for side in ("left", "right")
 ]
+PARTS = ("overhead", "together", "load")
 _ORDER = {"queued": 0, "in_progress": 1, "completed": 2, "failed": 2}
 
 
@@ -132,8 +135,9 @@ async def listed(http: httpx.AsyncClient) -> int:
 
 
 async def together(url: str, requests: int, segments: int, runs: int) -> dict[str, Any]:
-    """Seconds of some requests one after another and at the same time, in turns."""
+    """Seconds of some requests one after another and at the same time, in turns, and what processes did meanwhile."""
     seconds: dict[str, list[float]] = {"one_by_one": [], "at_once": []}
+    cpu: dict[str, list[Counter[str]]] = {"one_by_one": [], "at_once": []}
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
 
@@ -144,17 +148,45 @@ async def together(url: str, requests: int, segments: int, runs: int) -> dict[st
                 async for _ in video.aiter_raw():
                     pass
 
-        for turn in range(runs + 1):
-            begin = time.perf_counter()
+        async def one_by_one() -> None:
             for number in range(requests):
                 await one(number)
-            between = time.perf_counter()
+
+        async def at_once() -> None:
             await asyncio.gather(*(one(number) for number in range(requests)))
-            if turn:  # the first of each warms up
-                seconds["one_by_one"].append(between - begin)
-                seconds["at_once"].append(time.perf_counter() - between)
+
+        for turn in range(runs + 1):
+            for way, work in (("one_by_one", one_by_one), ("at_once", at_once)):
+                before, begin = cpu_s(), time.perf_counter()
+                await work()
+                took, after = time.perf_counter() - begin, cpu_s()
+                if turn:  # the first of each warms up
+                    seconds[way].append(took)
+                    cpu[way].append(after - before)
     ratios = [a / b for a, b in zip(seconds["one_by_one"], seconds["at_once"], strict=True)]
-    return {"requests": requests, "segments": segments, **seconds, "faster": statistics.median(ratios)}
+    return {
+        "requests": requests,
+        "segments": segments,
+        **seconds,
+        "faster": statistics.median(ratios),
+        "cpu_s": {
+            way: {name: round(statistics.median(run[name] for run in its), 2) for name in sorted(set().union(*its))}
+            for way, its in cpu.items()
+        },
+    }
+
+
+def cpu_s() -> Counter[str]:
+    """CPU seconds so far of this process and of all that Ray has started here, by what they are."""
+    own = psutil.Process()
+    found: Counter[str] = Counter({"client": sum(own.cpu_times()[:2])})
+    for each in own.children(recursive=True):
+        with suppress(psutil.Error):
+            command = each.cmdline()
+            title = command[0].split(":arlon:")[-1] if command else ""  # a replica calls itself after its deployment
+            name = title.removeprefix("ray::") if "ray::" in title or ":" in " ".join(command[:1]) else each.name()
+            found[name.split("/")[-1].split("(")[0]] += sum(each.cpu_times()[:2])
+    return found
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -201,7 +233,8 @@ def main() -> None:
     flags.add_argument("--seconds", type=float, default=180, help="clients ask for more for so long")
     flags.add_argument("--segments", type=int, default=2, help="of each video")
     flags.add_argument("--overhead-segments", type=int, default=12)
-    flags.add_argument("--runs", type=int, default=5, help="videos served and made in this process, in turns")
+    flags.add_argument("--runs", type=int, default=5, help="of what is compared, in turns")
+    flags.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     arguments = flags.parse_args()
     if min(arguments.clients, arguments.segments, arguments.runs) < 1:
         raise InputError("--clients, --segments and --runs: expected 1 or more")
@@ -211,13 +244,17 @@ def main() -> None:
     data = Path(arguments.output).with_suffix("")
     result: dict[str, Any] = {"machine": machine(), "bundle": bundle.path.name, "settings": arguments.overrides}
     with connect(config), serve_bundle(config, bundle, data) as url:
-        result["overhead"] = overhead(url, bundle.path, arguments.overhead_segments, arguments.runs)
-        result["together"] = asyncio.run(together(url, 8, 3, arguments.runs))
-        print(f"8 at once: {result['together']['faster']:.2f} times faster than one after another", flush=True)
-        print(f"served / in this process: {result['overhead']['served_over_in_process']:.3f}", flush=True)
-        result["load"] = asyncio.run(load(url, arguments.clients, arguments.seconds, arguments.segments))
+        if "overhead" in arguments.parts:
+            result["overhead"] = overhead(url, bundle.path, arguments.overhead_segments, arguments.runs)
+            print(f"served / in this process: {result['overhead']['served_over_in_process']:.3f}", flush=True)
+        if "together" in arguments.parts:
+            result["together"] = asyncio.run(together(url, 8, 3, arguments.runs))
+            print(f"8 at once: {result['together']['faster']:.2f} times faster than one after another", flush=True)
+            print(json.dumps(result["together"]["cpu_s"], indent=2))
+        if "load" in arguments.parts:
+            result["load"] = asyncio.run(load(url, arguments.clients, arguments.seconds, arguments.segments))
+            print(json.dumps(result["load"], indent=2))
     Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["load"], indent=2))
 
 
 if __name__ == "__main__":

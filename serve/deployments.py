@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from logging import getLogger
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +28,7 @@ from serve.batching import BatchWorker
 from serve.logs import LogSettings, log_stage, set_up_logging
 from serve.metrics import Metrics, Stage
 from serve.scaling import PAUSED, replicas_for_work
+from serve.step_news import StepNews
 from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
@@ -132,6 +132,7 @@ class DitDeployment:
         self._renderer = self._worker.now(DiTRenderer.from_bundle, bundle, device)
         self._worker.use(DenoisingBatch(max_batch))
         self._counts = {"steps": 0, "segments": 0}
+        self._news = StepNews()
 
     async def render(
         self,
@@ -141,19 +142,23 @@ class DitDeployment:
         overlap: Latents | None,
         told: Told | None = None,
     ) -> Timed[Latents]:
-        """The new latents [C, n, h, w] of segment `index`. `told(index, step)` hears of every step that begins."""
+        """The new latents [C, n, h, w] of segment `index`. `told(index, step)` hears of steps; see `StepNews`."""
         loop = asyncio.get_running_loop()
 
         def on_step(step: int) -> None:
             self._counts["steps"] += 1
             if told is not None:
-                asyncio.run_coroutine_threadsafe(_quietly(told(index, step + 1)), loop)
+                loop.call_soon_threadsafe(self._news.note, told, index, step + 1)
 
-        rendered = await self._worker.run(
-            lambda: self._renderer.rendering(
-                job.prompts[index], _own(tokens), _own(overlap), job.seed, index, job.options, on_step
+        try:
+            rendered = await self._worker.run(
+                lambda: self._renderer.rendering(
+                    job.prompts[index], _own(tokens), _own(overlap), job.seed, index, job.options, on_step
+                )
             )
-        )
+        finally:
+            if told is not None:
+                self._news.forget(told)
         self._counts["segments"] += 1
         self._reports.segment(job, index, rendered.seconds, self._worker.sizes)
         return Timed(rendered.value.latents, rendered.started, rendered.seconds)
@@ -228,14 +233,6 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
         bound(DitDeployment, DIT, config.serve.dit, config.serve.dit.max_batch),
         bound(DecoderDeployment, DECODER, config.serve.decoder, config.video.fps),
     )
-
-
-async def _quietly(news: Awaitable[None]) -> None:
-    """News of a step that do not arrive disturb nobody who renders."""
-    try:
-        await news
-    except Exception:
-        getLogger(__name__).debug("nobody could be told of a step", exc_info=True)
 
 
 def _timed(call: Callable[..., T], *arguments: Any) -> Timed[T]:

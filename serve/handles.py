@@ -43,7 +43,17 @@ class RemoteTold:
     rendering: str
 
     async def __call__(self, index: int, step: int) -> None:
-        await self.api.told.remote(self.rendering, index, step)
+        await self.api.told.remote([(self.rendering, index, step)])
+
+
+async def tell_together(news: Sequence[tuple[Told, int, int]]) -> None:
+    """Tell (who, segment, step) of many renderings: all that go to the API in one call."""
+    far = [(told, index, step) for told, index, step in news if isinstance(told, RemoteTold)]
+    if far:  # there is one API
+        await far[0][0].api.told.remote([(told.rendering, index, step) for told, index, step in far])
+    for told, index, step in news:
+        if not isinstance(told, RemoteTold):
+            await told(index, step)
 
 
 class HandleStages:
@@ -66,10 +76,11 @@ class HandleStages:
         permit = self._permits.get(plan)
         return await permit(index) if permit else False
 
-    async def told(self, rendering: str, index: int, step: int) -> None:
-        """What a rendering tells."""
-        if told := self._told.get(rendering):
-            await told(index, step)
+    async def told(self, news: Sequence[tuple[str, int, int]]) -> None:
+        """What renderings tell: (which, segment, step)."""
+        for rendering, index, step in news:
+            if told := self._told.get(rendering):
+                await told(index, step)
 
     async def plan(
         self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -55,9 +56,9 @@ class VideoAPI:
         """Called by the AR's replicas; see `HandleStages.may_plan`."""
         return await self._stages.may_plan(plan, index)
 
-    async def told(self, rendering: str, index: int, step: int) -> None:
+    async def told(self, news: Sequence[tuple[str, int, int]]) -> None:
         """Called by the DiT's replicas; see `HandleStages.told`."""
-        await self._stages.told(rendering, index, step)
+        await self._stages.told(news)
 
 
 def bind_api(config: Config, data: str, bundle: str, stages: tuple[serve.Application | None, ...]) -> serve.Application:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     delete,
     event,
     func,
+    make_url,
     select,
     update,
 )
@@ -88,8 +89,9 @@ class JobStore:
 
     def __init__(self, url: str) -> None:
         """`url` is SQLAlchemy's; `JobStore.in_folder` makes that of the default, a SQLite file."""
-        self._engine = create_engine(url, pool_pre_ping=True)
-        if self._engine.dialect.name == "sqlite":
+        sqlite = make_url(url).get_backend_name() == "sqlite"
+        self._engine = create_engine(url, pool_pre_ping=not sqlite)  # a file does not hang up
+        if sqlite:
             event.listen(self._engine, "connect", _tune_sqlite)
         Base.metadata.create_all(self._engine)
 

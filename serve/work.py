@@ -20,7 +20,7 @@ Frame = NDArray[np.uint8]  # [H, W, 3]
 
 #: Asked before each segment is planned: waits until the plan may go on; False: nobody waits for it any more.
 Permit = Callable[[int], Awaitable[bool]]
-#: Told (segment, denoising step, from 1) when a step begins.
+#: Told (segment, denoising step, from 1) that a step has begun; not of all, where they are quick.
 Told = Callable[[int, int], Awaitable[None]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from serve.service import VideoService
 from tests.serve.stages import FakeStages, small_config
 
 Scenario = Callable[[httpx.AsyncClient, FakeStages], Coroutine[Any, Any, None]]
+
+
+def driven(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
+    """The test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(**fixtures: object) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
 
 
 def play(

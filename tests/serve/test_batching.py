@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -17,16 +16,7 @@ from serve.batching import BatchWorker, Cancelled
 from serve.deployments import ArDeployment, DitDeployment
 from serve.work import Job, Timed, Tokens
 from tests.bundles import make_random_bundle
-
-
-def driven(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
-    """The test in an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(**fixtures: object) -> None:
-        asyncio.run(test(**fixtures))
-
-    return run
+from tests.serve.play import driven
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +103,8 @@ async def test_segments_of_many_are_those_of_each(dit: DitDeployment, generator:
         assert np.array_equal(ours.value, alone.latents)
     after = dit.statistics()
     assert after["steps"] - before["steps"] == sum(range(1, 7)) and after["segments"] - before["segments"] == 6
-    assert after["largest_batch"] == 3 and told == [(1, step) for step in range(1, 6)]
+    # the first is told at once, later ones if there is time
+    assert after["largest_batch"] == 3 and told[0] == (1, 1) and told == sorted(set(told)) and told[-1] <= (1, 5)
 
 
 @driven

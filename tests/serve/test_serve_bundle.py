@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import ConfigError
+from arlon_ray.config import ConfigError, ServeConfig
 from jobs import command_line
 from jobs import serve_bundle as serve_bundle_job
-from jobs.command_line import InputError
+from jobs.command_line import BOX, InputError
 from jobs.serve_bundle import check_port, parse
 from serve.app import check_devices, serve_bundle
 from serve.settings import served_config
@@ -36,6 +37,17 @@ def test_settings_of_serving_may_change_and_those_of_training_may_not() -> None:
         served_config(trained, None, ["dit.depth=5"])
     with pytest.raises(ConfigError, match=r"serve\.max_runing; did you mean serve\.max_running"):
         served_config(trained, None, ["serve.max_runing=5"])
+
+
+def test_how_it_is_served_is_not_what_its_weights_were_trained_with(tmp_path: Path) -> None:
+    """What is set goes into the bundle; defaults do not, or they would stay those of the day it was made."""
+    made = make_random_bundle(tmp_path / "b", "serve.max_running=3", "serve.dit.num_cpus=2")
+    assert json.loads((made / "bundle.json").read_text())["config"]["serve"] == {
+        "max_running": 3,
+        "dit": {"num_cpus": 2.0},
+    }
+    assert load_bundle(made).config.serve == small_config("serve.max_running=3", "serve.dit.num_cpus=2").serve
+    assert load_bundle(BOX).config.serve == ServeConfig()
 
 
 def test_host_and_port_are_overrides() -> None:
