@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from pydantic import ValidationError
 
 from arlon_ray.artifact import one_line
 from arlon_ray.bundle import Bundle, load_bundle
-from arlon_ray.config import GROUP_FRAMES, Config
+from arlon_ray.config import GROUP_FRAMES, Config, Solver
 from arlon_ray.generation import (
     GenerationOptions,
     Given,
@@ -157,6 +158,7 @@ def main() -> None:
     add_flags(flags)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--steps", type=int, help="denoising steps")
+    flags.add_argument("--solver", choices=get_args(Solver), help="how a step is taken")
     flags.add_argument("--guidance-scale", type=float)
     flags.add_argument("--token-guidance-scale", type=float)
     flags.add_argument("--image", metavar="FILE", help="the first frame: image to video")
@@ -177,6 +179,7 @@ def main() -> None:
         options = default_options(
             bundle.config.sampling,
             steps=arguments.steps,
+            solver=arguments.solver,
             guidance_scale=arguments.guidance_scale,
             token_guidance_scale=arguments.token_guidance_scale,
             baseline=arguments.baseline or None,

@@ -15,6 +15,7 @@ from serve.client import Client
 #: How a video is rendered: flag, field of the request, type, what it is.
 SETTINGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--steps", "num_inference_steps", int, "denoising steps"),
+    ("--solver", "solver", str, "how a step is taken: euler, midpoint, heun, ab2 or dpm2m"),
     ("--guidance-scale", "guidance_scale", float, "how strongly the text guides the pictures"),
     ("--token-guidance-scale", "token_guidance_scale", float, "how strongly the plan's tokens guide them"),
 )

@@ -142,7 +142,7 @@ class Active:
 
     async def step(self, index: int, step: int) -> None:
         """See `Watcher`."""
-        steps = self.job.options.steps
+        steps = self.job.options.evaluations
         if self.video.segments[index].status == "rendering":
             self._progress(80 * (step - 1) / steps)
         self.tell("segment.step", lasting=False, index=index, step=step, steps=steps)

@@ -168,7 +168,7 @@ class DitDeployment:
         self._worker.check()
 
     def statistics(self) -> dict[str, int]:
-        """Denoising steps begun and segments rendered since this replica started; most that shared a step of late."""
+        """Evaluations begun and segments rendered since this replica started; most that shared a step of late."""
         return {**self._counts, "largest_batch": max(self._worker.sizes, default=0)}
 
 

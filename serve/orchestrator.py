@@ -55,7 +55,7 @@ class Watcher(Protocol):
         """Segment `index` is `status` now; `times` are those of `stage` ("ar", "dit", "decode"), if one has ended."""
 
     async def step(self, index: int, step: int) -> None:
-        """The DiT begins a step (from 1) of segment `index`."""
+        """The DiT is evaluated (from 1) for segment `index`."""
 
 
 class Orchestrator:
@@ -94,7 +94,7 @@ class Orchestrator:
         return admitted
 
     async def told(self, index: int, step: int) -> None:
-        """What the DiT tells when a denoising step begins."""
+        """What the DiT tells when an evaluation begins."""
         await self._watcher.step(index, step)
 
     async def run(self) -> None:

@@ -128,6 +128,7 @@ def options_of(request: PlanRequest, config: Config) -> GenerationOptions:
     if isinstance(request, VideoRequest):
         chosen |= {
             "steps": request.num_inference_steps,
+            "solver": request.solver,
             "guidance_scale": request.guidance_scale,
             "token_guidance_scale": request.token_guidance_scale,
             "baseline": request.baseline or None,

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from arlon_ray.config import Solver
+
 Status = Literal["queued", "in_progress", "completed", "failed"]
 SegmentStatus = Literal["queued", "planned", "rendering", "rendered", "completed"]
 
@@ -105,6 +107,7 @@ class VideoRequest(PlanRequest):
     """Body of `POST /v1/videos`: what a draft takes, and how it is rendered; or a draft that is to be rendered."""
 
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    solver: Solver | None = Field(None, description="midpoint and heun evaluate the DiT twice a step, the others once")
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     token_guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     baseline: bool = Field(False, description="text only: no plan, no tokens")

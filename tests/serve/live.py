@@ -43,7 +43,7 @@ class DrawnStages(FakeStages):
     async def render(
         self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None, told: Told | None = None
     ) -> Timed[Latents]:
-        steps = job.options.steps
+        steps = job.options.evaluations
         try:
             for step in range(1, steps + 1):
                 if told:

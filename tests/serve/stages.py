@@ -58,7 +58,7 @@ class FakeStages:
         self, job: Job, index: int, tokens: Tokens | None, overlap: Latents | None, told: Told | None = None
     ) -> Timed[Latents]:
         self.lose("render")
-        for step in range(job.options.steps):
+        for step in range(job.options.evaluations):
             if told:
                 await told(index, step + 1)
         self.alive += 1

@@ -88,6 +88,7 @@ def test_what_this_model_cannot_make_is_refused_by_field(fields: dict, param: st
         {"prompt": "a", "seed": -1},
         {"prompt": "a", "num_inference_steps": 0},
         {"prompt": "a", "guidance_scale": float("inf")},
+        {"prompt": "a", "solver": "rk4"},
         {"prompt": "a", "baseline": "yes"},
         {"prompt": "half a character: \ud800"},
     ],
@@ -105,3 +106,6 @@ def test_what_is_accepted_is_used() -> None:
     options = options_of(request, CONFIG)
     assert (options.steps, options.guidance_scale, options.baseline) == (3, 1.0, False)
     assert options.token_guidance_scale == CONFIG.sampling.token_guidance_scale
+    assert options.solver == CONFIG.sampling.solver
+    asked = VideoRequest.model_validate({"prompt": "a", "num_inference_steps": 3, "solver": "heun"})
+    assert options_of(asked, CONFIG).evaluations == 5
