@@ -48,6 +48,19 @@ class Blobs:
         found = self._files.get_file_info(selector)
         return sorted(f"{folder}/{each.base_name}" for each in found if each.type == fs.FileType.File)
 
+    def folders(self, folder: str) -> list[str]:
+        """The names of the folders in a folder, sorted; none if it is not there."""
+        selector = fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
+        found = self._files.get_file_info(selector)
+        return sorted(each.base_name for each in found if each.type == fs.FileType.Directory)
+
+    def changed(self, folder: str) -> float:
+        """When something in a folder was written last, in Unix seconds; 0 where nobody knows."""
+        path = f"{self._root}/{folder}"
+        inside = self._files.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        times = [each.mtime_ns for each in (self._files.get_file_info(path), *inside)]
+        return max((time for time in times if time is not None), default=0) / 1e9
+
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
         if self.exists(name):

@@ -26,6 +26,7 @@ from arlon_ray.generation.video import GrowingVideo
 from serve.blobs import Blobs
 from serve.work import Frame, Latents, Tokens
 
+FOLDER = "videos"  # of all jobs' folders
 VIDEO_FILE, END, BASE, BASE_FILE = "video.mp4", "end.safetensors", "base.safetensors", "base.mp4"
 GIVEN, PICTURE = "given.safetensors", "picture.safetensors"
 PICTURES = {"thumbnail": "thumbnail.png", "spritesheet": "spritesheet.png"}  # of the finished video
@@ -60,7 +61,7 @@ class JobFiles:
     """The files of one job, in a folder of their own. Methods block."""
 
     def __init__(self, blobs: Blobs, job_id: str) -> None:
-        self._blobs, self._folder = blobs, f"videos/{job_id}"
+        self._blobs, self._folder = blobs, f"{FOLDER}/{job_id}"
         # the file that grows must be one of this machine
         self._scratch = None if blobs.folder else Path(tempfile.gettempdir()) / "arlon-ray" / job_id
         self.growing = GrowingVideo((self._scratch or blobs.folder / self._folder) / VIDEO_FILE)  # type: ignore[operator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from serve.schema import Video
 from serve.work import JOB, Job
 
 UNFINISHED = ("queued", "in_progress")
+_AT_ONCE = 500  # values in one query
 
 
 class Base(DeclarativeBase):
@@ -61,6 +63,13 @@ class _EventRow(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     type: Mapped[str] = mapped_column(String(32))
     data: Mapped[dict] = mapped_column(JSON)
+
+
+class _IdentityRow(Base):
+    __tablename__ = "identity"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # there is one row
+    name: Mapped[str] = mapped_column(String(32))
 
 
 @dataclass(frozen=True)
@@ -198,6 +207,23 @@ class JobStore:
         with Session(self._engine) as session:
             rows = session.scalars(select(_Row).where(_Row.status.in_(UNFINISHED)).order_by(_Row.number))
             return [_stored(row) for row in rows]
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Which of these jobs there are."""
+        with Session(self._engine) as session:
+            some = (ids[first : first + _AT_ONCE] for first in range(0, len(ids), _AT_ONCE))
+            return {each for part in some for each in session.scalars(select(_Row.id).where(_Row.id.in_(part)))}
+
+    def identity(self) -> str:
+        """A name that no other database has."""
+        try:
+            with Session(self._engine) as session, session.begin():
+                if session.get(_IdentityRow, 1) is None:
+                    session.add(_IdentityRow(number=1, name=uuid.uuid4().hex))
+        except IntegrityError:  # another process gave it one just now
+            pass
+        with Session(self._engine) as session:
+            return session.get_one(_IdentityRow, 1).name
 
     def expired(self, now: float | None = None) -> list[str]:
         """The ids of what may be removed."""

@@ -17,6 +17,7 @@ from arlon_ray.config import Config
 from serve.active import Active
 from serve.blobs import Blobs
 from serve.callers import LOCAL, Caller
+from serve.cleaning import Cleaner, without_error
 from serve.fair_queue import FairQueue
 from serve.job_store import JobStore, Stored
 from serve.logs import REQUEST_ID
@@ -31,7 +32,7 @@ T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 
 _FIRST_GUESS_S = 10.0  # length of a job, before one has finished
-_CLEANING_S = 60.0  # between looks for what has expired
+_CLEANING_S = 60.0  # between looks for what nobody needs any more
 _LATE = VideoError(code="deadline_exceeded", message="the video was not finished before its deadline")
 OTHER_MODEL = VideoError(code="model_changed", message="it was made with another model than the one that is served now")
 
@@ -208,14 +209,13 @@ class VideoMaker(VideoReader):
         return None if hours is None else int(time.time() + 3600 * hours)
 
     async def _clean(self) -> None:
-        """Remove what has expired, now and then."""
+        """Remove what nobody needs any more, now and then."""
+        cleaner = Cleaner(self._store, self._blobs)
         while True:
             try:
-                for job_id in await asyncio.to_thread(self._store.expired):
-                    await asyncio.to_thread(self._store.delete, job_id)
-                    await asyncio.to_thread(without_error, self._files(job_id).delete)
+                await asyncio.to_thread(cleaner.clean)
             except Exception:
-                logger.exception("what has expired could not be removed")
+                logger.exception("what nobody needs any more could not be removed")
             await asyncio.sleep(_CLEANING_S)
 
     async def close(self) -> None:
@@ -242,11 +242,3 @@ class VideoMaker(VideoReader):
         self._at_work.discard(task)
         if not task.cancelled():
             task.exception()  # who asked may be gone, and nobody else wants to know
-
-
-def without_error(remove: Callable[[], None]) -> None:
-    """Remove files that nobody needs; where that fails they stay, and the log says so."""
-    try:
-        remove()
-    except OSError:
-        logger.exception("files could not be removed")

@@ -12,9 +12,10 @@ from functools import partial
 
 from serve import new_jobs
 from serve.callers import LOCAL, Caller
+from serve.cleaning import without_error
 from serve.job_files import JobFiles, SegmentRecord
 from serve.job_store import Stored
-from serve.making import OTHER_MODEL, VideoMaker, without_error
+from serve.making import OTHER_MODEL, VideoMaker
 from serve.reader import unknown
 from serve.schema import (
     ExtendRequest,

@@ -1,4 +1,4 @@
-"""The page in a browser. Pictures of it go to $ARTEFACTS."""
+"""The page in a browser (pictures of it go to $ARTEFACTS), and places for files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
+from serve.blobs import Blobs
 from serve.keys import Keys
+from tests.s3 import s3_server
 from tests.serve.browser import Visit, Visiting
 from tests.serve.live import Around, DrawnStages, serving
 
@@ -53,3 +56,21 @@ def visit(chromium: Any, tmp_path: Path) -> Iterator[Visiting]:
     for each in visits:
         assert each.hosts <= {each.url, "data:"}
         assert [text for text in each.wrong if not any(known in text for known in each.may_fail)] == []
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The address of an empty place in a bucket."""
+    with s3_server() as options:
+        address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
+        client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+        client.create_bucket(Bucket="videos")
+        yield f"s3://videos/PLACE{options}"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    """An empty place: a folder, and one in a bucket of an S3 server."""
+    if request.param == "folder":
+        return Blobs(tmp_path / "blobs")
+    return Blobs(request.getfixturevalue("bucket").replace("PLACE", tmp_path.name))

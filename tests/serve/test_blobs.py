@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import boto3
 import pytest
 
 from arlon_ray.generation.video import read_video
@@ -15,25 +14,7 @@ from serve.blobs import Blobs
 from serve.job_store import JobStore
 from serve.schema import RequestError, VideoRequest
 from serve.service import VideoService
-from tests.s3 import s3_server
 from tests.serve.stages import FakeStages, small_config
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The address of an empty place in a bucket."""
-    with s3_server() as options:
-        address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
-        client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
-        client.create_bucket(Bucket="videos")
-        yield f"s3://videos/PLACE{options}"
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
-    if request.param == "folder":
-        return Blobs(tmp_path / "blobs")
-    return Blobs(request.getfixturevalue("bucket").replace("PLACE", tmp_path.name))
 
 
 def test_files_by_name(blobs: Blobs) -> None:

@@ -56,6 +56,14 @@ def stored(name: str, status: Status = "queued", owner: str = "me", **more: obje
     return Stored(video, job, owner, **more)  # type: ignore[arg-type]
 
 
+def test_what_it_knows_and_who_it_is(url: str) -> None:
+    store = JobStore(url)
+    for name in ("a", "b", "c"):
+        store.add(stored(name))
+    assert store.known(["b", "x", *(f"y{n}" for n in range(1200)), "c"]) == {"b", "c"} and store.known([]) == set()
+    assert len(store.identity()) == 32 and store.identity() == JobStore(url).identity()
+
+
 def test_a_restart_knows_what_is_unfinished_and_how_it_is_made(url: str) -> None:
     store = JobStore(url)
     for name, status in (("done", "completed"), ("bad", "failed"), ("waiting", "queued"), ("at_work", "in_progress")):

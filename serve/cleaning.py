@@ -1,0 +1,75 @@
+"""Files that nobody needs any more: of what has expired, and folders whose job no database knows.
+
+A job's files are written before its row, and removed behind it, so that a process that dies in between leaves a folder
+that no row names. A database that is not this place's own names none of them: then nothing is removed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from logging import getLogger
+
+from serve.blobs import Blobs
+from serve.job_files import FOLDER, JobFiles
+from serve.job_store import JobStore
+
+#: A folder without a row is left alone for so long: its job may be on the way into the database.
+GRACE_S = 3600.0
+#: Says whose place it is.
+MARK = f"{FOLDER}/database"
+
+logger = getLogger("ray.serve")
+
+
+class Cleaner:
+    """Removes files. Methods block."""
+
+    def __init__(self, store: JobStore, blobs: Blobs) -> None:
+        self._store, self._blobs = store, blobs
+        self._looked_at: float | None = None
+        self._warned = False
+
+    def clean(self) -> None:
+        """Remove what has expired; now and then, what no row names."""
+        for job_id in self._store.expired():
+            self._store.delete(job_id)
+            without_error(JobFiles(self._blobs, job_id).delete)
+        now = time.monotonic()
+        if self._looked_at is None or now - self._looked_at > GRACE_S / 2:
+            self.orphans()
+            self._looked_at = now
+
+    def orphans(self) -> list[str]:
+        """Remove folders of jobs that the database does not know and nothing has touched for `GRACE_S`: their ids."""
+        there = self._blobs.folders(FOLDER)
+        known = self._store.known(there)
+        unknown = [job_id for job_id in there if job_id not in known]
+        if not self._is_own(bool(unknown), bool(known)):
+            return []
+        removed = []
+        for job_id in unknown:
+            if time.time() - self._blobs.changed(f"{FOLDER}/{job_id}") > GRACE_S:
+                logger.warning("%s: no row names its files: they are removed", job_id)
+                without_error(JobFiles(self._blobs, job_id).delete)
+                removed.append(job_id)
+        return removed
+
+    def _is_own(self, unknown: bool, known: bool) -> bool:
+        """Whether the place is this database's: one that knows none of the folders does not get it."""
+        if self._blobs.exists(MARK):
+            own = self._blobs.read(MARK).decode() == self._store.identity()
+        elif own := known or not unknown:
+            self._blobs.write(MARK, self._store.identity().encode())
+        if not own and not self._warned:
+            self._warned = True
+            logger.warning("the videos' place is that of another database: folders that this one does not know stay")
+        return own
+
+
+def without_error(remove: Callable[[], None]) -> None:
+    """Remove files that nobody needs; where that fails they stay, and the log says so."""
+    try:
+        remove()
+    except OSError:
+        logger.exception("files could not be removed")
