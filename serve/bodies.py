@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from serve.images import image_of_url, read_image
 from serve.schema import PlanRequest, RequestError, VideoRequest
 from serve.work import Frame
 
+#: A picture takes ten bytes a pixel while it is decoded: no more than two at the same time.
+_DECODERS = ThreadPoolExecutor(2, thread_name_prefix="pictures")
 #: Fields of a form that are text even where they look like something else; the others are read as JSON.
 _TEXT = {"prompt", "seconds", "size", "model", "user", "negative_prompt", "draft"}
 #: What a body may be, for the description of the API. The components are those of other routes.
@@ -73,7 +76,7 @@ async def first_frame(asked: PlanRequest, config: Config, picture: bytes | None 
         return None
     if picture is not None and url is not None:
         raise RequestError("is there twice", param="input_reference")
-    return await asyncio.to_thread(_fitted, picture, url, config)
+    return await asyncio.get_running_loop().run_in_executor(_DECODERS, _fitted, picture, url, config)
 
 
 def _fitted(picture: bytes | None, url: str | None, config: Config) -> Frame:

@@ -17,7 +17,7 @@ from serve.job_store import JobStore
 #: A folder without a row is left alone for so long: its job may be on the way into the database.
 GRACE_S = 3600.0
 #: Says whose place it is.
-MARK = f"{FOLDER}/database"
+MARK = f"{FOLDER}.database"
 
 logger = getLogger("ray.serve")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from serve.local import check_local
 from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
 from serve.schema import RequestError, error_body
+from serve.uploads import ClientGone, Uploads
 
 #: What anybody may see: the page, the API's description, and whether the service lives. All else needs a key.
 OPEN_PATHS = frozenset({"/", "/healthz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/favicon.ico"})
@@ -77,6 +77,7 @@ class Guard:
         self._metrics = metrics or Metrics()
         self._echo = echo_request_id
         self._limit = RateLimit(settings.requests_per_minute, clock)
+        self._uploads = Uploads(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -102,8 +103,10 @@ class Guard:
         try:
             await self._admit(scope, headers)
             if scope["method"] in _WITH_BODY:
-                receive = replayed(await self._body(headers, receive), receive)
-            await self._app(scope, receive, answer.send)
+                async with self._uploads.body(headers, receive) as body:
+                    await self._app(scope, replayed(body, receive), answer.send)
+            else:
+                await self._app(scope, receive, answer.send)
         except RequestError as error:
             await answer.refuse(error)
         except ClientGone:
@@ -145,29 +148,6 @@ class Guard:
             raise RequestError("the key is unknown or has been revoked", code="invalid_api_key", status=401)
         return known
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body. Raises RequestError: too long (413), too slow (408); ClientGone."""
-        most, patience_s = self._settings.max_upload_bytes, self._settings.body_timeout_s
-        too_long = RequestError(f"the body is longer than {most} bytes", code="body_too_large", status=413)
-        declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > most:
-            raise too_long
-        body = bytearray()
-        try:
-            async with asyncio.timeout(patience_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    body += message.get("body", b"")
-                    if len(body) > most:
-                        raise too_long
-                    if not message.get("more_body", False):
-                        return bytes(body)
-        except TimeoutError:
-            text = f"the body did not arrive within {patience_s:g} s"
-            raise RequestError(text, code="body_timeout", status=408) from None
-
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         route, caller = _route(scope), scope["state"].get("caller")
@@ -181,10 +161,6 @@ class Guard:
                 "method": method, "route": route, "status": status, "seconds": round(seconds, 6), "caller": name,
             },
         )  # fmt: skip
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its request was whole: there is nobody to answer."""
 
 
 class RateLimit:
@@ -240,7 +216,7 @@ class _Answer:
             headers["retry-after"] = str(error.retry_after_s)
         if error.status == 401:
             headers["www-authenticate"] = 'Bearer realm="arlon"'
-        if error.status in (408, 413):
+        if error.status in (408, 413, 503):
             headers["connection"] = "close"  # what is left of the body is not read
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": error.status, "headers": raw})

@@ -222,6 +222,64 @@ def test_bodies_have_a_longest_length() -> None:
     ask(application(max_upload_bytes=2048), scenario)
 
 
+def test_bodies_together_have_a_bound() -> None:
+    size, small = 200_000, 1000
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        much_sent, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield b"x" * 150_000
+            much_sent.set()
+            await go_on.wait()
+            yield b"x" * 50_000
+
+        async def in_pieces() -> AsyncIterator[bytes]:
+            for _ in range(10):
+                yield b"x" * (size // 10)
+
+        first = asyncio.ensure_future(client.post("/v1/videos", content=slowly()))
+        await much_sent.wait()
+        for body in (b"x" * size, in_pieces()):  # announced, and not
+            refused = await client.post("/v1/videos", content=body)
+            assert code_of(refused) == (503, "uploads_full") and int(refused.headers["retry-after"]) >= 1
+            assert refused.headers["connection"] == "close"
+        # what is small gets in, and what has room
+        for length in (small, 2**16, 100_000):
+            assert (await client.post("/v1/videos", content=b"x" * length)).json()["bytes"] == length
+        go_on.set()
+        assert (await first).json()["bytes"] == size
+        # all is given back, also of what was refused, or went away
+        for body in (b"x" * size, in_pieces()):
+            assert (await client.post("/v1/videos", content=body)).json()["bytes"] == size
+
+    ask(application(max_upload_bytes=size, upload_memory_bytes=size), scenario)
+    with pytest.raises(ValueError, match="upload_memory_bytes=1999 is below max_upload_bytes=2000"):
+        ServeConfig(max_upload_bytes=2000, upload_memory_bytes=1999)
+
+
+def test_who_breaks_off_or_is_too_slow_gives_the_room_back() -> None:
+    size = 200_000
+
+    async def broken_off() -> AsyncIterator[bytes]:
+        yield b"x" * (size - 1)
+        raise ConnectionError
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"x" * (size - 1)
+        await asyncio.sleep(10)
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        with pytest.raises(ConnectionError):
+            await client.post("/v1/videos", content=broken_off())
+        assert code_of(await client.post("/v1/videos", content=slow())) == (408, "body_timeout")
+        broken = await client.post("/v1/broken", content=b"x" * size)
+        assert broken.status_code == 405
+        assert (await client.post("/v1/videos", content=b"x" * size)).json()["bytes"] == size
+
+    ask(application(max_upload_bytes=size, upload_memory_bytes=size, body_timeout_s=0.2), scenario)
+
+
 def test_a_body_that_does_not_arrive_is_given_up() -> None:
     async def slowly() -> AsyncIterator[bytes]:
         while True:
