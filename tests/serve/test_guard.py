@@ -270,11 +270,9 @@ def test_who_breaks_off_or_is_too_slow_gives_the_room_back() -> None:
         await asyncio.sleep(10)
 
     async def scenario(client: httpx.AsyncClient) -> None:
-        with pytest.raises(ConnectionError):
-            await client.post("/v1/videos", content=broken_off())
+        assert (await client.post("/v1/videos", content=broken_off())).status_code == 500
         assert code_of(await client.post("/v1/videos", content=slow())) == (408, "body_timeout")
-        broken = await client.post("/v1/broken", content=b"x" * size)
-        assert broken.status_code == 405
+        assert (await client.post("/v1/broken", content=b"x" * size)).status_code == 405
         assert (await client.post("/v1/videos", content=b"x" * size)).json()["bytes"] == size
 
     ask(application(max_upload_bytes=size, upload_memory_bytes=size, body_timeout_s=0.2), scenario)
