@@ -36,7 +36,7 @@ WAYS = (
 )  # fmt: skip
 #: Evaluations of the reference that errors of latents are measured against, and on how many captions.
 REFERENCE, COMPARED = 200, 8
-DRAWS = 500
+DRAWS = 200
 #: What motion there is, is neither good nor bad.
 NEUTRAL = ("dynamic_degree",)
 
