@@ -56,8 +56,13 @@ class GuidedVelocity:
     def rows(self, x_1Cthw: Tensor, time_1: Tensor) -> tuple[Tensor, TimeFeatures]:
         """What the model is given of x and its time. By itself, so that its bits do not depend on the batch."""
         count = len(self.noisy_Rt)
-        features = self.dit.times(time_1.expand(count), self.condition.fps_BD, self.noisy_Rt)
-        return self.dit.embed(x_1Cthw).expand(count, -1, -1, -1, -1), features
+        features = self.dit.times(time_1, self.condition.fps_BD[:1], self.noisy_Rt[:1], self._clean)
+        tokens = self.dit.embed(x_1Cthw).expand(count, -1, -1, -1, -1)
+        return tokens, TimeFeatures(*(feature.expand(count, *feature.shape[1:]) for feature in features))
+
+    @cached_property
+    def _clean(self) -> tuple[Tensor, Tensor]:
+        return self.dit.clean_time(self.condition.fps_BD[:1])
 
     def guided(self, velocities_RCthw: Tensor) -> Tensor:
         """The branches' velocities as one [1, C, t, h, w]."""
@@ -112,8 +117,10 @@ def velocities(
     """
     dit = together.fields[0].dit
     rows = [field.rows(x, time) for field, x, time in zip(together.fields, xs, times, strict=True)]
-    embedded = torch.cat([tokens for tokens, _ in rows])
-    features = TimeFeatures(*map(torch.cat, zip(*(features for _, features in rows), strict=True)))
+    embedded, features = rows[0]
+    if len(rows) > 1:
+        embedded = torch.cat([tokens for tokens, _ in rows])
+        features = TimeFeatures(*map(torch.cat, zip(*(features for _, features in rows), strict=True)))
     shape = together.fields[0].shape
     kept = [late for late in lates or () if late is not None]
     late = LateLayers(kept[0].count) if kept else None
@@ -125,6 +132,14 @@ def velocities(
             each.added = part
     parts = output.split(together.counts)
     return [field.guided(part) for field, part in zip(together.fields, parts, strict=True)]
+
+
+def _length(mask_L: Tensor) -> int:
+    """Real tokens of a text. Raises ValueError if there is padding before one of them, or none."""
+    length = int(mask_L.sum())
+    if not length or not bool(mask_L[:length].all()):
+        raise ValueError(f"text mask {mask_L.int().tolist()}: expected real tokens first, then padding")
+    return length
 
 
 def guided_velocity(
@@ -149,11 +164,11 @@ def guided_velocity(
     Kynkäänniemi et al. 2024.
     """
     values, mask = text
-    texts = list(range(len(values)))
+    texts, lengths = list(range(len(values))), [_length(its) for its in mask]
     # the null text is as long as the text that comes in
-    null, null_mask = dit.y_embedder.y_embedding[: values.shape[1]], mask[-1]
+    null, null_length = dit.y_embedder.y_embedding[: values.shape[1]], lengths[-1]
     if negative is not None:
-        null, null_mask = negative[0][0], negative[1][0]
+        null, null_length = negative[0][0], _length(negative[1][0])
     #: (text, or None for the null text; whether the tokens are seen), and how many branches each term has
     branches: list[tuple[int | None, bool]] = [(v, coarse_1Cthw is not None) for v in texts]
     terms, weights = [len(texts)], list[float]()
@@ -163,11 +178,11 @@ def guided_velocity(
     if coarse_1Cthw is not None and options.token_guidance_scale != 1.0:
         branches += [(v, False) for v in texts]
         terms, weights = [*terms, len(texts)], [*weights, options.token_guidance_scale - 1.0]
-    count = len(branches)
+    count, real = len(branches), tuple(null_length if v is None else lengths[v] for v, _ in branches)
     condition = dit.condition(
         latent_shape,
-        torch.stack([null if v is None else values[v] for v, _ in branches]),
-        torch.stack([null_mask if v is None else mask[v] for v, _ in branches]),
+        torch.stack([null if v is None else values[v] for v, _ in branches])[:, : max(real)],
+        real,
         values.new_full((count,), fps),
         size,
         None if coarse_1Cthw is None else coarse_1Cthw.expand(count, -1, -1, -1, -1),

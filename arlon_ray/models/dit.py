@@ -36,9 +36,10 @@ class Condition:
     """What stays the same over the denoising steps of one segment; made by `STDiT3.condition`."""
 
     text: list[tuple[Tensor, Tensor]]
-    text_mask_BL: Tensor | None
+    text_real: Tensor | tuple[int, ...] | None  # mask [B, L] of real tokens, or how many each text begins with
     fps_BD: Tensor
     positions_SD: Tensor
+    rotary: tuple[Tensor, Tensor]  # cosines and sines of this rank's frames, or of their tokens for joint attention
     injection: dict[str, Modulation]
 
 
@@ -64,12 +65,13 @@ class LateLayers:
 
 def first_samples(condition: Condition, count: int) -> Condition:
     """The condition of the first `count` samples alone."""
-    mask = condition.text_mask_BL
+    real = condition.text_real
     return Condition(
         text=[(k[:count], v[:count]) for k, v in condition.text],
-        text_mask_BL=None if mask is None else mask[:count],
+        text_real=None if real is None else real[:count],
         fps_BD=condition.fps_BD[:count],
         positions_SD=condition.positions_SD,
+        rotary=condition.rotary,
         injection={name: tuple(part[:count] for part in parts) for name, parts in condition.injection.items()},
     )
 
@@ -79,15 +81,26 @@ def join_conditions(conditions: Sequence[Condition]) -> Condition:
     first, *others = conditions
     if not others:
         return first
-    masks = [condition.text_mask_BL for condition in conditions]
+    reals = [condition.text_real for condition in conditions]
+    real: Tensor | tuple[int, ...] | None = None
+    if isinstance(first.text_real, tuple):
+        real = tuple(length for lengths in reals if isinstance(lengths, tuple) for length in lengths)
+    elif first.text_real is not None:
+        real = torch.cat([mask for mask in reals if isinstance(mask, Tensor)])
+    longest = max(condition.text[0][0].shape[2] for condition in conditions)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])
+
     return Condition(
         text=[
-            (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+            (joined([k for k, _ in layer]), joined([v for _, v in layer]))
             for layer in zip(*(condition.text for condition in conditions), strict=True)
         ],
-        text_mask_BL=None if first.text_mask_BL is None else torch.cat([m for m in masks if m is not None]),
+        text_real=real,
         fps_BD=torch.cat([condition.fps_BD for condition in conditions]),
         positions_SD=first.positions_SD,
+        rotary=first.rotary,
         injection={
             name: tuple(map(torch.cat, zip(*(condition.injection[name] for condition in conditions), strict=True)))
             for name in first.injection
@@ -126,31 +139,31 @@ class STDiT3Block(nn.Module):
         x_BTSD: Tensor,
         time_BT6D: Tensor,
         text: tuple[Tensor, Tensor],
-        text_mask_BL: Tensor | None,
+        text_real: Tensor | tuple[int, ...] | None,
         rotary: tuple[Tensor, Tensor],
         parallel: FrameSharing | None = None,
         frames: int | None = None,
     ) -> Tensor:
         """[B, T, S, D] to [B, T, S, D]; `time` [B, T or 1, 6, D] is added to the block's own table.
 
+        `rotary`: cosines and sines of the frames, of all tokens where attention is joint; spatial blocks ignore them.
         `parallel`: T is a share of the frames, of which there are `frames`.
         """
         batch, _, places, _ = x_BTSD.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D)[:, :, None].unbind(3)
-        y = self.norm1(x_BTSD) * (1 + scale1) + shift1
+        y = torch.addcmul(shift1, self.norm1(x_BTSD), 1 + scale1)
         if self.joint:
-            cos, sin = (angle.repeat_interleave(places, 0) for angle in rotary)
             tokens = None if frames is None else frames * places
-            y = self.attn(y.flatten(1, 2), (cos, sin), parallel, tokens).view_as(x_BTSD)
+            y = self.attn(y.flatten(1, 2), rotary, parallel, tokens).view_as(x_BTSD)
         elif self.temporal:
             y = self.attn(rearrange(y, "b t s d -> (b s) t d"), rotary, parallel, frames)
             y = rearrange(y, "(b s) t d -> b t s d", b=batch)
         else:
             y = self.attn(y.flatten(0, 1)).view_as(x_BTSD)
-        x = x_BTSD + gate1 * y
-        x = x + self.cross_attn(x.flatten(1, 2), text, text_mask_BL).view_as(x)
-        y = self.norm2(x) * (1 + scale2) + shift2
-        return x + gate2 * self.mlp(y)
+        x = torch.addcmul(x_BTSD, gate1, y)
+        x = x + self.cross_attn(x.flatten(1, 2), text, text_real).view_as(x)
+        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
+        return torch.addcmul(x, gate2, self.mlp(y))
 
 
 Pair = tuple[STDiT3Block, STDiT3Block]
@@ -174,7 +187,7 @@ class FinalLayer(nn.Module):
 
     def _modulate(self, x_BTSD: Tensor, time_BD: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time_BD[:, None])[:, None, None].unbind(3)
-        return self.norm_final(x_BTSD) * (1 + scale) + shift
+        return torch.addcmul(shift, self.norm_final(x_BTSD), 1 + scale)
 
 
 class PatchEmbedder(nn.Module):
@@ -241,7 +254,7 @@ class STDiT3(nn.Module):
         self,
         latent_shape: tuple[int, int, int],
         text_BLE: Tensor,
-        text_mask_BL: Tensor | None,
+        text_real: Tensor | tuple[int, ...] | None,
         fps_B: Tensor,
         size: tuple[float, float],
         coarse_BCthw: Tensor | None = None,
@@ -250,13 +263,14 @@ class STDiT3(nn.Module):
     ) -> Condition:
         """Everything that does not depend on time or noise, once per segment (or per training sample).
 
-        latent_shape (t, h, w); text [B, L, E] with mask [B, L] (True: a real token); fps [B]; size (height, width) in
+        latent_shape (t, h, w); text [B, L, E] with a mask [B, L] (True: a real token) or with how many real
+        tokens each begins with, the longest of them L (faster: nothing is masked); fps [B]; size (height, width) in
         pixels; `coarse` is the latent that the tokens decode to, used where `keep_tokens_B` (default: everywhere).
         Raises ValueError if `coarse` is given to a model that was built without injection.
         """
         dtype = self.final_layer.linear.weight.dtype
         text = self.y_embedder.y_proj(text_BLE.to(dtype))
-        _, height, width = (-(-n // p) for n, p in zip(latent_shape, self.config.patch_size, strict=True))
+        frames, height, width = (-(-n // p) for n, p in zip(latent_shape, self.config.patch_size, strict=True))
         scale = (size[0] * size[1]) ** 0.5 / self.config.input_sq_size
         injection: dict[str, Modulation] = {}
         if coarse_BCthw is not None:
@@ -266,11 +280,20 @@ class STDiT3(nn.Module):
             injection = self.injection.prepare(coarse_BCthw.to(dtype), keep, generator, self._share(height * width))
         return Condition(
             text=[block.cross_attn.keys_values(text) for pair in self._all_pairs() for block in pair],
-            text_mask_BL=text_mask_BL,
+            text_real=text_real,
             fps_BD=self.fps_embedder(fps_B),
             positions_SD=position_table(height, width, self.config.hidden_size, scale, text.device).to(dtype),
+            rotary=self._rotary(frames, height * width, text.device),
             injection=injection,
         )
+
+    def _rotary(self, frames: int, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the frames that this rank has; joint attention needs them for each place of a frame."""
+        cos, sin = self.rope.angles(torch.arange(frames, device=device))
+        if self.parallel is not None:
+            cos, sin = self.parallel.split(cos, 0), self.parallel.split(sin, 0)
+        repeated = places if self.config.temporal_attention == "joint" else 1
+        return cos.repeat_interleave(repeated, 0), sin.repeat_interleave(repeated, 0)
 
     def token_count(self, latent_shape: Sequence[int]) -> int:
         """Tokens that a latent (t, h, w) is cut into."""
@@ -334,10 +357,9 @@ class STDiT3(nn.Module):
         x = tokens_BTHWD.flatten(2, 3) + condition.positions_SD
         noisy_BT = None if noisy_Bt is None else noisy_Bt[:, :: patch[0]]
         times_BD, time_BT6D = (times.noisy_BD, times.clean_BD), times.modulation_BT6D
-        rotary = self.rope.angles(torch.arange(frames, device=x.device))
         parallel = self.parallel
         if parallel is not None:
-            x, rotary = parallel.split(x, 1), (parallel.split(rotary[0], 0), parallel.split(rotary[1], 0))
+            x = parallel.split(x, 1)
             if noisy_BT is not None:
                 noisy_BT, time_BT6D = parallel.split(noisy_BT, 1), parallel.split(time_BT6D, 1)
         text = list(zip(condition.text[::2], condition.text[1::2], strict=True))
@@ -345,7 +367,7 @@ class STDiT3(nn.Module):
 
         def through(number: int, x: Tensor) -> Tensor:
             for block, words in zip(pairs[number], text[number], strict=True):
-                x = block(x, time_BT6D, words, condition.text_mask_BL, rotary, parallel, parallel and frames)
+                x = block(x, time_BT6D, words, condition.text_real, condition.rotary, parallel, parallel and frames)
             return x
 
         copies = listening_layers(self.config) if BRANCH in condition.injection else range(0)
@@ -376,14 +398,28 @@ class STDiT3(nn.Module):
         )  # fmt: skip
         return out[:, :, :t, :h, :w].float()
 
-    def times(self, time_B: Tensor, fps_BD: Tensor, noisy_Bt: Tensor | None = None) -> TimeFeatures:
-        """Features of the time and of time 0, and the blocks' modulation: that of time 0 for frames without noise."""
-        noisy, clean = (self.t_embedder(time) + fps_BD for time in (time_B, torch.zeros_like(time_B)))
+    def times(
+        self,
+        time_B: Tensor,
+        fps_BD: Tensor,
+        noisy_Bt: Tensor | None = None,
+        clean: tuple[Tensor, Tensor] | None = None,
+    ) -> TimeFeatures:
+        """Features of the time and of time 0, and the blocks' modulation: that of time 0 for frames without noise.
+
+        `clean`: what `clean_time` makes, where that is known.
+        """
+        noisy = self.t_embedder(time_B) + fps_BD
+        clean_BD, of_clean = clean or self.clean_time(fps_BD)
         modulation = rearrange(self.t_block(noisy), "b (six d) -> b 1 six d", six=6)
         if noisy_Bt is not None:
-            of_clean = rearrange(self.t_block(clean), "b (six d) -> b 1 six d", six=6)
             modulation = torch.where(noisy_Bt[:, :: self.config.patch_size[0], None, None], modulation, of_clean)
-        return TimeFeatures(noisy, clean, modulation)
+        return TimeFeatures(noisy, clean_BD, modulation)
+
+    def clean_time(self, fps_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, D] of time 0 and the blocks' modulation [B, 1, 6, D]: the same at every step."""
+        clean = self.t_embedder(fps_BD.new_zeros(len(fps_BD), dtype=torch.float32)) + fps_BD
+        return clean, rearrange(self.t_block(clean), "b (six d) -> b 1 six d", six=6)
 
     def velocity(self, output: Tensor) -> Tensor:
         """The velocity half [B, C, t, h, w] of an output."""

@@ -91,7 +91,7 @@ class GatedAdaptiveNorm(nn.Module):
 
     def forward(self, x_BNC: Tensor, modulation: Modulation) -> Tensor:
         gate, scale, bias = modulation
-        return x_BNC + gate * ((1.0 + scale) * self.norm(x_BNC) + bias)
+        return torch.addcmul(x_BNC, gate, torch.addcmul(bias, self.norm(x_BNC), 1.0 + scale))
 
 
 class MlpAdapter(nn.Module):

@@ -111,7 +111,7 @@ def test_joint_attention_sees_other_places_and_temporal_does_not_within_one_bloc
         x = torch.randn(1, 3, 4, 32, generator=torch.Generator().manual_seed(1))
         changed = x.clone()
         changed[0, 0, 0, :4] += 3.0
-        rotary = small().rope.angles(torch.arange(3))
+        rotary = small().rope.angles(torch.arange(3).repeat_interleave(4 if kind == "joint" else 1))
         text = block.cross_attn.keys_values(torch.randn(1, 6, 32))
         time = torch.zeros(1, 1, 6, 32)
         with torch.no_grad():
