@@ -97,7 +97,7 @@ class PlanRequest(_Strict):
     model: Text | None = None
     user: Text | None = Field(None, max_length=256, description="the caller's own mark, kept and not interpreted")
     input_reference: ImageReference | None = Field(None, description="the first frame: image to video")
-    negative_prompt: Text | None = Field(None, description="what the text guidance leads away from")
+    negative_prompt: Text | None = Field(None, description="what must not be seen: AR and DiT are guided away from it")
     deadline_s: float | None = Field(
         None, gt=0, le=1e7, allow_inf_nan=False, description="seconds from now; what is not finished then has failed"
     )

@@ -77,7 +77,9 @@ class SamplingConfig(Section):
         8, ge=0, lt=GROUP_FRAMES, description="frames behind each border of the VAE's groups that are blended into"
     )
     baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
-    negative_prompt: str = Field("", description="what the text guidance leads away from, instead of from no text")
+    negative_prompt: str = Field(
+        "", description="what the text guidance of AR and DiT leads away from, instead of from no text"
+    )
 
     @model_validator(mode="after")
     def _low_below_high(self) -> SamplingConfig:

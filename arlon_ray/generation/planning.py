@@ -187,6 +187,7 @@ class ArPlanner:
         `begin`, what its prompt began with, where it looks back no further than behind that. `texts` are those of the
         segments that it looks at (`looked_at`) and, last, its own. Where it looks at what was planned by another
         prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
+        Elsewhere it is guided away from the negative prompt, if there is one.
         """
         per_group, segment, context = self.group_grid[0], self.config.segment, self.model.config.context_groups
         window, end, sink, gap = before, self.segment_frames, 0, 0
@@ -202,8 +203,9 @@ class ArPlanner:
         heard = [prompt for earlier in texts[:-1] for prompt in prompts_in(earlier)]
         for prompt, until in self._parts(texts[-1], end, len(window)):
             grid = (until, *self.group_grid[1:])
-            others = [other for other in heard if other != prompt]
-            against = self.text.encode(others[-1:]) if others and options.ar_contrast else None
+            others = [other for other in heard if other != prompt] if options.ar_contrast else []
+            away = (others or [options.negative_prompt])[-1]
+            against = self.text.encode([away]) if away else None
             window = yield Sampling(
                 self.text.encode([prompt]), window, grid, options, generator, on_token, against, times[:until]
             )

@@ -152,6 +152,17 @@ def test_where_the_ar_looks_at_another_prompts_tokens_it_is_guided_away_from_tha
     same = [np.array_equal(ours, theirs) for ours, theirs in zip(plans, others, strict=True)]
     assert same[:3] == [True, True, False]
 
+    # away from the negative prompt elsewhere: as long as another prompt's tokens are in sight, away from that one
+    rain, away = "rain", dict[bool, list[str]]()
+    for contrast in (True, False):
+        heard.clear()
+        changed = options.model_copy(update={"negative_prompt": rain, "ar_contrast": contrast})
+        negative = [planned.tokens for planned in planner.plan(prompts, 0, changed)]
+        assert not np.array_equal(negative[0], plans[0])
+        away[contrast] = heard[::2]
+        assert heard[1::2] == prompts
+    assert away[True] == [rain] * 2 + ["a red circle"] * behind + [rain] * 2 and away[False] == [rain] * len(prompts)
+
 
 def test_a_changing_text_is_rendered_frame_by_frame(generator: VideoGenerator) -> None:
     options = default_options(generator.bundle.config.sampling, guidance_scale=4.0, steps=3, token_guidance_scale=1.5)
