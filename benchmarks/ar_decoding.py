@@ -42,6 +42,8 @@ SIDE = 8
 TEXT_TOKENS, TEXT_DIM = 32, 384
 BLOCKS = {"2×4 a step": (2, 4), "a row a step": (1, SIDE)}
 PEER = "transformers"
+PEERS = {"compiled": f"{PEER}, compiled", "eager": PEER}
+PLAIN = "ours, torch's kernels"
 
 
 def build(size: str, block: tuple[int, int], device: str, dtype: torch.dtype, like: ArTransformer | None) -> Any:
@@ -116,14 +118,16 @@ def peer_work(peer: Any, batch: int, tokens: int, sampling: SamplingConfig, comp
     return run
 
 
-def our_work(model: ArTransformer, batch: int, tokens: int, sampling: SamplingConfig) -> Callable[[], Any]:
-    """The same, as the planner does it."""
+def our_work(
+    model: ArTransformer, batch: int, tokens: int, sampling: SamplingConfig, fused: bool | None = None
+) -> Callable[[], Any]:
+    """The same, as the planner does it (`fused`: see `Decoder`)."""
     grid = (tokens // SIDE**2, SIDE, SIDE)
     t, h, w = model.block_grid(grid)
     device, dtype = model.head.weight.device, model.head.weight.dtype
     text = torch.randn(1, TEXT_TOKENS, TEXT_DIM, device=device, dtype=dtype)
     mask = torch.ones(1, TEXT_TOKENS, dtype=torch.bool, device=device)
-    shared = SamplingBatch(model, TEXT_TOKENS + t * h * w, batch)
+    shared = SamplingBatch(model, TEXT_TOKENS + t * h * w, batch, fused=fused)
 
     def run() -> list[Tensor]:
         members = []
@@ -159,13 +163,15 @@ class Case:
 
     def __init__(self, size: str, batch: int, tokens: int, arguments: argparse.Namespace) -> None:
         self.size, self.batch, self.tokens, self.device = size, batch, tokens, arguments.device
-        self.runs, self.with_peer = arguments.runs, find_spec("transformers") is not None
+        self.runs, self.peers = arguments.runs, arguments.peers
         self.works: dict[str, Callable[[], Any]] = {}
         self.result: dict[str, Any] = {"size": size, "batch": batch, "tokens": tokens, "works": {}}
 
     def measure(self, models: dict[str, Any]) -> dict[str, Any]:
         """Tokens a second of each work, and how they compare with the peer."""
         self._take_in(models)
+        # what the others are compared with comes first
+        self.works = dict(sorted(self.works.items(), key=lambda item: not item[0].startswith(PEER)))
         memory = memory_works(self.device) if self.batch == 1 else {}
         for name, (_, work) in memory.items():
             self.works[name] = synchronised(work, self.device)
@@ -181,24 +187,28 @@ class Case:
     def _take_in(self, models: dict[str, Any]) -> None:
         plain = SamplingConfig(ar_guidance_scale=1.0)
         makers: dict[str, Callable[[], Callable[[], Any]]] = {}
-        if not self.with_peer:
-            self.result["works"][PEER] = {"error": "absent: transformers is not installed"}
-        else:
-            peer = build_peer(models["ours"], TEXT_TOKENS + self.tokens)
-            makers[PEER] = lambda: peer_work(peer, self.batch, self.tokens, plain, compiled=False)
-            if self.device == "cuda":
-                makers[f"{PEER}, compiled"] = lambda: peer_work(peer, self.batch, self.tokens, plain, compiled=True)
         makers["ours"] = lambda: our_work(models["ours"], self.batch, self.tokens, plain)
+        if self.device == "cuda":
+            makers[PLAIN] = partial(our_work, models["ours"], self.batch, self.tokens, plain, False)
         guided = SamplingConfig(ar_guidance_scale=1.5)
         makers["ours, guided"] = lambda: our_work(models["ours"], self.batch, self.tokens, guided)
         for name in BLOCKS:
             makers[f"ours, {name}"] = partial(our_work, models[name], self.batch, self.tokens, plain)
+        if find_spec("transformers") is None:
+            self.result["works"][PEER] = {"error": "absent: transformers is not installed"}
+        else:
+            peer = build_peer(models["ours"], TEXT_TOKENS + self.tokens)
+            for kind in self.peers if self.device == "cuda" else ("eager",):
+                makers[PEERS[kind]] = partial(peer_work, peer, self.batch, self.tokens, plain, kind == "compiled")
         for name, make in makers.items():
             try:
-                begin = time.perf_counter()
                 work = synchronised(make(), self.device)
-                work()
-                print(f"  {name}: first run {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+                seconds = []
+                for _ in range(2 if self.device == "cuda" else 1):
+                    begin = time.perf_counter()
+                    work()
+                    seconds.append(f"{time.perf_counter() - begin:.2f} s")
+                print(f"  {name}: first {', then '.join(seconds)}", file=sys.stderr, flush=True)
                 self.works[name] = work
             except Exception as error:
                 self.result["works"][name] = {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -207,7 +217,7 @@ class Case:
         """The share of the memory's measured speed at which the weights are read, one row of the batch a step."""
         size, best = weight_bytes(model), max(speeds.values())
         self.result |= {"bytes_per_s": speeds, "weight_bytes": size, "limit_tokens_per_s": best / size}
-        for name in ("ours", PEER, f"{PEER}, compiled"):
+        for name in ("ours", PLAIN, *PEERS.values()):
             work = self.result["works"].get(name, {})
             if "tokens_per_s" in work:
                 work["share_of_limit"] = work["tokens_per_s"] * size / best
@@ -265,6 +275,7 @@ def main() -> None:
     flags.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     flags.add_argument("--tokens", type=int, default=1024, help=f"of a sequence; a multiple of {SIDE**2}")
     flags.add_argument("--tokens-1b", type=int, help="of a sequence at size 1b, where each takes long on a CPU")
+    flags.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help="on a GPU")
     flags.add_argument("--runs", type=int, default=3)
     flags.add_argument("--seconds", type=float, default=900, help="no case begins later than this")
     flags.add_argument("--output", metavar="FILE", help="write the JSON there, after every case")

@@ -9,12 +9,14 @@ Legend: R rows, Q members, N blocks, P positions, C channels, D channels a head,
 from __future__ import annotations
 
 from collections.abc import Callable
+from logging import getLogger
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arlon_ray.generation.fused import FusedTrunk, agrees, fused_trunk
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.products import Products
 from arlon_ray.generation.trunk import Attention, AttentionByIndex, AttentionByRuns, Norm, Trunk
@@ -80,10 +82,18 @@ class Layout(NamedTuple):
 class Decoder:
     """Up to `most` members with one or two rows each, of up to `positions` (text, start and blocks).
 
-    `by_index`: as on a GPU, where the host does not look at what is drawn (None: on a GPU).
+    `by_index`: as on a GPU, where the host does not look at what is drawn (None: on a GPU). `fused`: through Triton's
+    kernels, where they run (None: on a GPU).
     """
 
-    def __init__(self, model: ArTransformer, positions: int, most: int, by_index: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: ArTransformer,
+        positions: int,
+        most: int,
+        by_index: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
         self.model = model
         weight = model.head.weight
         self.device = weight.device
@@ -118,6 +128,30 @@ class Decoder:
         self._slots.copy_(torch.arange(most))
         self._row_starts = torch.arange(rows, device=self.device) * stored
         self.layout = Layout([], [], [], [])
+        self._fused: FusedTrunk | None = None
+        if self.by_index and (self.device.type == "cuda" if fused is None else fused):
+            self._fused = self._tried(fused_trunk(model))
+
+    @torch.no_grad()
+    def _tried(self, fused: FusedTrunk | None) -> FusedTrunk | None:
+        """Kernels that run here, and agree with plain operations."""
+        if fused is None:
+            return None
+        x = torch.randn(2, self.model.config.dim, device=self.device).to(self.state.dtype)
+        try:
+            for rows in (1, 2):
+                attention = AttentionByIndex(self.cache, self.filled[:rows], self.visible.logical_not(), BUCKET)
+                arguments = x[:rows], self.turns, self._row_starts[:rows], attention
+                if not agrees(self._trunk(*arguments), fused(*arguments)):
+                    return None
+        except Exception:  # whatever the compiler has to say
+            getLogger(__name__).warning(
+                "Triton's kernels do not run here: the AR goes on without, slower", exc_info=True
+            )
+            return None
+        finally:
+            self.cache.values.zero_()
+        return fused
 
     def _take_weights(self, products: Products) -> None:
         model, inside = self.model, self.model.inside
@@ -158,11 +192,12 @@ class Decoder:
         """The next block of each member, token by token."""
         model, members = self.model, len(self.layout.first)
         slots, count, owners = self._slots[:members], self.count[:members], self._owners[: len(self.layout.owners)]
-        choice = Choice(*(each[:members] for each in self._choice[:3]), self._choice.limited)
+        temperature, top_k, top_p, limited = self._choice
+        choice = Choice(temperature[:members], top_k[:members], top_p[:members], limited)
         numbers, state, tokens = self.numbers[slots, count], self.state[: len(owners)], list[Tensor]()
         inner = None if model.inside is None else self.inner[slots, count]
         for place in range(numbers.shape[1]):
-            logits = self._guided(self._head(self._norm(self._feature(state, place))).float(), members)
+            logits = self._guided(self._logits(self._feature(state, place)).float(), members)
             token = draw(logits, choice, numbers[:, place])
             if inner is not None:
                 token = torch.where(inner[:, place], token, model.codebook_size)
@@ -172,6 +207,11 @@ class Decoder:
         self.drawn[slots, count] = tokens[0][:, None] if len(tokens) == 1 else torch.stack(tokens, 1)
         self.fine[:members] &= logits.isfinite().all(-1)
         count += 1
+
+    def _logits(self, feature: Tensor) -> Tensor:
+        if self._fused is not None:
+            return self._fused.head(feature, self.model.head)
+        return self._head(self._norm(feature))
 
     def _guided(self, logits_RK: Tensor, members: int) -> Tensor:
         away = logits_RK[self._away[:members]]
@@ -200,10 +240,10 @@ class Decoder:
         x = self._embed(newest)[self._owners[:rows]] + self.places.flatten(0, 1)[at]
         attention: Attention
         if self.by_index:
-            attention = AttentionByIndex(self.cache, filled, self.visible[:rows], self.bucket(furthest))
+            attention = AttentionByIndex(self.cache, filled, self.visible, self.bucket(furthest))
         else:
             attention = AttentionByRuns(self.cache, runs, self.unseen)
-        self.state[:rows] = self._trunk(x, self.turns.flatten(0, 1)[at], attention)
+        self.state[:rows] = (self._fused or self._trunk)(x, self.turns, at, attention)
         self.filled[:real] += 1
 
     def bucket(self, furthest: int) -> int:

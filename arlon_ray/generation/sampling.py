@@ -76,9 +76,16 @@ class SamplingBatch:
     noticed when their member ends.
     """
 
-    def __init__(self, model: ArTransformer, positions: int, most: int = 1, by_index: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: ArTransformer,
+        positions: int,
+        most: int = 1,
+        by_index: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
         self.model, self.most, self.positions = model, most, positions
-        self.decoder = Decoder(model, positions, most, by_index)
+        self.decoder = Decoder(model, positions, most, by_index, fused)
         self.members: list[Sampling] = []
         cuda = self.decoder.device.type == "cuda"
         self._graphs = Graphs(self.decoder.device) if cuda and self.decoder.by_index else None

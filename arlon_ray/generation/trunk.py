@@ -9,6 +9,7 @@ Legend: R rows, A heads, D channels a head, C = A · D, P positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -57,19 +58,27 @@ class AttentionByRuns:
 
 
 class AttentionByIndex:
-    """Each row's place stands on the device: `filled` [R]. All rows read the first `count` positions."""
+    """Each row's place stands on the device: `filled` [R]. All rows read the first `count` positions, as far as they
+    are `visible` [rows, P] and filled.
+    """
 
-    def __init__(self, cache: KeyValueCache, filled_R: Tensor, visible_RP: Tensor, count: int) -> None:
-        self._values, self._filled, self._count = cache.values, filled_R, count
-        self._rows = torch.arange(len(filled_R), device=filled_R.device)
-        behind = torch.arange(count, device=filled_R.device) <= filled_R[:, None]
-        self._mask = (visible_RP[:, :count] & behind)[:, None, None]
+    def __init__(self, cache: KeyValueCache, filled_R: Tensor, visible: Tensor, count: int) -> None:
+        self.values, self.filled, self.visible, self.count = cache.values, filled_R, visible, count
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.filled), device=self.filled.device)
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        behind = torch.arange(self.count, device=self.filled.device) <= self.filled[:, None]
+        return (self.visible[: len(self.filled), : self.count] & behind)[:, None, None]
 
     def __call__(self, layer: int, q_RAD: Tensor, k_RAD: Tensor, v_RAD: Tensor) -> Tensor:
         """See Attention."""
-        keys, values = self._values[layer]
-        keys[self._rows, :, self._filled], values[self._rows, :, self._filled] = k_RAD, v_RAD
-        rows, count = len(q_RAD), self._count
+        keys, values = self.values[layer]
+        keys[self._rows, :, self.filled], values[self._rows, :, self.filled] = k_RAD, v_RAD
+        rows, count = len(q_RAD), self.count
         return F.scaled_dot_product_attention(
             q_RAD[:, :, None], keys[:rows, :, :count], values[:rows, :, :count], attn_mask=self._mask
         ).flatten(1)
@@ -122,9 +131,9 @@ class Trunk:
     def __init__(self, model: ArTransformer, products: Products) -> None:
         self._layers = [_Layer(block, products) for block in model.blocks]  # type: ignore[arg-type]
 
-    def __call__(self, x_RC: Tensor, turns_R2D: Tensor, attention: Attention) -> Tensor:
-        """[R, C] to [R, C]; `turns_R2D` [R, 2, D/2] are those of the new position of each row."""
-        turned = turns_R2D[:, :, None]
+    def __call__(self, x_RC: Tensor, turns: Tensor, at_R: Tensor, attention: Attention) -> Tensor:
+        """[R, C] to [R, C]. The new position of each row is turned by `turns` [rows, P, 2, D/2], flat, at `at_R`."""
+        turned = turns.flatten(0, 1)[at_R][:, :, None]
         for number, layer in enumerate(self._layers):
             x_RC = layer(number, x_RC, turned, attention)
         return x_RC
