@@ -1,7 +1,7 @@
 """A denoising step, and the sampling of one segment, beside Open-Sora v1.2's formulas written plainly, on a CPU.
 
 `python -m benchmarks.dit_step --output FILE` (the weights in the box, and `small` with random ones; on a GPU
-STDiT3-XL/2 is compared by `benchmarks.gpu`). Both have the same weights, the same guidance by text and tokens and the same overlap
+STDiT3-XL/2 is compared by `benchmarks.gpu`). Both have the same weights, the same guidance and the same overlap
 of given frames; their velocities must agree to `TOLERANCE`, else it fails. A sampled segment is everything from text
 features and coarse latent to clean latents: what ours prepares is in it. Works take turns.
 """
