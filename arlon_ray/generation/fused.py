@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from arlon_ray.generation.trunk import Attention, AttentionByIndex
 from arlon_ray.models.ar import ArBlock, ArTransformer
 from arlon_ray.models.layers import RMSNorm
+from arlon_ray.models.quantised import Int8Linear
 
 #: Of the largest number that comes out, how far the two may be apart: bfloat16 has 8 bits.
 _TOLERANCE = 0.1
@@ -84,7 +85,9 @@ def agrees(plain: Tensor, fused: Tensor) -> bool:
 
 
 def fused_trunk(model: ArTransformer) -> FusedTrunk | None:
-    """None, said in the log, where there is no Triton."""
+    """None, said in the log, where there is no Triton, and for weights in 8 bits, which its kernels do not read."""
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        return None
     try:
         return FusedTrunk(model)
     except ImportError as error:

@@ -1,8 +1,9 @@
 """Products with a model's weights for a few rows at a time, fast, and such that a row's bits do not depend on others.
 
 On a CPU in float32 the weights are laid out again, in blocks (oneDNN): products of few rows are then as fast as the
-memory, and a row is summed in the same order whatever is beside it. That needs the weights' memory once more. Elsewhere
-the plain product stands; on a CPU that takes whole units of rows, for one row or two are summed by other kernels.
+memory, and a row is summed in the same order whatever is beside it. That needs the weights' memory once more; frozen
+weights are laid out once, for all that use them. Elsewhere the plain product stands; on a CPU that takes whole units of
+rows, for one row or two are summed by other kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from arlon_ray.models.quantised import Int8Linear
 
@@ -19,6 +21,9 @@ from arlon_ray.models.quantised import Int8Linear
 UNIT = 4
 #: The rows that the layout is made for; it holds for any number.
 _LAID_OUT_FOR = 16
+
+#: Frozen weights: where they lie and in which version, and laid out.
+_FROZEN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 Product = Callable[..., Tensor]
 
@@ -38,9 +43,8 @@ class Products:
     def of(self, linear: nn.Linear | Int8Linear) -> Product:
         """The product with this layer's weight, as it is now. The layer has no bias."""
         if isinstance(linear, Int8Linear):
-            return _laid_out(linear.in_full()) if self.lays_out else _of_layer(linear)
-        weight = linear.weight.detach()
-        return _laid_out(weight) if self.lays_out else _plain(weight)
+            return _product_of_laid_out(linear.in_full()) if self.lays_out else _of_layer(linear)
+        return _product_of_laid_out(linear.weight) if self.lays_out else _plain(linear.weight.detach())
 
 
 def _plain(weight: Tensor) -> Product:
@@ -59,8 +63,19 @@ def _of_layer(layer: nn.Module) -> Product:
     return product
 
 
-def _laid_out(weight: Tensor) -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
+def _laid_out(weight: Tensor) -> Tensor:
+    """Again each time for weights that are trained: not all that changes them tells (`.data` does not)."""
+    if weight.requires_grad or weight.is_inference():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _LAID_OUT_FOR)
+    state = weight.data_ptr(), weight._version
+    known = _FROZEN.get(weight)
+    if known is None or known[0] != state:
+        _FROZEN[weight] = known = state, torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
+    return known[1]
+
+
+def _product_of_laid_out(weight: Tensor) -> Product:
+    packed = _laid_out(weight)
     alone, with_added = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
 
     def product(x: Tensor, added: Tensor | None = None) -> Tensor:

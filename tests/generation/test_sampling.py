@@ -105,6 +105,21 @@ def test_a_product_is_the_same_whatever_is_beside_it(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_weights_are_laid_out_once_while_they_are_frozen() -> None:
+    layer, x = nn.Linear(24, 16, bias=False), torch.randn(3, 24)
+    products = Products(layer.weight)
+    for frozen in (True, False, True):
+        layer.requires_grad_(not frozen)
+        with torch.no_grad():
+            assert torch.allclose(products.of(layer)(x), layer(x), atol=1e-5)
+            layer.weight.add_(1.0)
+            assert torch.allclose(products.of(layer)(x), layer(x), atol=1e-5)
+    layer.requires_grad_(True)
+    layer.weight.data.mul_(2.0)
+    with torch.no_grad():
+        assert torch.allclose(products.of(layer)(x), layer(x), atol=1e-5)
+
+
 def test_the_norm_is_that_of_the_model() -> None:
     norm = RMSNorm(48)
     nn.init.normal_(norm.weight)
