@@ -11,7 +11,8 @@ const parts = () => [...list.children];
 const promptOf = (part) => part.querySelector("textarea");
 const secondsOf = (part) => part.querySelector("input");
 
-function addPart({ prompt = "", seconds = "" } = {}, before = null) {
+/** Renumber behind it. */
+function addPart({ prompt = "", seconds = "" } = {}) {
   const id = `part-${++count}`;
   const text = h("textarea", { id, rows: 2, value: prompt, placeholder: "What is seen" });
   const length = h("input", { id: `${id}-seconds`, type: "number", min: 0, step: "any", value: seconds });
@@ -40,8 +41,7 @@ function addPart({ prompt = "", seconds = "" } = {}, before = null) {
     event.preventDefault();
     move(part, event.key === "ArrowUp" ? -1 : 1);
   });
-  list.insertBefore(part, before);
-  renumber();
+  list.append(part);
   return part;
 }
 
@@ -151,7 +151,12 @@ function fieldOf(param) {
 export function startComposer(send) {
   const kept = JSON.parse(sessionStorage.getItem(KEPT) ?? "null");
   for (const part of kept?.length ? kept : [{}]) addPart(part);
-  $("add").onclick = () => promptOf(addPart()).focus();
+  renumber();
+  $("add").onclick = () => {
+    const part = addPart();
+    renumber();
+    promptOf(part).focus();
+  };
   form.addEventListener("input", changed);
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit($("make-video"));

@@ -9,6 +9,7 @@ const WORDS = { queued: "waiting", planned: "planned", rendering: "rendering", r
 
 const player = new Player($("video"));
 let open = null; // {id, object, stop, seen, queue, step, selected, since, streamed}
+let drawing = null; // the frame that will be drawn
 let tell = () => {};
 
 export const opened = () => open?.id ?? null;
@@ -128,7 +129,16 @@ function heard(type, data) {
     if (segment) segment.status = "queued";
     began();
   } else if (type === "deleted") return gone();
-  draw();
+  drawSoon();
+}
+
+/** Draws once a frame, however many events come: who opens a long video is told hundreds at once. */
+function drawSoon() {
+  if (drawing !== null) return;
+  drawing = requestAnimationFrame(() => {
+    drawing = null;
+    if (open) draw();
+  });
 }
 
 /** Brings a segment's chip into sight where there are more than fit; the page itself stays where it is. */
@@ -216,12 +226,16 @@ function drawChips() {
     const { step } = open;
     const stepping = segment.status === "rendering" && step?.index === index;
     const words = stepping ? `step ${step.step}/${step.steps}` : WORDS[segment.status];
+    const selected = open.selected === index;
+    const now = JSON.stringify([words, segment.status, done(segment), segment.prompt, isDraft(), selected]);
+    if (chip.drawn === now) return;
+    chip.drawn = now;
     chip.dataset.status = segment.status;
     chip.style.setProperty("--done", done(segment));
     chip.lastChild.textContent = words;
     chip.title = segment.prompt;
     chip.setAttribute("aria-label", `Segment ${index + 1}, ${words}: ${brief(segment.prompt)}`);
-    if (isDraft()) chip.setAttribute("aria-pressed", String(open.selected === index));
+    if (isDraft()) chip.setAttribute("aria-pressed", String(selected));
     else chip.removeAttribute("aria-pressed");
   });
 }

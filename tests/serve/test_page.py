@@ -65,7 +65,7 @@ def test_a_segment_of_a_draft_is_planned_anew_and_the_draft_rendered(visit: Visi
     seen.one("#steps").fill("5")
     seen.one("#make-draft").click()
     seen.status("Ready")
-    assert seen.shown()["width"] == 96
+    seen.expect(seen.one("#video")).to_have_js_property("videoWidth", 96)
     before = seen.made("drafts")[0]
     assert seen.made() == [] and stages.rendered == []
     stages.step_s = 0.5
