@@ -335,7 +335,8 @@ class STDiT3(nn.Module):
         x = F.pad(
             x_BCthw.to(self.final_layer.linear.weight.dtype), (0, -w % patch[2], 0, -h % patch[1], 0, -t % patch[0])
         )
-        return rearrange(self.x_embedder.proj(x), "b d t h w -> b t h w d")
+        # contiguous: what follows would keep the convolution's order of axes, in which norms and products are slow
+        return rearrange(self.x_embedder.proj(x), "b d t h w -> b t h w d").contiguous()
 
     def denoise(
         self,

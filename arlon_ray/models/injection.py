@@ -66,7 +66,7 @@ class LatentAdapter(nn.Module):
         padding = [
             pad for size, p in zip(coarse_BCthw.shape[:1:-1], self.patch[::-1], strict=True) for pad in (0, -size % p)
         ]
-        features = rearrange(self.embed(F.pad(coarse_BCthw, padding)), "b e t h w -> b (t h w) e")
+        features = rearrange(self.embed(F.pad(coarse_BCthw, padding)), "b e t h w -> b (t h w) e").contiguous()
         for norm, block in zip(self.norms, self.blocks, strict=True):
             features = features + block(norm(features))
         return features
