@@ -88,16 +88,20 @@ def test_evaluations_are_as_many_as_the_options_say(solver: Solver) -> None:
 
 
 def test_steps_by_hand() -> None:
-    """Two steps of each formula, with a velocity that a person can follow: v = x·τ, from 2."""
-    begin = torch.full((1, 1, 1, 1, 1), 2.0)
+    """Two steps of 0.6 and 0.4 of each formula, with a velocity that a person can follow: v = x·τ, from 2."""
+    begin = torch.full((1, 1, 1, 1, 1), 2.0, dtype=torch.float64)
 
     def end(solver: Solver) -> float:
-        return float(sample_flow(lambda x, time: x * time / 1000, begin, [1000.0, 500.0], None, solver))
+        return float(sample_flow(lambda x, time: x * time / 1000, begin, [1000.0, 400.0], None, solver))
 
-    assert end("euler") == end("dpm2m") == 3.75  # 2 + 2/2 = 3, 3 + 1.5/2
-    assert end("midpoint") == 3.3505859375  # 2 + 2.5·0.75/2 = 2.9375, 2.9375 + 3.3046875·0.25/2
-    assert end("heun") == 3.59375  # 2 + (2 + 1.5)/4 = 2.875, then Euler: 2.875 + 1.4375/2
-    assert end("ab2") == 3.625  # 3, 3.75 + (1.5 − 2)/4
+    # 2 + 2·0.6 = 3.2, 3.2 + 1.28·0.4
+    assert end("euler") == end("dpm2m") == pytest.approx(3.712)
+    # 2 + 2.6·0.7·0.6 = 3.092, 3.092 + 3.33936·0.2·0.4
+    assert end("midpoint") == pytest.approx(3.3591488)
+    # 2 + (2 + 1.28)·0.3 = 2.984, then Euler: 2.984 + 1.1936·0.4
+    assert end("heun") == pytest.approx(3.46144)
+    # 3.2, 3.712 + 0.4²/1.2·(1.28 − 2)
+    assert end("ab2") == pytest.approx(3.616)
 
 
 def test_dpm2m_is_what_the_paper_writes() -> None:
