@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -62,7 +63,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     finally:
         # asked to end, a node waits half a minute for its workers
         for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # one ends when another does
+                process.kill()
         head.wait(timeout=60)
 
 
