@@ -55,6 +55,11 @@ class SamplingConfig(Section):
     solver: Solver = Field("euler", description="midpoint and heun evaluate the DiT twice a step, the others once")
     guidance_scale: float = Field(2.0, ge=0, description="text guidance of the DiT")
     token_guidance_scale: float = Field(1.0, ge=0, description="token guidance of the DiT; 1 costs nothing")
+    time_shift: float = Field(
+        1.0,
+        gt=0,
+        description="multiplies the ratio that times are transformed with; below 1 more steps have little noise",
+    )
     guidance_low: float = Field(
         0.0, ge=0, le=1, description="below this time (0: data) the DiT has no guidance; saves its evaluations"
     )

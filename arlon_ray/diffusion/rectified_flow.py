@@ -57,4 +57,5 @@ def add_noise(x0_BCthw: Tensor, noise_BCthw: Tensor, time_B: Tensor) -> Tensor:
 def schedule(steps: int, ratio: float, start: float = 1.0) -> list[float]:
     """Times of `steps` steps from `start` (1: pure noise) on, noisiest first; the last step ends at 0."""
     times = torch.tensor([start * (1.0 - i / steps) * NUM_TIMES for i in range(steps)], dtype=torch.float64)
-    return transform_time(times, ratio).tolist()
+    # rounding must not make the first one later than noise
+    return transform_time(times, ratio).clamp(max=NUM_TIMES).tolist()

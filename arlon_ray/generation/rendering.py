@@ -224,7 +224,7 @@ class DiTRenderer:
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
         ratio = time_ratio(*size, shape[0], self.config.dit.time_base_pixels) * self.config.dit.time_scale
-        times = schedule(options.steps, ratio, options.start)
+        times = schedule(options.steps, ratio * options.time_shift, options.start)
         if options.start < 1.0:
             if coarse is None:
                 raise ValueError(f"start={options.start}: the baseline has no tokens to start from; expected 1")

@@ -24,6 +24,7 @@ def test_times_fall_from_noise_to_data_and_follow_the_ratio() -> None:
     assert schedule(4, 1.0) == pytest.approx([1000, 750, 500, 250])
     assert all(a < b for a, b in zip(schedule(4, 1.0)[1:], schedule(4, 2.0)[1:], strict=True))
     assert time_ratio(512, 512, 1) == 1.0
+    assert all(schedule(4, ratio / 97)[0] <= 1000 for ratio in range(1, 400))
     late = schedule(4, 0.7, start=0.6)
     assert len(late) == 4 and late[0] < schedule(4, 0.7)[0]
     generator = torch.Generator().manual_seed(0)

@@ -93,6 +93,22 @@ def test_guidance_is_paid_for_within_the_interval_alone(generator: VideoGenerato
     assert min(np.abs(part - other).max() for other in (never, always)) > 1e-4
 
 
+def test_shifted_times_have_less_noise(generator: VideoGenerator) -> None:
+    def times(**changes: object) -> list[float]:
+        options, found = default_options(generator.bundle.config.sampling, steps=STEPS, **changes), list[float]()
+        member = next(generator.renderer.rendering("a", np.zeros((10, 4, 4), np.int32), None, 0, 0, options))
+        while not member.path.ended:
+            found.append(member.path.time / 1000)
+            member.path.advance(torch.zeros_like(member.path.x))
+        return found
+
+    assert times() == pytest.approx(times_of(generator))
+    shifted = times(time_shift=0.2)
+    assert shifted[0] == 1 and all(a < b for a, b in zip(shifted[1:], times()[1:], strict=True))
+    # odds t/(1 − t) are what the ratio multiplies
+    assert shifted[1] / (1 - shifted[1]) == pytest.approx(0.2 * times()[1] / (1 - times()[1]))
+
+
 def test_late_layers_are_computed_every_nth_evaluation(generator: VideoGenerator) -> None:
     plain, dit = render(generator, steps=7), generator.renderer.dit
     assert np.array_equal(plain, render(generator, steps=7, cache_layers=2, cache_every=1))

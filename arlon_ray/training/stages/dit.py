@@ -185,7 +185,7 @@ class DitStage:
         size, sampled = (video.height, video.width), []
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         settings = self.config.dit
-        ratio = time_ratio(*size, x0.shape[2], settings.time_base_pixels) * settings.time_scale
+        ratio = time_ratio(*size, x0.shape[2], settings.time_base_pixels) * settings.time_scale * options.time_shift
         for i in range(min(PICTURED, len(x0))):
             none_coarse = torch.zeros(1, dtype=torch.bool, device=device)
             guide = objective.guide((tokens[0][i : i + 1], tokens[1][i : i + 1]), none_coarse) if tokens else None
