@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from arlon_ray import __version__
 
@@ -80,8 +83,24 @@ class Artifact:
         }
 
 
+#: Seconds after a change within which another one may leave a file's times as they are.
+_SETTLED_S = 2.0
+
+
 def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file, read in blocks."""
+    """sha256 (hex) of a file; kept while its content cannot have changed, by inode, size and times of change."""
+    seen = path.stat()
+    if time.time() - seen.st_ctime < _SETTLED_S:
+        return _read_sha256(path)
+    return _kept_sha256(path, (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
+
+
+@lru_cache(maxsize=256)
+def _kept_sha256(path: Path, state: tuple[int, ...]) -> str:
+    return _read_sha256(path)
+
+
+def _read_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -186,14 +205,30 @@ def load_artifact(path: str | Path, kind: str, *, verify: bool = True) -> Artifa
     return Artifact(folder, config, lineage)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """`nn.init` and drawing in place do nothing: on the meta device, where they only waste time, the first draw imports
+    torch's compiler, which takes longer than loading a small bundle.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def building(artifact: Artifact) -> Iterator[None]:
     """Around making a model of an artefact: settings and weights that do not fit end in one ArtifactError.
 
-    Weights are moved to their device outside of it: a device out of memory is no fault of the artefact.
+    Weights are moved to their device outside of it: a device out of memory is no fault of the artefact. Within it
+    parameters are not initialised: they are replaced by what was stored.
     """
     try:
-        yield
+        with _Uninitialised():
+            yield
     except ArtifactError:
         raise
     except (KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from arlon_ray import precision
+from arlon_ray import artifact, precision
 from arlon_ray.artifact import ArtifactError, finished, load_artifact, save_artifact, whole_folder
 from arlon_ray.bundle import load_bundle, save_bundle
 from arlon_ray.generation import VideoGenerator
@@ -19,6 +21,8 @@ from arlon_ray.models.codec import load_codec
 from arlon_ray.models.dit import load_dit
 from arlon_ray.models.vae import load_vae
 from tests.bundles import make_random_bundle, make_random_parts, small_config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make(path: Path, value: float = 1.0, **changes: object):
@@ -223,3 +227,29 @@ def test_a_part_without_its_parents_is_refused(
     change_json(path / folder / "lineage.json", parents=parents)
     with pytest.raises(ArtifactError, match=f"{name} has no recorded parent {role}"):
         load_bundle(path)
+
+
+def test_a_file_is_hashed_again_whenever_it_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = tmp_path / "f", []
+    original = artifact._read_sha256
+    monkeypatch.setattr(artifact, "_read_sha256", lambda path: read.append(path) or original(path))
+    file.write_bytes(b"a")
+    first = artifact.sha256_of(file)
+    file.write_bytes(b"b")
+    assert artifact.sha256_of(file) != first and len(read) == 2
+    monkeypatch.setattr(artifact, "_SETTLED_S", -1.0)  # as if that had been a while ago
+    second = artifact.sha256_of(file)
+    assert artifact.sha256_of(file) == second and len(read) == 3
+    file.write_bytes(b"longer")
+    assert artifact.sha256_of(file) == original(file) != second and len(read) == 4
+
+
+def test_models_are_loaded_without_torchs_compiler() -> None:
+    """Which takes longer to import than a small bundle to load."""
+    code = (
+        "import sys, torch; from arlon_ray.bundle import load_bundle; b = load_bundle('weights/tiny');"
+        "b.vae, b.codec, b.ar, b.dit; slow = ('torch._dynamo', 'sympy', 'transformers');"
+        "print([name for name in slow if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr[-500:]

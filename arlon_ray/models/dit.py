@@ -108,6 +108,11 @@ def join_conditions(conditions: Sequence[Condition]) -> Condition:
     )
 
 
+def drawn(rows: int, width: int) -> Tensor:
+    """Normal numbers of deviation 1/√width; left out where `nn.init` is (`artifact.building`)."""
+    return nn.init.normal_(torch.empty(rows, width), std=width**-0.5)
+
+
 class CaptionEmbedder(nn.Module):
     """Text features to the hidden size; holds the learned null caption."""
 
@@ -116,7 +121,7 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, channels: int, dim: int, tokens: int) -> None:
         super().__init__()
         self.y_proj = Mlp(channels, dim, dim)
-        self.register_buffer("y_embedding", torch.randn(tokens, channels) / channels**0.5)
+        self.register_buffer("y_embedding", drawn(tokens, channels))
 
 
 class STDiT3Block(nn.Module):
@@ -132,7 +137,7 @@ class STDiT3Block(nn.Module):
         self.cross_attn = CrossAttention(dim, config.num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(drawn(6, dim))
 
     def forward(
         self,
@@ -176,7 +181,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(dim, out)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(drawn(2, dim))
 
     def forward(self, x_BTSD: Tensor, times_BD: tuple[Tensor, Tensor], noisy_BT: Tensor | None) -> Tensor:
         x = self._modulate(x_BTSD, times_BD[0])

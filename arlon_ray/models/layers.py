@@ -52,8 +52,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, theta: float = 10000.0) -> None:
         super().__init__()
-        freqs = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
-        self.freqs = nn.Parameter(freqs, requires_grad=False)
+        # by Python: on the meta device torch's own powers import its compiler, which takes seconds
+        freqs = [theta ** (-channel / dim) for channel in range(0, dim, 2)]
+        self.freqs = nn.Parameter(torch.tensor(freqs), requires_grad=False)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, D] of integer positions [N]."""
