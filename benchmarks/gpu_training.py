@@ -164,7 +164,18 @@ class TrainingStep:
         }  # fmt: skip
         if self.device == "cuda":
             found["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            found["kernels"] = busiest_kernels(step)
         return found
+
+
+def busiest_kernels(step: Callable[[], Any], count: int = 24) -> dict[str, Any]:
+    """Milliseconds and calls of the kernels that take most of a step, and of all of them together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda its: -its.self_device_time_total)
+    shown = {its.key[:90]: [round(its.self_device_time_total / 1e3, 2), its.count] for its in kernels[:count]}
+    return {"all_ms": round(sum(its.self_device_time_total for its in kernels) / 1e3, 2), "ms_and_calls": shown}
 
 
 def training_speed(

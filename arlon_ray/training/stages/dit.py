@@ -66,6 +66,8 @@ class DitObjective(nn.Module):
             return torch.rand(count, generator=generator, device=device) < probability
 
         text, text_mask = trimmed(batch)
+        # a mask that masks nothing would keep the fastest kernels of attention from being used
+        real = None if bool(text_mask.all()) else text_mask
         if tokens and self.ar is not None and self.training:
             tokens = self._drawn_by_ar(tokens, text, text_mask, chosen(settings.ar_token_probability), generator)
         null = self.dit.y_embedder.y_embedding[: text.shape[1]]
@@ -74,7 +76,7 @@ class DitObjective(nn.Module):
         guide = self.guide(tokens, chosen(settings.coarse_probability)) if tokens else None
         condition = self.dit.condition(
             tuple(x0.shape[2:]),  # type: ignore[arg-type]
-            text, text_mask, batch["fps"], size, guide, ~chosen(settings.token_dropout), generator,
+            text, real, batch["fps"], size, guide, ~chosen(settings.token_dropout), generator,
         )  # fmt: skip
         ratio = time_ratio(*size, frames, settings.time_base_pixels) * settings.time_scale
         time = sample_times(count, ratio, generator, device)
