@@ -27,12 +27,12 @@ MODELS = {"guided": "", "text-only": ":guidance_scale=4"}
 BASE = "30"
 #: Steps and options, behind `MODEL@`. The first is what the others are compared with.
 WAYS = (
-    BASE, "10", "8", "6", "5", "4",
-    "10:solver=ab2", "8:solver=ab2", "6:solver=ab2", "5:solver=ab2", "4:solver=ab2",
-    "10:solver=dpm2m", "6:solver=dpm2m", "5:solver=midpoint", "3:solver=midpoint", "5:solver=heun",
-    "30:guidance_low=0.3", "30:guidance_high=0.9", "30:guidance_low=0.3:guidance_high=0.9",
-    "30:cache_layers=1:cache_every=2", "30:cache_layers=2:cache_every=2", "30:cache_layers=2:cache_every=3",
-    "10:solver=ab2:guidance_low=0.3", "10:solver=ab2:cache_layers=1",
+    BASE, "10", "8", "6", "5",
+    "10:solver=ab2", "8:solver=ab2", "6:solver=ab2", "10:solver=dpm2m", "6:solver=dpm2m",
+    "5:solver=midpoint", "5:solver=heun",
+    "8:time_shift=0.2", "6:solver=ab2:time_shift=0.2", "4:solver=ab2:time_shift=0.2",
+    "30:guidance_low=0.7", "30:guidance_high=0.95", "10:solver=ab2:guidance_low=0.7",
+    "30:cache_layers=1", "30:cache_layers=2:cache_every=3", "10:solver=ab2:cache_layers=1",
 )  # fmt: skip
 #: Evaluations of the reference that errors of latents are measured against, and on how many captions.
 REFERENCE, COMPARED = 200, 8
