@@ -14,6 +14,7 @@ import asyncio
 import io
 import json
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -182,10 +183,9 @@ def cpu_s() -> Counter[str]:
     found: Counter[str] = Counter({"client": sum(own.cpu_times()[:2])})
     for each in own.children(recursive=True):
         with suppress(psutil.Error):
-            command = each.cmdline()
-            title = command[0].split(":arlon:")[-1] if command else ""  # a replica calls itself after its deployment
-            name = title.removeprefix("ray::") if "ray::" in title or ":" in " ".join(command[:1]) else each.name()
-            found[name.split("/")[-1].split("(")[0]] += sum(each.cpu_times()[:2])
+            # actors call themselves ray::CLASS.METHOD, replicas ray::ServeReplica:APP:DEPLOYMENT.METHOD
+            actor = re.match(r"ray::(?:ServeReplica:\w+:)?(\w+)", " ".join(each.cmdline()))
+            found[actor[1] if actor else each.name()] += sum(each.cpu_times()[:2])
     return found
 
 

@@ -39,12 +39,15 @@ AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
 
 
 class _Worker:
-    """One thread for a replica's model: calls take turns, and torch uses `threads` threads for each."""
+    """One thread for a replica's model: calls take turns, and torch and OpenCV use `threads` threads for each."""
 
     def __init__(self, threads: int) -> None:
+        import cv2
+
         keep_freed_memory()
-        # OpenMP's limit holds for the thread that sets it
+        # OpenMP's limit holds for the thread that sets it; OpenCV would take all cores for the flow at borders
         self._pool = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, threads))
+        cv2.setNumThreads(threads)
 
     def now(self, call: Callable[..., T], *arguments: Any) -> T:
         """Run in the thread and block."""

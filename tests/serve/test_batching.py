@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from arlon_ray.generation import DiTRenderer, VideoGenerator, default_options
 from serve.batching import BatchWorker, Cancelled
-from serve.deployments import ArDeployment, DitDeployment
+from serve.deployments import ArDeployment, DecoderDeployment, DitDeployment
 from serve.work import Job, Timed, Tokens
 from tests.bundles import make_random_bundle
 from tests.serve.play import driven
@@ -200,6 +201,16 @@ async def test_an_error_of_the_step_itself_ends_all_and_the_next_goes_on(bundle:
     again = await replica.render(asked, 0, tokens, None)
     alone = DiTRenderer(replica._renderer.bundle).render("a", tokens, None, 0, 0, options)
     assert np.array_equal(again.value, alone.latents)
+
+
+def test_a_decoder_takes_no_more_threads_than_it_was_given(bundle: Path) -> None:
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(3)
+        DecoderDeployment(str(bundle), "cpu", 1, 16.0)
+        assert cv2.getNumThreads() == 1
+    finally:
+        cv2.setNumThreads(before)
 
 
 @driven
