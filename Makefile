@@ -43,7 +43,8 @@ serve: setup
 	$(BIN)/python jobs/serve_bundle.py --bundle $(BUNDLE)
 
 bench: setup
-	$(BIN)/python -m benchmarks.bench --bundle $(BUNDLE)
+	mkdir -p runs
+	$(BIN)/python -m benchmarks.bench --bundle $(BUNDLE) --output runs/bench.json
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,88 +1,113 @@
-"""`make bench`: JSON with the speed and memory of each part on this machine, in this process, without Ray."""
+"""`make bench`: every part's benchmark on this CPU, its comparisons in one table, and all figures in one JSON.
+
+Each part runs in a process of its own. A comparison is any figure with `times_as_fast`: works that took turns, against
+the first of them. `--short` takes a minute; `--against FILE` warns, and no more, where a comparison has fallen by 15 %
+since that file was written: ratios, because times of another machine, or of another hour, say nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+from benchmarks.machine import machine
 
-from arlon_ray.bundle import Bundle, load_bundle
-from arlon_ray.generation import VideoGenerator, default_options
-from benchmarks.machine import machine, peak_memory_mib, timed
-from data_pipeline.clips import find_clips
-from data_pipeline.decode import decode_row
-from data_pipeline.encode import ClipEncoder
-from data_pipeline.schema import DECODED
-from data_pipeline.sources import find_sources
-from data_pipeline.synthetic import write_samples
-from jobs.command_line import InputError, existing, run
-
-PROMPTS = ["a red circle moves to the right", "a red circle moves up"]
-
-
-def bench_generation(bundle: Bundle, runs: int, segments: int) -> dict[str, Any]:
-    """AR tokens/s, DiT steps/s, VAE frames/s, and seconds per video with the AR's share."""
-    generator, options = VideoGenerator(bundle), default_options(bundle.config.sampling)
-    planner = generator.planner
-    if planner is None:
-        raise InputError(f"--bundle {bundle.path}: is text-only: there is no AR to measure")
-    plan = next(planner.plan(PROMPTS[:1], 0, options))
-    latents = generator.renderer.render(PROMPTS[0], plan.tokens, None, 0, 0, options).latents
-    prompts = [PROMPTS[i * len(PROMPTS) // segments] for i in range(segments)]
-    ar = timed(lambda: next(planner.plan(PROMPTS[:1], 0, options)), runs)
-    dit = timed(lambda: generator.renderer.render(PROMPTS[0], plan.tokens, None, 0, 0, options), runs)
-    decode = timed(lambda: generator.decoder.decode(latents), runs)
-    video = timed(lambda: [part.shape for part in generator.generate(prompts, 0, options)], max(2, runs // 2))
-    planned = timed(lambda: [plan.index for plan in planner.plan(prompts, 0, options)], max(2, runs // 2))
-    return {
-        "ar_tokens_per_s": plan.tokens.size / ar["median"],
-        "dit_steps_per_s": options.steps / dit["median"],
-        "decode_frames_per_s": latents.shape[1] // 5 * 17 / decode["median"],
-        "video": {"segments": segments, "seconds": video, "ar_share": planned["median"] / video["median"]},
-    }
+#: Of each part: its arguments for `make bench`, and for the short form (None: left out of it).
+PARTS: dict[str, tuple[str, str | None]] = {
+    "ar_decoding": (
+        "--sizes tiny small --batch 1 8 --tokens 512 --runs 5 --seconds 240",
+        "--sizes tiny --batch 1 --tokens 128 --runs 3 --seconds 60",
+    ),
+    "dit_step": ("--sizes tiny small", "--sizes tiny --runs 5 --steps 2"),
+    "vae_decode": ("--bundle {bundle} --segments 4 --runs 5", None),
+    "generation": ("--bundle {bundle} --runs 5", None),
+    "growth": ("--bundle {bundle} --runs 3", None),
+    "startup": ("--bundle {bundle} --runs 3 --depth 4", None),
+}
+#: A comparison that is below this share of what it was is worth a warning.
+FALLEN = 0.85
 
 
-def bench_preprocess(bundle: Bundle, runs: int) -> dict[str, float]:
-    """Frames/s of decode, and of decode + VAE + text in a bare loop."""
-    config = bundle.config
-    with tempfile.TemporaryDirectory() as folder:
-        write_samples(folder, 16, 0, config.video, (2,))
-        sources = find_sources(folder)
-        clips = [row for source in sources for row in find_clips(source, config.video, config.data)[0]]
-        frames = sum(row["num_frames"] for row in clips)
-        encoder = ClipEncoder(bundle.path / "vae", config.text, bounds=config.vae, batch_size=config.data.encode_batch)
-        decoded = pa.Table.from_pylist([decode_row(row) for row in clips], schema=DECODED)
-        decode = timed(lambda: [decode_row(row) for row in clips], runs)
-        encode = timed(lambda: encoder(decoded), runs)
-    seconds = decode["median"] + encode["median"]
-    return {"decode_frames_per_s": frames / decode["median"], "preprocess_frames_per_s": frames / seconds}
+def comparisons(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, {times_as_fast, from, to}) of everything in `values` that was measured against something else."""
+    if isinstance(values, Mapping):
+        if "times_as_fast" in values:
+            if values["times_as_fast"] != 1.0:  # 1: what the others are compared with
+                kept = {name: float(values[name]) for name in ("times_as_fast", "from", "to")}
+                yield " · ".join(part for part in path if part not in ("cases", "works", "seconds", "sizes")), kept
+            return
+        for name, value in values.items():
+            yield from comparisons(value, (*path, str(name)))
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            named = isinstance(value, Mapping) and "size" in value
+            name = f"{value['size']}, batch {value.get('batch')}" if named else str(number)
+            yield from comparisons(value, (*path, name))
 
 
-def main() -> None:
+def measure(part: str, arguments: str, folder: Path) -> dict[str, Any]:
+    """Run one part; what went wrong with it is its result."""
+    file, begin = folder / f"{part}.json", time.perf_counter()
+    command = [sys.executable, "-m", f"benchmarks.{part}", *arguments.split(), "--output", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if done.returncode:
+        found["error"] = done.stderr.strip()[-1000:]
+    return found | {"took_s": time.perf_counter() - begin}
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown."""
+    lines = ["| comparison | times as fast | from–to |", "|---|---|---|"]
+    for name, its in found.items():
+        lines.append(f"| {name} | {its['times_as_fast']:.2f} | {its['from']:.2f}–{its['to']:.2f} |")
+    return "\n".join(lines)
+
+
+def fallen(now: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each comparison that is worse than it was, beyond its own spread."""
+    lines = []
+    for name in now.keys() & before.keys():
+        ratio, was = now[name]["times_as_fast"], before[name]["times_as_fast"]
+        if ratio < FALLEN * was and now[name]["to"] < was:
+            lines.append(f"warning: {name}: {ratio:.2f} times as fast; it was {was:.2f}")
+    return sorted(lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line."""
-    flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--bundle", required=True, metavar="DIR", help="model bundle, by jobs/pipeline.py")
-    flags.add_argument("--runs", type=int, default=5)
-    flags.add_argument("--segments", type=int, default=4)
-    flags.add_argument("--output", metavar="FILE", help="write the JSON there as well")
-    arguments = flags.parse_args()
-    bundle = load_bundle(existing(arguments.bundle, "--bundle"))
-    result = {
-        "machine": machine(),
-        "config": bundle.config.name,
-        **bench_generation(bundle, arguments.runs, arguments.segments),
-        **bench_preprocess(bundle, arguments.runs),
-        "peak_memory_mib": peak_memory_mib(),
-    }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text + "\n")
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--bundle", default="weights/tiny", metavar="DIR")
+    flags.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    flags.add_argument("--short", action="store_true", help="the parts that have a short form, in it")
+    flags.add_argument("--against", type=Path, metavar="FILE", help="an earlier result: warn of what has fallen")
+    flags.add_argument("--output", type=Path, metavar="FILE")
+    options = flags.parse_args(arguments)
+    result: dict[str, Any] = {"machine": machine(), "parts": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in options.parts:
+            words = PARTS[part][1 if options.short else 0]
+            if words is None:
+                continue
+            result["parts"][part] = measured = measure(part, words.format(bundle=options.bundle), Path(folder))
+            said = f": {measured['error'].splitlines()[-1]}" if measured.get("error") else ""
+            print(f"{part}: {measured['took_s']:.0f} s{said}", flush=True)
+    result["comparisons"] = dict(comparisons(result["parts"]))
+    print(f"\n{table(result['comparisons'])}")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if options.against:
+        print("\n".join(fallen(result["comparisons"], json.loads(options.against.read_text())["comparisons"])))
+    return result
 
 
 if __name__ == "__main__":
-    run(main)
+    if any("error" in part for part in main()["parts"].values()):
+        raise SystemExit(1)

@@ -79,11 +79,13 @@ class Job:
     shards: Path
     count: int
     device: str
+    every: int = 50  # steps after which one more shard is drawn from
 
     def stage(self) -> Stage:
         """Raises ArtifactError if what it starts from does not fit."""
         training = getattr(self.config, self.section).training
-        source = RenderedLatents(self.config, self.shards, self.count, training.batch_size, self.device, seed=SEED)
+        size, every = training.batch_size, self.every
+        source = RenderedLatents(self.config, self.shards, self.count, size, self.device, every=every, seed=SEED)
         if training.data_share < 1:
             source = source.share(training.data_share)
         vae, fine, coarse = (self.folders[name] for name in ("vae", "codec_fine", "codec_coarse"))
@@ -172,7 +174,7 @@ class Box:
             if not job.config.dit.ar_token_probability:
                 folders.pop("ar")
             path = self.output / "variants" / variant.name / variant.stage
-            jobs.append(replace(job, folders=folders, path=path, config=_quietly(job.config, job.section)))
+            jobs.append(replace(job, folders=folders, path=path, config=_quietly(job.config, job.section), every=1))
         train_together(jobs)
 
     @property
@@ -181,7 +183,9 @@ class Box:
 
     def _parents(self) -> dict[str, str]:
         names = [name for name in ("vae", "codec_fine", "codec_coarse") if (self.path(name) / "lineage.json").exists()]
-        return {"text": self._text} | {
+        mixes = " ".join(f"{mix.grade}:{','.join(map(str, mix.groups))}={mix.share:g}" for mix in self.mixes)
+        scenes = f"rendered from seed {SEED}, {self.videos} videos of {mixes}"
+        return {"text": self._text, "scenes": scenes} | {
             name: load_artifact(self.path(name), PARTS[name][1]).fingerprint for name in names
         }
 
@@ -201,7 +205,10 @@ class Box:
         models: list[tuple[str, Literal["ar", "dit"], Config]] = [
             ("ar", "ar", guided), ("dit", "dit", guided), ("dit_base", "dit", base)
         ]  # fmt: skip
-        return [self._job(name, section, config, shards) for name, section, config in models]
+        begun = {"ar": {"ar_init": self.start.artifacts["ar"].fingerprint}}
+        begun |= {name: {"dit_init": self.start.artifacts["dit"].fingerprint} for name in ("dit", "dit_base")}
+        jobs = [self._job(name, section, config, shards) for name, section, config in models]
+        return [replace(job, parents=job.parents | begun[job.name]) for job in jobs]
 
     def _timed(self, job: Job) -> Job:
         """With as many steps as it is to have."""
@@ -276,12 +283,12 @@ def without_injection(dit: Artifact, path: Path) -> Artifact:
 
 
 def _quietly(config: Config, section: str) -> Config:
-    """No checkpoints within the run, and few lines."""
+    """Few checkpoints (a run that is cut off goes on from the last) and few lines."""
     training = config
     for key in section.split("."):
         training = getattr(training, key)
     steps = training.training.steps  # type: ignore[attr-defined]
-    keys = {"checkpoint_every": steps, "log_every": max(1, steps // 10)}
+    keys = dict.fromkeys(("checkpoint_every", "log_every"), max(1, steps // 10))
     return override(config, [f"{section}.training.{name}={value}" for name, value in keys.items()])
 
 
@@ -304,6 +311,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--processes", type=int, default=2, help="that render")
     flags.add_argument("--start", metavar="BUNDLE")
     flags.add_argument("--variants", nargs="*", default=[])
+    flags.add_argument("--only-variants", action="store_true", help="on the shards that an earlier run wrote")
     flags.add_argument("--ablation-start", metavar="BUNDLE", help="guided bundle with its text-only DiT")
     flags.add_argument("--count", type=int, default=64, help="held-out captions to measure on; 0: none")
     flags.add_argument("--rows", nargs="+", default=list(ROWS))
@@ -322,7 +330,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         options.shard, dict(_pairs(options.steps)), Bundle(options.start) if options.start else None,
     )  # fmt: skip
     begin = time.perf_counter()
-    bundle = box.train()
+    bundle = Bundle(options.output / "bundle") if options.only_variants else box.train()
     if options.variants:
         chosen = [variant for variant in VARIANTS if variant.name in options.variants]
         steps = (box.steps["variants"], box.steps.get("ar-variants", box.steps["variants"]))
