@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from arlon_ray.artifact import WEIGHTS, record
@@ -48,12 +48,19 @@ def xl2(small: bool) -> DitConfig:
     return config.model_copy(update=sizes) if small else config
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomised(dit: STDiT3) -> STDiT3:
     """The model with random weights everywhere: outputs that begin at zero would hide mistakes."""
-    for name, parameter in model.requires_grad_(False).named_parameters():
+    for name, parameter in dit.requires_grad_(False).named_parameters():
         if parameter.ndim > 1 or name.endswith("bias"):
             parameter.normal_(0, 0.02)
-    return model.eval()
+    return dit.eval()
+
+
+def in_bf16(dit: STDiT3) -> STDiT3:
+    """The model in bf16, but for the frequencies of its positions."""
+    frequencies = dit.rope.freqs.detach().clone()
+    dit.bfloat16().rope.freqs.data = frequencies
+    return dit
 
 
 def steps(size: tuple[int, int], latent_frames: int, small: bool, device: str, runs: int) -> dict[str, Any]:
@@ -63,12 +70,9 @@ def steps(size: tuple[int, int], latent_frames: int, small: bool, device: str, r
             dit = randomised(STDiT3(xl2(small)))
         found: dict[str, Any] = {}
         shape = (latent_frames, size[0] // 8, size[1] // 8)
-        if dit.token_count(shape) <= MOST_FLOAT32:  # type: ignore[operator]
-            found |= _equality(dit, shape, size, device)  # type: ignore[arg-type]
-        frequencies = dit.rope.freqs.detach().clone()  # type: ignore[union-attr]
-        dit = dit.bfloat16()
-        dit.rope.freqs.data = frequencies  # type: ignore[union-attr]
-        return found | _compared(dit, shape, size, device, runs)  # type: ignore[arg-type]
+        if dit.token_count(shape) <= MOST_FLOAT32:
+            found |= _equality(dit, shape, size, device)
+        return found | _compared(in_bf16(dit), shape, size, device, runs)
 
 
 Step = Callable[[Tensor, Tensor], Tensor]

@@ -123,9 +123,8 @@ class TrainingStep:
         self._forwards = [block.forward for block in self.blocks]
         self.generator = torch.Generator(device=device)
         tokens = objective.dit.token_count((config.segment.latents, *config.latent_grid))
-        self.kept = KEPT[compiled] * tokens * config.dit.hidden_size * len(self.blocks)
-        if weights is torch.float32:
-            self.kept *= 1.3  # autocast's norms and sums are float32
+        wider = 1.3 if weights is torch.float32 else 1.0  # autocast's norms and sums are float32
+        self.kept = wider * KEPT[compiled] * tokens * config.dit.hidden_size * len(self.blocks)
 
     def most(self) -> int:
         """Samples whose activations are reckoned to fit."""

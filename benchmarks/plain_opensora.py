@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arlon_ray.models.dit import STDiT3, STDiT3Block
-from arlon_ray.models.layers import CrossAttention, RMSNorm, SelfAttention
+from arlon_ray.models.injection import GatedAdaptiveNorm
+from arlon_ray.models.layers import CrossAttention, RMSNorm, ScalarEmbedder, SelfAttention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -128,13 +129,13 @@ def positions(height: int, width: int, dim: int, scale: float, device: torch.dev
     return torch.cat([part for axis in angles for part in (axis.sin(), axis.cos())], dim=-1).to(dtype)
 
 
-def time_embedding(embedder: torch.nn.Module, values_B: Tensor) -> Tensor:
+def time_embedding(embedder: ScalarEmbedder, values_B: Tensor) -> Tensor:
     """TimestepEmbedder and SizeEmbedder."""
     half = embedder.frequencies // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=values_B.device).float() / half)
     angles = values_B[:, None].float() * frequencies[None]
-    mlp: torch.nn.Sequential = embedder.mlp  # type: ignore[assignment]
-    return mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(mlp[0].weight.dtype))
+    weight = next(embedder.mlp.parameters())
+    return embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype))
 
 
 def injected(dit: STDiT3, number: int, x_BTSD: Tensor, coarse_BCthw: Tensor) -> Tensor:
@@ -143,8 +144,8 @@ def injected(dit: STDiT3, number: int, x_BTSD: Tensor, coarse_BCthw: Tensor) -> 
     assert injection is not None
     if str(number) not in injection.layers:
         return x_BTSD
-    layer, adapter = injection.layers[str(number)], injection.adapter
-    features = adapter(coarse_BCthw)
+    layer, features = injection.layers[str(number)], injection.adapter(coarse_BCthw)
+    assert isinstance(layer, GatedAdaptiveNorm), "written out for this kind of injection alone"
     gate, scale, bias = layer.out(F.silu(layer.hidden(features))).chunk(3, dim=-1)
     x = x_BTSD.flatten(1, 2)
     return (x + gate * ((1.0 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + bias)).view_as(x_BTSD)
