@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arlon_ray.generation import native
 from arlon_ray.generation.fused import FusedTrunk, agrees, fused_trunk
+from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk
 from arlon_ray.generation.options import GenerationOptions
-from arlon_ray.generation.products import Products
-from arlon_ray.generation.trunk import Attention, AttentionByIndex, AttentionByRuns, Norm, Trunk
+from arlon_ray.generation.products import Norm, Products
+from arlon_ray.generation.trunk import Attention, AttentionByIndex, AttentionByRuns, Trunk
 from arlon_ray.models.ar import ArTransformer, KeyValueCache
 
 #: On a device whose host does not know how far a row is, so many positions at a time are attended to.
@@ -103,7 +105,6 @@ class Decoder:
         stored = -(-positions // BUCKET) * BUCKET if self.by_index else positions
         self.whole = products.whole
         self.cache = KeyValueCache(model, rows, stored)
-        self._take_weights(products)
         dim, size = model.config.dim, model.config.block[0] * model.config.block[1]
         # what each row has at each position: rotations (of queries, of keys), place embeddings, whether it is seen
         pairs = dim // model.config.heads // 2
@@ -128,6 +129,11 @@ class Decoder:
         self._slots.copy_(torch.arange(most))
         self._row_starts = torch.arange(rows, device=self.device) * stored
         self.layout = Layout([], [], [], [])
+        self._native: NativeTrunk | None = None
+        if not self.by_index:
+            self._native = native_trunk(model, products, self.cache, self.turns, self.filled, self.visible)
+        self._library = None if self.by_index else products.native
+        self._take_weights(products)
         self._fused: FusedTrunk | None = None
         if self.by_index and (self.device.type == "cuda" if fused is None else fused):
             self._fused = self._tried(fused_trunk(model))
@@ -155,13 +161,13 @@ class Decoder:
 
     def _take_weights(self, products: Products) -> None:
         model, inside = self.model, self.model.inside
-        self._trunk, self._head = Trunk(model, products), products.of(model.head)
-        self._norm = Norm.of(model.norm)
+        if self._native is None:
+            self._trunk = Trunk(model, products)
+        self._head = products.of(model.head, Norm.of(model.norm))
         self._join = None if model.join is None else products.of(model.join)
         if inside is not None:
             self._before = [products.of(layer) for layer in inside.before]  # type: ignore[arg-type]
-            self._gate_up, self._down = products.of(inside.gate_up), products.of(inside.down)
-            self._inner_norm = Norm.of(inside.norm)
+            self._gate_up, self._down = products.of(inside.gate_up, Norm.of(inside.norm)), products.of(inside.down)
 
     def of_rows(self) -> tuple[Tensor, ...]:
         """What a row has."""
@@ -198,7 +204,7 @@ class Decoder:
         inner = None if model.inside is None else self.inner[slots, count]
         for place in range(numbers.shape[1]):
             logits = self._guided(self._logits(self._feature(state, place)).float(), members)
-            token = draw(logits, choice, numbers[:, place])
+            token = self._drawn(logits, choice, numbers[:, place])
             if inner is not None:
                 token = torch.where(inner[:, place], token, model.codebook_size)
             tokens.append(token)
@@ -208,10 +214,15 @@ class Decoder:
         self.fine[:members] &= logits.isfinite().all(-1)
         count += 1
 
+    def _drawn(self, logits_QK: Tensor, choice: Choice, numbers_Q: Tensor) -> Tensor:
+        if self._library is None:
+            return draw(logits_QK, choice, numbers_Q)
+        return native.draw(self._library, logits_QK, *choice[:3], numbers_Q)
+
     def _logits(self, feature: Tensor) -> Tensor:
         if self._fused is not None:
             return self._fused.head(feature, self.model.head)
-        return self._head(self._norm(feature))
+        return self._head(feature)
 
     def _guided(self, logits_RK: Tensor, members: int) -> Tensor:
         away = logits_RK[self._away[:members]]
@@ -224,7 +235,7 @@ class Decoder:
         if self.model.inside is None:
             return state
         state = state + self.model.inside.place[place]
-        gate, up = self._gate_up(self._inner_norm(state)).chunk(2, -1)
+        gate, up = self._gate_up(state).chunk(2, -1)
         return self._down(F.silu(gate).mul_(up), state)
 
     @torch.no_grad()
@@ -238,13 +249,18 @@ class Decoder:
         newest = self.drawn[self._slots[:members], self.count[:members] - 1]
         at = self._row_starts[:rows] + filled
         x = self._embed(newest)[self._owners[:rows]] + self.places.flatten(0, 1)[at]
+        self.state[:rows] = self._run_trunk(x, at, furthest, runs)
+        self.filled[:real] += 1
+
+    def _run_trunk(self, x_RC: Tensor, at_R: Tensor, furthest: int, runs: list[tuple[int, int, int]]) -> Tensor:
+        if self._native is not None:
+            return self._native(x_RC)
         attention: Attention
         if self.by_index:
-            attention = AttentionByIndex(self.cache, filled, self.visible, self.bucket(furthest))
+            attention = AttentionByIndex(self.cache, self.filled[: len(x_RC)], self.visible, self.bucket(furthest))
         else:
             attention = AttentionByRuns(self.cache, runs, self.unseen)
-        self.state[:rows] = (self._fused or self._trunk)(x, self.turns, at, attention)
-        self.filled[:real] += 1
+        return (self._fused or self._trunk)(x_RC, self.turns, at_R, attention)
 
     def bucket(self, furthest: int) -> int:
         """How many positions are attended to."""

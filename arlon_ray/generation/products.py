@@ -1,13 +1,14 @@
 """Products with a model's weights for a few rows at a time, fast, and such that a row's bits do not depend on others.
 
-On a CPU in float32 the weights are laid out again, in blocks (oneDNN): products of few rows are then as fast as the
-memory, and a row is summed in the same order whatever is beside it. That needs the weights' memory once more; frozen
-weights are laid out once, for all that use them. Elsewhere the plain product stands; on a CPU that takes whole units of
-rows, for one row or two are summed by other kernels.
+On a CPU in float32 the weights are laid out again, in panels (`native`) or, where that cannot be built, as oneDNN has
+them: products of few rows are then as fast as the memory, and a row is summed in the same order whatever is beside it.
+That needs the weights' memory once more; frozen weights are laid out once, for all that use them. Elsewhere the plain
+product stands; on a CPU that takes whole units of rows, for one row or two are summed by other kernels.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from arlon_ray.generation import native
+from arlon_ray.models.layers import RMSNorm
 from arlon_ray.models.quantised import Int8Linear
 
 #: Rows come in multiples of this where weights are not laid out again.
@@ -22,10 +25,28 @@ UNIT = 4
 #: The rows that the layout is made for; it holds for any number.
 _LAID_OUT_FOR = 16
 
-#: Frozen weights: where they lie and in which version, and laid out.
+#: Frozen weights: by how they are laid out, where they lay and in which version, and laid out.
 _FROZEN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 Product = Callable[..., Tensor]
+Layout = Callable[[Tensor], Tensor]
+
+
+class Norm:
+    """`RMSNorm` over the last axis, of D channels, with fewer operations: x · rsqrt(Σx² + D·eps) · (√D · weight)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        channels = weight.shape[-1]
+        self.weight, self.eps = weight.detach().float() * channels**0.5, eps * channels
+
+    @classmethod
+    def of(cls, norm: RMSNorm) -> Norm:
+        """The same as this one, with its weight as it is now."""
+        return cls(norm.weight, norm.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * (wide * wide).sum(-1, keepdim=True).add_(self.eps).rsqrt_() * self.weight).to(x.dtype)
 
 
 class Products:
@@ -33,18 +54,30 @@ class Products:
 
     def __init__(self, weight: Tensor) -> None:
         on_cpu = weight.device.type == "cpu"
-        self.lays_out = on_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        in_float32 = on_cpu and weight.dtype == torch.float32
+        self.native = native.library() if in_float32 else None
+        self.lays_out = in_float32 and (self.native is not None or torch.backends.mkldnn.is_available())
         self.unit = UNIT if on_cpu and not self.lays_out else 1
 
     def whole(self, rows: int) -> int:
         """So many rows in whole units."""
         return -(-rows // self.unit) * self.unit
 
-    def of(self, linear: nn.Linear | Int8Linear) -> Product:
-        """The product with this layer's weight, as it is now. The layer has no bias."""
-        if isinstance(linear, Int8Linear):
-            return _product_of_laid_out(linear.in_full()) if self.lays_out else _of_layer(linear)
-        return _product_of_laid_out(linear.weight) if self.lays_out else _plain(linear.weight.detach())
+    def of(self, linear: nn.Linear | Int8Linear, norm: Norm | None = None) -> Product:
+        """The product with this layer's weight, as it is now, of what is normed before. The layer has no bias."""
+        if self.native is not None:
+            return _of_panels(self.native, self.laid_out(linear), len(linear.weight), norm)
+        product = self._without_norm(linear)
+        return product if norm is None else lambda x, added=None: product(norm(x), added)
+
+    def _without_norm(self, linear: nn.Linear | Int8Linear) -> Product:
+        if not self.lays_out:
+            return _of_layer(linear) if isinstance(linear, Int8Linear) else _plain(linear.weight.detach())
+        return _of_onednn(self.laid_out(linear, _for_onednn))
+
+    def laid_out(self, linear: nn.Linear | Int8Linear, how: Layout = native.panels) -> Tensor:
+        """This layer's weight as it is now, laid out."""
+        return _laid_out(linear.in_full() if isinstance(linear, Int8Linear) else linear.weight, how)
 
 
 def _plain(weight: Tensor) -> Product:
@@ -63,19 +96,30 @@ def _of_layer(layer: nn.Module) -> Product:
     return product
 
 
-def _laid_out(weight: Tensor) -> Tensor:
+def _for_onednn(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
+
+
+def _laid_out(weight: Tensor, how: Layout) -> Tensor:
     """Again each time for weights that are trained: not all that changes them tells (`.data` does not)."""
     if weight.requires_grad or weight.is_inference():
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _LAID_OUT_FOR)
-    state = weight.data_ptr(), weight._version
-    known = _FROZEN.get(weight)
-    if known is None or known[0] != state:
-        _FROZEN[weight] = known = state, torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
-    return known[1]
+        return how(weight.detach())
+    state, known = (weight.data_ptr(), weight._version), _FROZEN.setdefault(weight, {})
+    if how not in known or known[how][0] != state:
+        known[how] = state, how(weight)
+    return known[how][1]
 
 
-def _product_of_laid_out(weight: Tensor) -> Product:
-    packed = _laid_out(weight)
+def _of_panels(built: ctypes.CDLL, panels: Tensor, outputs: int, norm: Norm | None) -> Product:
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+
+    def product(x: Tensor, added: Tensor | None = None) -> Tensor:
+        return native.product(built, x, panels, outputs, added, weight, eps)
+
+    return product
+
+
+def _of_onednn(packed: Tensor) -> Product:
     alone, with_added = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
 
     def product(x: Tensor, added: Tensor | None = None) -> Tensor:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arlon_ray.generation.products import Products
+from arlon_ray.generation.products import Norm, Products
 from arlon_ray.models.ar import ArBlock, ArTransformer, KeyValueCache, Rotary
-from arlon_ray.models.layers import RMSNorm
 
 
 class Attention(Protocol):
@@ -88,23 +87,6 @@ def turns(rotary: Rotary) -> Tensor:
     """Rotations as complex numbers [P, 2 (of queries, of keys), D/2]: those of the channel pairs (2i, 2i+1)."""
     cos, sin = (torch.stack(part, 1)[..., ::2] for part in zip(rotary.query, rotary.key, strict=True))
     return torch.complex(cos.float().contiguous(), sin.float().contiguous())
-
-
-class Norm:
-    """`RMSNorm` over the last axis, of D channels, with fewer operations: x · rsqrt(Σx² + D·eps) · (√D · weight)."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        channels = weight.shape[-1]
-        self._weight, self._eps = weight.detach().float() * channels**0.5, eps * channels
-
-    @classmethod
-    def of(cls, norm: RMSNorm) -> Norm:
-        """The same as this one, with its weight as it is now."""
-        return cls(norm.weight, norm.eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * (wide * wide).sum(-1, keepdim=True).add_(self._eps).rsqrt_() * self._weight).to(x.dtype)
 
 
 class _Layer:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from arlon_ray.config import ArConfig, SamplingConfig
+from arlon_ray.generation import native
 from arlon_ray.generation.decoder import BUCKET
 from arlon_ray.generation.options import default_options
-from arlon_ray.generation.products import Products
+from arlon_ray.generation.products import Norm, Products
 from arlon_ray.generation.sampling import Sampling, SamplingBatch
-from arlon_ray.generation.trunk import Norm
 from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.layers import RMSNorm
 
@@ -72,6 +72,7 @@ def test_steps_by_index_draw_what_steps_by_runs_draw(block: tuple[int, int]) -> 
 def test_without_weights_laid_out_rows_come_in_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build((2, 3))
     expected = drawn(model, 1, False)
+    monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert Products(model.head.weight).whole(5) == 8
     for most in (1, 3):

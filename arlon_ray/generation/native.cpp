@@ -1,0 +1,253 @@
+// The AR's step on a CPU in float32 (see native.py): without it, a small model's step is mostly calls of small kernels.
+//
+// Every sum is made in one order, whatever rows are beside it and however many threads share the work. Weights come as
+// panels of 8 outputs [O/8, C, 8]: a panel's sums are the lanes of one register, and each weight is read once for up to
+// 8 rows. Legend as in trunk.py: R rows, A heads, D channels a head, C channels, H hidden channels, P positions.
+
+#include <omp.h>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+typedef float Lanes __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+
+static inline Lanes load(const float* from) { Lanes x; memcpy(&x, from, sizeof x); return x; }
+static inline void store(float* to, Lanes x) { memcpy(to, &x, sizeof x); }
+
+static inline Lanes all(float x) { return Lanes{x, x, x, x, x, x, x, x}; }
+
+// a · b + c, rounded in one way everywhere: the compiler is told not to choose by itself (-ffp-contract=off)
+static inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+#ifdef __FMA__
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline float sum(Lanes x) {
+  x += __builtin_shuffle(x, Ints{4, 5, 6, 7, 0, 1, 2, 3});
+  x += __builtin_shuffle(x, Ints{2, 3, 0, 1, 6, 7, 4, 5});
+  return x[0] + x[1];
+}
+
+static inline float dot(const float* a, const float* b, int64_t count) {
+  Lanes total = {};
+  for (int64_t i = 0; i < count; i += 8) total = fma(load(a + i), load(b + i), total);
+  return sum(total);
+}
+
+// e^x = 2^n · e^f with |f| ≤ ln 2 / 2, the latter by its Taylor series; 0 below 2^-126
+static inline Lanes exponential(Lanes x) {
+  Lanes bounded = x > 88.0f ? all(88.0f) : x;
+  Lanes scaled = bounded * 1.44269504f;
+  Ints n = __builtin_convertvector(scaled + (scaled > 0.0f ? all(0.5f) : all(-0.5f)), Ints);
+  Lanes whole = __builtin_convertvector(n, Lanes), f = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Lanes y = all(1.0f / 5040);
+  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, f, all(factor));
+  Lanes power;
+  Ints bits = (n + 127) << 23;
+  memcpy(&power, &bits, sizeof power);
+  return bounded < -87.0f ? Lanes{} : y * power;
+}
+
+// R rows [., C] with P panels
+template <int R, int P>
+static inline void tile(const float* x, int64_t C, const float* panels, float* out, const float* added, int64_t O) {
+  Lanes sums[R][P] = {};
+  for (int64_t c = 0; c < C; c++)
+    for (int p = 0; p < P; p++) {
+      Lanes weights = load(panels + (p * C + c) * 8);
+      for (int r = 0; r < R; r++) sums[r][p] = fma(weights, all(x[r * C + c]), sums[r][p]);
+    }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) {
+      Lanes y = sums[r][p];
+      store(out + r * O + p * 8, added ? y + load(added + r * O + p * 8) : y);
+    }
+}
+
+// R rows with `count` panels: 8 sums at a time hide how long one takes
+template <int R>
+static void rows_of(const float* x, int64_t C, const float* panels, int64_t count, float* out, const float* added,
+                    int64_t O) {
+  constexpr int P = R == 1 ? 8 : R == 2 ? 4 : R <= 4 ? 2 : 1;
+  int64_t p = 0;
+  for (; p + P <= count; p += P) tile<R, P>(x, C, panels + p * C * 8, out + p * 8, added ? added + p * 8 : added, O);
+  for (; p < count; p++) tile<R, 1>(x, C, panels + p * C * 8, out + p * 8, added ? added + p * 8 : added, O);
+}
+
+using Rows = void (*)(const float*, int64_t, const float*, int64_t, float*, const float*, int64_t);
+static const Rows ROWS[] = {rows_of<1>, rows_of<2>, rows_of<3>, rows_of<4>, rows_of<5>, rows_of<6>, rows_of<7>, rows_of<8>};
+
+// panels [first, end) of out [R, O] = x [R, C] · panels (+ added [R, O])
+static void product_of(const float* x, int64_t R, int64_t C, const float* panels, int64_t first, int64_t end,
+                       float* out, const float* added, int64_t O) {
+  int64_t blocks = (R + 7) / 8;
+  for (int64_t p = first; p < end; p += 8)
+    for (int64_t b = 0; b < blocks; b++) {
+      int64_t r = R * b / blocks, until = R * (b + 1) / blocks, at = r * O + p * 8;
+      ROWS[until - r - 1](x + r * C, C, panels + p * C * 8, std::min<int64_t>(8, end - p), out + at,
+                          added ? added + at : added, O);
+    }
+}
+
+// this thread's part of `count` things
+struct Part {
+  int64_t first, end;
+  explicit Part(int64_t count) {
+    int64_t n = omp_get_thread_num(), threads = omp_get_num_threads();
+    first = count * n / threads, end = count * (n + 1) / threads;
+  }
+};
+
+// x · rsqrt(Σx² + eps) · weight
+static void normed(const float* x, const float* weight, int64_t count, float eps, float* out) {
+  float factor = 1.0f / std::sqrt(dot(x, x, count) + eps);
+  for (int64_t i = 0; i < count; i++) out[i] = x[i] * factor * weight[i];
+}
+
+struct Layer {
+  const float *qkv, *proj, *gate_up, *down;               // panels; gate's and up's in turns
+  const float *before_attention, *before_mlp, *of_heads;  // norms: [C], [C], [2, D]
+  float *keys, *values;                                   // [R, A, P, D]
+};
+
+struct Trunk {
+  const Layer* layers;
+  int64_t count, A, D, H, P;
+  float eps, eps_of_heads;
+  const float* turns;      // [R, P, 2, D/2] complex
+  const int64_t* filled;   // [R]
+  const uint8_t* visible;  // [R, P]
+};
+
+static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, const float* qkv, float* out,
+                   std::vector<float>& memory) {
+  const int64_t D = t.D, C = t.A * D, filled = t.filled[r], count = filled + 1, padded = (count + 7) / 8 * 8;
+  memory.resize(padded + 2 * D);
+  float *chances = memory.data(), *q = chances + padded, *turned = q + D;
+  float* keys = layer.keys + (r * t.A + a) * t.P * D;
+  float* values = layer.values + (r * t.A + a) * t.P * D;
+  for (int which = 0; which < 2; which++) {  // query, key
+    const float* turn = t.turns + ((r * t.P + filled) * 2 + which) * D;
+    normed(qkv + r * 3 * C + which * C + a * D, layer.of_heads + which * D, D, t.eps_of_heads, turned);
+    float* to = which ? keys + filled * D : q;
+    for (int64_t i = 0; i < D; i += 2) {
+      to[i] = turned[i] * turn[i] - turned[i + 1] * turn[i + 1];
+      to[i + 1] = turned[i] * turn[i + 1] + turned[i + 1] * turn[i];
+    }
+  }
+  memcpy(values + filled * D, qkv + r * 3 * C + 2 * C + a * D, D * sizeof(float));
+  const float scale = 1.0f / std::sqrt(float(D));
+  float most = -INFINITY;
+  for (int64_t p = 0; p < padded; p++) {
+    bool seen = p < count && t.visible[r * t.P + p];
+    chances[p] = seen ? dot(q, keys + p * D, D) * scale : -INFINITY;
+    most = std::max(most, chances[p]);
+  }
+  Lanes summed = {};
+  for (int64_t p = 0; p < padded; p += 8) {
+    Lanes e = exponential(load(chances + p) - most);
+    store(chances + p, e);
+    summed += e;
+  }
+  const float total = sum(summed);
+  for (int64_t i = 0; i < D; i += 8) {
+    Lanes parts[4] = {};
+    int64_t p = 0;
+    for (; p + 4 <= count; p += 4)
+      for (int n = 0; n < 4; n++) parts[n] = fma(load(values + (p + n) * D + i), all(chances[p + n]), parts[n]);
+    for (; p < count; p++) parts[0] = fma(load(values + p * D + i), all(chances[p]), parts[0]);
+    store(out + r * C + a * D + i, (parts[0] + parts[1] + parts[2] + parts[3]) / total);
+  }
+}
+
+extern "C" {
+
+// out [R, O] = x [R, C], normed if there is a norm, · panels (+ added)
+void product(const float* x, int64_t R, int64_t C, const float* panels, int64_t O, const float* added,
+             const float* norm, float eps, float* out, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local std::vector<float> row;
+    if (norm) {
+      row.resize(R * C);
+      for (int64_t r = 0; r < R; r++) normed(x + r * C, norm, C, eps, row.data() + r * C);
+    }
+    Part part(O / 8);
+    product_of(norm ? row.data() : x, R, C, panels, part.first, part.end, out, added, O);
+  }
+}
+
+// x [R, C], in place
+void trunk(const Trunk* trunk, float* x, int64_t R, int threads) {
+  const Trunk& t = *trunk;
+  const int64_t C = t.A * t.D, H = t.H;
+  static thread_local std::vector<float> memory;
+  memory.resize(R * (3 * C + C + 2 * H + H));
+  float *qkv = memory.data(), *attended = qkv + R * 3 * C, *gate_up = attended + R * C, *hidden = gate_up + R * 2 * H;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local std::vector<float> row, chances;
+    row.resize(R * C);
+    Part qkv_part(3 * C / 8), heads(R * t.A), out_part(C / 8), hidden_part(H / 8);
+    for (int64_t l = 0; l < t.count; l++) {
+      const Layer& layer = t.layers[l];
+      for (int64_t r = 0; r < R; r++) normed(x + r * C, layer.before_attention, C, t.eps, row.data() + r * C);
+      product_of(row.data(), R, C, layer.qkv, qkv_part.first, qkv_part.end, qkv, nullptr, 3 * C);
+#pragma omp barrier
+      for (int64_t n = heads.first; n < heads.end; n++) attend(t, layer, n / t.A, n % t.A, qkv, attended, chances);
+#pragma omp barrier
+      product_of(attended, R, C, layer.proj, out_part.first, out_part.end, x, x, C);
+#pragma omp barrier
+      for (int64_t r = 0; r < R; r++) normed(x + r * C, layer.before_mlp, C, t.eps, row.data() + r * C);
+      product_of(row.data(), R, C, layer.gate_up, 2 * hidden_part.first, 2 * hidden_part.end, gate_up, nullptr, 2 * H);
+      for (int64_t r = 0; r < R; r++)
+        for (int64_t p = hidden_part.first; p < hidden_part.end; p++) {
+          Lanes gate = load(gate_up + r * 2 * H + p * 16), up = load(gate_up + r * 2 * H + p * 16 + 8);
+          store(hidden + r * H + p * 8, gate / (exponential(-gate) + 1.0f) * up);
+        }
+#pragma omp barrier
+      product_of(hidden, R, H, layer.down, out_part.first, out_part.end, x, x, C);
+#pragma omp barrier
+    }
+  }
+}
+
+// As `decoder.draw`: a token of logits [Q, K] for each member. Chances are sorted as the bits of positive numbers are.
+void draw(const float* logits, int64_t Q, int64_t K, const float* temperature, const int64_t* top_k,
+          const float* top_p, const float* numbers, int64_t* tokens, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t q = 0; q < Q; q++) {
+    static thread_local std::vector<float> chances;
+    static thread_local std::vector<uint64_t> order;
+    const int64_t padded = (K + 7) / 8 * 8, kept = top_k[q] > 0 ? std::min(top_k[q], K) : K;
+    chances.assign(padded, -INFINITY), order.resize(K);
+    float most = -INFINITY;
+    for (int64_t k = 0; k < K; k++) most = std::max(most, chances[k] = logits[q * K + k] / temperature[q]);
+    for (int64_t k = 0; k < padded; k += 8) store(&chances[k], exponential(load(&chances[k]) - most));
+    for (int64_t k = 0; k < K; k++) {
+      uint32_t bits;
+      memcpy(&bits, &chances[k], sizeof bits);
+      order[k] = uint64_t(bits) << 32 | uint32_t(K - 1 - k);
+    }
+    std::sort(order.begin(), order.end(), std::greater<uint64_t>());
+    auto code = [&](int64_t place) { return K - 1 - int64_t(order[place] & 0xffffffff); };
+    double total = 0, nucleus = 0, passed = 0;
+    for (int64_t n = 0; n < kept; n++) total += chances[code(n)];
+    for (int64_t n = 0; n < kept && (n == 0 || nucleus < top_p[q] * total); n++) nucleus += chances[code(n)];
+    int64_t place = 0;
+    while (place < kept - 1 && (passed += chances[code(place)]) <= numbers[q] * nucleus) place++;
+    tokens[q] = code(place);
+  }
+}
+}
