@@ -39,6 +39,19 @@ static inline float sum(Lanes x) {
   return x[0] + x[1];
 }
 
+// the sums of 8 times 8 lanes
+static inline Lanes sums(const Lanes (&x)[8]) {
+  Lanes pairs[4], fours[2];
+  for (int n = 0; n < 4; n++)
+    pairs[n] = __builtin_shuffle(x[2 * n], x[2 * n + 1], Ints{0, 8, 2, 10, 4, 12, 6, 14}) +
+               __builtin_shuffle(x[2 * n], x[2 * n + 1], Ints{1, 9, 3, 11, 5, 13, 7, 15});
+  for (int n = 0; n < 2; n++)
+    fours[n] = __builtin_shuffle(pairs[2 * n], pairs[2 * n + 1], Ints{0, 1, 8, 9, 4, 5, 12, 13}) +
+               __builtin_shuffle(pairs[2 * n], pairs[2 * n + 1], Ints{2, 3, 10, 11, 6, 7, 14, 15});
+  return __builtin_shuffle(fours[0], fours[1], Ints{0, 1, 2, 3, 8, 9, 10, 11}) +
+         __builtin_shuffle(fours[0], fours[1], Ints{4, 5, 6, 7, 12, 13, 14, 15});
+}
+
 static inline float dot(const float* a, const float* b, int64_t count) {
   Lanes total = {};
   for (int64_t i = 0; i < count; i += 8) total = fma(load(a + i), load(b + i), total);
@@ -130,6 +143,21 @@ struct Trunk {
   const uint8_t* visible;  // [R, P]
 };
 
+// 8 · N channels of Σ chance · value over positions
+template <int N>
+static inline void mixed(const float* values, int64_t D, const float* chances, int64_t count, float total, float* out) {
+  Lanes even[N] = {}, odd[N] = {};
+  int64_t p = 0;
+  for (; p + 2 <= count; p += 2)
+    for (int n = 0; n < N; n++) {
+      even[n] = fma(load(values + p * D + n * 8), all(chances[p]), even[n]);
+      odd[n] = fma(load(values + (p + 1) * D + n * 8), all(chances[p + 1]), odd[n]);
+    }
+  if (p < count)
+    for (int n = 0; n < N; n++) even[n] = fma(load(values + p * D + n * 8), all(chances[p]), even[n]);
+  for (int n = 0; n < N; n++) store(out + n * 8, (even[n] + odd[n]) / total);
+}
+
 static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, const float* qkv, float* out,
                    std::vector<float>& memory) {
   const int64_t D = t.D, C = t.A * D, filled = t.filled[r], count = filled + 1, padded = (count + 7) / 8 * 8;
@@ -149,10 +177,18 @@ static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, con
   memcpy(values + filled * D, qkv + r * 3 * C + 2 * C + a * D, D * sizeof(float));
   const float scale = 1.0f / std::sqrt(float(D));
   float most = -INFINITY;
-  for (int64_t p = 0; p < padded; p++) {
-    bool seen = p < count && t.visible[r * t.P + p];
-    chances[p] = seen ? dot(q, keys + p * D, D) * scale : -INFINITY;
-    most = std::max(most, chances[p]);
+  for (int64_t p = 0; p < padded; p += 8) {
+    Lanes products[8] = {};
+    const float* eight[8];
+    for (int n = 0; n < 8; n++) eight[n] = keys + std::min(p + n, filled) * D;
+    for (int64_t i = 0; i < D; i += 8)
+      for (int n = 0; n < 8; n++) products[n] = fma(load(q + i), load(eight[n] + i), products[n]);
+    Lanes scores = sums(products) * scale;
+    for (int n = 0; n < 8; n++) {
+      bool seen = p + n < count && t.visible[r * t.P + p + n];
+      chances[p + n] = seen ? scores[n] : -INFINITY;
+      most = std::max(most, chances[p + n]);
+    }
   }
   Lanes summed = {};
   for (int64_t p = 0; p < padded; p += 8) {
@@ -161,14 +197,11 @@ static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, con
     summed += e;
   }
   const float total = sum(summed);
-  for (int64_t i = 0; i < D; i += 8) {
-    Lanes parts[4] = {};
-    int64_t p = 0;
-    for (; p + 4 <= count; p += 4)
-      for (int n = 0; n < 4; n++) parts[n] = fma(load(values + (p + n) * D + i), all(chances[p + n]), parts[n]);
-    for (; p < count; p++) parts[0] = fma(load(values + p * D + i), all(chances[p]), parts[0]);
-    store(out + r * C + a * D + i, (parts[0] + parts[1] + parts[2] + parts[3]) / total);
-  }
+  out += r * C + a * D;
+  int64_t i = 0;
+  for (; i + 32 <= D; i += 32) mixed<4>(values + i, D, chances, count, total, out + i);
+  for (; i + 16 <= D; i += 16) mixed<2>(values + i, D, chances, count, total, out + i);
+  for (; i < D; i += 8) mixed<1>(values + i, D, chances, count, total, out + i);
 }
 
 extern "C" {

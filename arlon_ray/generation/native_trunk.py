@@ -17,7 +17,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in "qkv proj gate_up down before_attention before_mlp of_heads keys values".split()
+        for name in ["qkv", "proj", "gate_up", "down", "before_attention", "before_mlp", "of_heads", "keys", "values"]
     ]
 
 

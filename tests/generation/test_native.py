@@ -1,0 +1,124 @@
+"""The AR's step in C++ gives what torch's operations give, whatever is beside it and however many threads work."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from arlon_ray.config import ArConfig
+from arlon_ray.generation import native
+from arlon_ray.generation.decoder import Choice, draw
+from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk
+from arlon_ray.generation.products import Products
+from arlon_ray.generation.trunk import AttentionByIndex, Trunk
+from arlon_ray.models.ar import ArTransformer, KeyValueCache
+
+ROWS, POSITIONS = 11, 70
+
+
+@pytest.fixture(scope="module")
+def built() -> ctypes.CDLL:
+    library = native.library()
+    if library is None:
+        pytest.skip("no compiler here")
+    return library
+
+
+class Beginning:
+    """A model and rows that are differently far, with texts of different lengths."""
+
+    def __init__(self, heads: int = 2, channels: int = 24) -> None:
+        torch.manual_seed(0)
+        config = ArConfig(dim=heads * channels, layers=3, heads=heads)
+        self.model = ArTransformer(config, codebook_size=64, text_dim=8, max_text=6).requires_grad_(False)
+        for parameter in self.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        self.cache = KeyValueCache(self.model, ROWS, POSITIONS)
+        self.cache.values.normal_()
+        angles = torch.randn(ROWS, POSITIONS, 2, channels // 2)
+        self.turns = torch.polar(torch.ones_like(angles), angles)
+        self.filled = torch.tensor([0, 1, 2, 6, 7, 8, 15, 16, 40, 63, 69])
+        self.visible = torch.rand(ROWS, POSITIONS) > 0.3
+        self.visible[torch.arange(ROWS), self.filled] = True
+        self.x = torch.randn(ROWS, config.dim)
+
+    def native(self) -> NativeTrunk:
+        products = Products(self.model.head.weight)
+        found = native_trunk(self.model, products, self.cache, self.turns, self.filled, self.visible)
+        assert found is not None
+        return found
+
+    def plain(self, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "library", lambda: None)
+            trunk = Trunk(self.model, Products(self.model.head.weight))
+        at = torch.arange(ROWS) * POSITIONS + self.filled
+        return trunk(self.x, self.turns, at, AttentionByIndex(self.cache, self.filled, self.visible, POSITIONS))
+
+
+@pytest.mark.parametrize("heads, channels", [(2, 24), (3, 64), (1, 56), (2, 8)])
+def test_the_trunk_is_that_of_torch(
+    built: ctypes.CDLL, heads: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Beginning(heads, channels), Beginning(heads, channels)
+    expected, found = one.plain(monkeypatch), other.native()(other.x)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(other.cache.values, one.cache.values, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(other.cache.values, Beginning(heads, channels).cache.values)
+
+
+def test_a_row_is_the_same_whatever_is_beside_it_and_for_any_number_of_threads(built: ctypes.CDLL) -> None:
+    threads = torch.get_num_threads()
+    together = Beginning()
+    expected = together.native()(together.x.clone())
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in range(1, ROWS + 1):
+                begun = Beginning()
+                assert torch.equal(begun.native()(begun.x[:rows].clone()), expected[:rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("codes", [64, 100, 513])
+def test_tokens_are_those_of_torch(built: ctypes.CDLL, codes: int) -> None:
+    members = 200
+    logits, numbers = 3 * torch.randn(members, codes), torch.rand(members)
+    numbers[:3], logits[4, 5] = torch.tensor([0.0, 1 - 2**-24, 1 - 2**-24]), -torch.inf
+    top_k, top_p = torch.tensor([0, 1, 9, 1000])[torch.arange(members) % 4], torch.rand(members)
+    top_p[::3] = 1.0
+    choice = Choice(torch.rand(members) + 0.3, top_k, top_p)
+    found = native.draw(built, logits, *choice[:3], numbers)
+    assert (found == draw(logits, choice, numbers)).float().mean() > 0.99  # rounding may move an edge
+    assert torch.equal(native.draw(built, logits[7:9], *(x[7:9].clone() for x in choice[:3]), numbers[7:9]), found[7:9])
+    nothing = native.draw(built, torch.full_like(logits, torch.nan), *choice[:3], numbers)
+    assert ((nothing >= 0) & (nothing < codes)).all()
+
+
+def test_without_a_compiler_torch_goes_on_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    native.library.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "_COMMAND", ("no-such-compiler",))
+            assert native.library() is None and "install g++" in caplog.text
+            assert Products(torch.zeros(8, 8)).native is None
+        native.library.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "_COMMAND", ("g++", "--no-such-option"))
+            assert native.library() is None
+    finally:
+        native.library.cache_clear()
+
+
+def test_it_is_built_once(built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = native._built(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built again"))
+    assert native._built(tmp_path) == path and list(tmp_path.iterdir()) == [path]
