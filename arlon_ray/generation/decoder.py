@@ -211,13 +211,14 @@ class Decoder:
             if place + 1 < numbers.shape[1]:
                 state = self._before[place](model.codes(token.clamp(max=model.last))[owners], state)
         self.drawn[slots, count] = tokens[0][:, None] if len(tokens) == 1 else torch.stack(tokens, 1)
-        self.fine[:members] &= logits.isfinite().all(-1)
+        if self._library is None:
+            self.fine[:members] &= logits.isfinite().all(-1)
         count += 1
 
     def _drawn(self, logits_QK: Tensor, choice: Choice, numbers_Q: Tensor) -> Tensor:
         if self._library is None:
             return draw(logits_QK, choice, numbers_Q)
-        return native.draw(self._library, logits_QK, *choice[:3], numbers_Q)
+        return native.draw(self._library, logits_QK, *choice[:3], numbers_Q, self.fine)
 
     def _logits(self, feature: Tensor) -> Tensor:
         if self._fused is not None:
@@ -225,6 +226,8 @@ class Decoder:
         return self._head(feature)
 
     def _guided(self, logits_RK: Tensor, members: int) -> Tensor:
+        if not (self.by_index or self.layout.guided):
+            return logits_RK[:members]
         away = logits_RK[self._away[:members]]
         if not self.layout.guided:
             return away
@@ -248,7 +251,10 @@ class Decoder:
         real, filled = self.layout.away[-1] + 1, self.filled[:rows]
         newest = self.drawn[self._slots[:members], self.count[:members] - 1]
         at = self._row_starts[:rows] + filled
-        x = self._embed(newest)[self._owners[:rows]] + self.places.flatten(0, 1)[at]
+        embedded = self._embed(newest)
+        if self.by_index or rows > members:
+            embedded = embedded[self._owners[:rows]]
+        x = embedded + self.places.flatten(0, 1)[at]
         self.state[:rows] = self._run_trunk(x, at, furthest, runs)
         self.filled[:real] += 1
 

@@ -72,6 +72,9 @@ static inline Lanes exponential(Lanes x) {
   return bounded < -87.0f ? Lanes{} : y * power;
 }
 
+// So many numbers ahead, weights are asked for while rows are multiplied
+constexpr int64_t AHEAD = 512;
+
 // R rows [., C] with P panels
 template <int R, int P>
 static inline void tile(const float* x, int64_t C, const float* panels, float* out, const float* added, int64_t O) {
@@ -79,6 +82,7 @@ static inline void tile(const float* x, int64_t C, const float* panels, float* o
   for (int64_t c = 0; c < C; c++)
     for (int p = 0; p < P; p++) {
       Lanes weights = load(panels + (p * C + c) * 8);
+      if (R > 2) __builtin_prefetch(panels + (p * C + c) * 8 + AHEAD);
       for (int r = 0; r < R; r++) sums[r][p] = fma(weights, all(x[r * C + c]), sums[r][p]);
     }
   for (int r = 0; r < R; r++)
@@ -256,9 +260,9 @@ void trunk(const Trunk* trunk, float* x, int64_t R, int threads) {
   }
 }
 
-// As `decoder.draw`: a token of logits [Q, K] for each member. Chances are sorted as the bits of positive numbers are.
+// As `decoder.draw`: a token of logits [Q, K] for each member, and whether they are finite numbers, if they were `fine`. Chances are sorted as the bits of positive numbers are.
 void draw(const float* logits, int64_t Q, int64_t K, const float* temperature, const int64_t* top_k,
-          const float* top_p, const float* numbers, int64_t* tokens, int threads) {
+          const float* top_p, const float* numbers, uint8_t* fine, int64_t* tokens, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t q = 0; q < Q; q++) {
     static thread_local std::vector<float> chances;
@@ -266,7 +270,10 @@ void draw(const float* logits, int64_t Q, int64_t K, const float* temperature, c
     const int64_t padded = (K + 7) / 8 * 8, kept = top_k[q] > 0 ? std::min(top_k[q], K) : K;
     chances.assign(padded, -INFINITY), order.resize(K);
     float most = -INFINITY;
-    for (int64_t k = 0; k < K; k++) most = std::max(most, chances[k] = logits[q * K + k] / temperature[q]);
+    for (int64_t k = 0; k < K; k++) {
+      fine[q] &= std::isfinite(logits[q * K + k]);
+      most = std::max(most, chances[k] = logits[q * K + k] / temperature[q]);
+    }
     for (int64_t k = 0; k < padded; k += 8) store(&chances[k], exponential(load(&chances[k]) - most));
     for (int64_t k = 0; k < K; k++) {
       uint32_t bits;

@@ -13,7 +13,6 @@ import os
 import platform
 import subprocess
 import tempfile
-from ctypes import c_float, c_int64
 from functools import cache
 from logging import getLogger
 from pathlib import Path
@@ -27,19 +26,25 @@ SOURCE = Path(__file__).with_name("native.cpp")
 LANES = 8
 _COMMAND = ("g++", "-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _BUILD_SECONDS = 120
+#: Of what it exports, the arguments: pointers, 64-bit integers, floats, an int.
+_ARGUMENTS = {"product": "pnnpnppfpi", "trunk": "ppni", "draw": "pnnppppppi"}
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """What `native.cpp` exports; None, said in the log, where it cannot be built or loaded."""
     try:
-        return ctypes.CDLL(str(_built(Path.home() / ".cache" / "arlon_ray")))
+        built = ctypes.CDLL(str(_built(Path.home() / ".cache" / "arlon_ray")))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         getLogger(__name__).warning(
             "no C++ for the AR's steps (%s): they go on with torch's operations, slower; install g++", *reason
         )
         return None
+    for name, kinds in _ARGUMENTS.items():
+        getattr(built, name).argtypes, getattr(built, name).restype = [_KINDS[kind] for kind in kinds], None
+    return built
 
 
 def _built(folder: Path) -> Path:
@@ -68,10 +73,10 @@ def panels_in_turns(weight_OC: Tensor) -> Tensor:
     return panels(weight_OC.unflatten(0, (2, -1, LANES)).transpose(0, 1).flatten(0, 2))
 
 
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
+def address(tensor: Tensor | None) -> int | None:
     """Where its numbers begin, one behind the other."""
     assert tensor is None or tensor.is_contiguous()
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    return None if tensor is None else tensor.data_ptr()
 
 
 def product(
@@ -85,21 +90,22 @@ def product(
         added_RO = added_RO.contiguous() if whole == outputs else F.pad(added_RO, (0, whole - outputs))
     out = torch.empty(rows, whole)
     built.product(
-        address(x_RC), c_int64(rows), c_int64(inputs), address(panels), c_int64(whole), address(added_RO),
-        address(norm_C), c_float(eps), address(out), torch.get_num_threads(),
+        address(x_RC), rows, inputs, address(panels), whole, address(added_RO),
+        address(norm_C), eps, address(out), torch.get_num_threads(),
     )  # fmt: skip
     return out if whole == outputs else out[:, :outputs]
 
 
 def draw(
-    built: ctypes.CDLL, logits_QK: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, numbers_Q: Tensor
-) -> Tensor:
-    """As `decoder.draw`, with the numbers of `Choice`."""
+    built: ctypes.CDLL, logits_QK: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, numbers_Q: Tensor,
+    fine_Q: Tensor,
+) -> Tensor:  # fmt: skip
+    """As `decoder.draw`, with the numbers of `Choice`. `fine_Q` turns false where logits are not finite."""
     logits_QK, numbers_Q = logits_QK.contiguous(), numbers_Q.contiguous()
     members, codes = logits_QK.shape
     tokens = torch.empty(members, dtype=torch.long)
     built.draw(
-        address(logits_QK), c_int64(members), c_int64(codes), address(temperature), address(top_k), address(top_p),
-        address(numbers_Q), address(tokens), torch.get_num_threads(),
+        address(logits_QK), members, codes, address(temperature), address(top_k), address(top_p),
+        address(numbers_Q), address(fine_Q), address(tokens), torch.get_num_threads(),
     )  # fmt: skip
     return tokens

@@ -12,13 +12,13 @@ from arlon_ray.generation.products import Norm, Products
 from arlon_ray.models.ar import ArBlock, ArTransformer, KeyValueCache
 
 
+_TENSORS = ("qkv", "proj", "gate_up", "down", "before_attention", "before_mlp", "of_heads", "keys", "values")
+
+
 class _Layer(ctypes.Structure):
     """As in native.cpp."""
 
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ["qkv", "proj", "gate_up", "down", "before_attention", "before_mlp", "of_heads", "keys", "values"]
-    ]
+    _fields_ = [(name, ctypes.c_void_p) for name in _TENSORS]
 
 
 class _Trunk(ctypes.Structure):
@@ -49,7 +49,7 @@ class NativeTrunk:
             weights = [products.laid_out(linear) for linear in (block.qkv, block.proj, block.gate_up, block.down)]
             weights[2] = products.laid_out(block.gate_up, native.panels_in_turns)
             tensors = [*weights, *(norm.weight for norm in norms), keys, values]
-            for (name, _), tensor in zip(_Layer._fields_, tensors, strict=True):
+            for name, tensor in zip(_TENSORS, tensors, strict=True):
                 setattr(layer, name, native.address(tensor))
             self._held += tensors
         self._numbers = _Trunk(
@@ -59,9 +59,7 @@ class NativeTrunk:
 
     def __call__(self, x_RC: Tensor) -> Tensor:
         """[R, C], in place, of the first R rows."""
-        self._built.trunk(
-            ctypes.byref(self._numbers), native.address(x_RC), ctypes.c_int64(len(x_RC)), torch.get_num_threads()
-        )
+        self._built.trunk(ctypes.byref(self._numbers), native.address(x_RC), len(x_RC), torch.get_num_threads())
         return x_RC
 
 

@@ -93,11 +93,14 @@ def test_tokens_are_those_of_torch(built: ctypes.CDLL, codes: int) -> None:
     top_k, top_p = torch.tensor([0, 1, 9, 1000])[torch.arange(members) % 4], torch.rand(members)
     top_p[::3] = 1.0
     choice = Choice(torch.rand(members) + 0.3, top_k, top_p)
-    found = native.draw(built, logits, *choice[:3], numbers)
+    fine = torch.ones(members, dtype=torch.bool)
+    found = native.draw(built, logits, *choice[:3], numbers, fine)
+    assert fine.tolist() == [number != 4 for number in range(members)]
     assert (found == draw(logits, choice, numbers)).float().mean() > 0.99  # rounding may move an edge
-    assert torch.equal(native.draw(built, logits[7:9], *(x[7:9].clone() for x in choice[:3]), numbers[7:9]), found[7:9])
-    nothing = native.draw(built, torch.full_like(logits, torch.nan), *choice[:3], numbers)
-    assert ((nothing >= 0) & (nothing < codes)).all()
+    few = [x[7:9].clone() for x in (*choice[:3], numbers, fine)]
+    assert torch.equal(native.draw(built, logits[7:9], *few), found[7:9])
+    nothing = native.draw(built, torch.full_like(logits, torch.nan), *choice[:3], numbers, fine)
+    assert ((nothing >= 0) & (nothing < codes)).all() and not fine.any()
 
 
 def test_without_a_compiler_torch_goes_on_and_the_log_says_so(

@@ -87,7 +87,13 @@ def test_in_bfloat16_it_is_as_deterministic() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_product_is_the_same_whatever_is_beside_it(threads: int) -> None:
+@pytest.mark.parametrize("in_panels", [True, False])
+def test_a_product_is_the_same_whatever_is_beside_it(
+    threads: int, in_panels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In C++, and where that cannot be built."""
+    if not in_panels:
+        monkeypatch.setattr(native, "library", lambda: None)
     before, sizes = torch.get_num_threads(), random.Random(0)
     torch.set_num_threads(threads)
     try:
