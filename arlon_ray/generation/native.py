@@ -39,7 +39,9 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         getLogger(__name__).warning(
-            "no C++ for the AR's steps (%s): they go on with torch's operations, slower; install g++", *reason
+            "no C++ for the AR's steps (%s): they go on with torch's operations, slower; it takes g++ and a "
+            "~/.cache that can be written to",
+            *reason,
         )
         return None
     for name, kinds in _ARGUMENTS.items():
@@ -79,6 +81,11 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def threads(work: int, enough: int = 2**20) -> int:
+    """How many share so many multiplications: each has enough to do, for waiting for one another costs as well."""
+    return min(torch.get_num_threads(), 1 + work // enough)
+
+
 def product(
     built: ctypes.CDLL, x_RC: Tensor, panels: Tensor, outputs: int,
     added_RO: Tensor | None = None, norm_C: Tensor | None = None, eps: float = 0.0,
@@ -91,7 +98,7 @@ def product(
     out = torch.empty(rows, whole)
     built.product(
         address(x_RC), rows, inputs, address(panels), whole, address(added_RO),
-        address(norm_C), eps, address(out), torch.get_num_threads(),
+        address(norm_C), eps, address(out), threads(rows * inputs * whole),
     )  # fmt: skip
     return out if whole == outputs else out[:, :outputs]
 
@@ -106,6 +113,6 @@ def draw(
     tokens = torch.empty(members, dtype=torch.long)
     built.draw(
         address(logits_QK), members, codes, address(temperature), address(top_k), address(top_p),
-        address(numbers_Q), address(fine_Q), address(tokens), torch.get_num_threads(),
+        address(numbers_Q), address(fine_Q), address(tokens), threads(logits_QK.numel(), 2**14),
     )  # fmt: skip
     return tokens

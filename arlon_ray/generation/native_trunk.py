@@ -11,7 +11,6 @@ from arlon_ray.generation import native
 from arlon_ray.generation.products import Norm, Products
 from arlon_ray.models.ar import ArBlock, ArTransformer, KeyValueCache
 
-
 _TENSORS = ("qkv", "proj", "gate_up", "down", "before_attention", "before_mlp", "of_heads", "keys", "values")
 
 
@@ -52,6 +51,7 @@ class NativeTrunk:
             for name, tensor in zip(_TENSORS, tensors, strict=True):
                 setattr(layer, name, native.address(tensor))
             self._held += tensors
+        self._of_a_layer = sum(weight.numel() for weight in weights)
         self._numbers = _Trunk(
             layers, len(blocks), heads, model.config.dim // heads, blocks[0].down.weight.shape[1], turns.shape[1],
             norms[0].eps, of_heads.eps, native.address(turns), native.address(filled), native.address(visible),
@@ -59,7 +59,8 @@ class NativeTrunk:
 
     def __call__(self, x_RC: Tensor) -> Tensor:
         """[R, C], in place, of the first R rows."""
-        self._built.trunk(ctypes.byref(self._numbers), native.address(x_RC), len(x_RC), torch.get_num_threads())
+        threads = native.threads(len(x_RC) * self._of_a_layer, 2**22)  # that wait five times a layer
+        self._built.trunk(ctypes.byref(self._numbers), native.address(x_RC), len(x_RC), threads)
         return x_RC
 
 
