@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def of_length(bundle: Bundle, segments: list[int], runs: int) -> dict[str, Any]:
         frames = sum(len(part) for part in generator.generate([PROMPT] * count, 0, options))
         assert frames == bundle.config.segment.groups_of(count) * GROUP_FRAMES, f"{frames} frames of {count} segments"
 
-    return measured({count: lambda count=count: make(count) for count in segments}, runs)
+    return measured({count: partial(make, count) for count in segments}, runs)
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def of_resolution(bundle: Bundle, pixels: list[int], runs: int) -> dict[str, Any
             bundle.dit, shape, text, _coarse(bundle, shape), None, bundle.config.video.fps, (side, side), options
         )
         x = torch.randn(1, bundle.dit.config.in_channels, *shape, device=bundle.device)
-        works[bundle.dit.token_count(shape)] = lambda field=field, x=x: field(x, x.new_full((1,), 500.0))
+        works[bundle.dit.token_count(shape)] = partial(field, x, x.new_full((1,), 500.0))
     return measured(works, runs)
 
 
@@ -90,7 +91,7 @@ def of_batch(bundle: Bundle, sizes: list[int], runs: int) -> dict[str, Any]:
         while left:
             left -= len(batch.step())
 
-    return measured({count: lambda count=count: render(count) for count in sizes}, runs)
+    return measured({count: partial(render, count) for count in sizes}, runs)
 
 
 def _request(generator: VideoGenerator, tokens: np.ndarray, seed: int, options: GenerationOptions) -> Denoising:

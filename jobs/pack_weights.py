@@ -22,6 +22,8 @@ from jobs.generate import open_bundle
 
 HALVED = ("ar", "dit")
 LEFT_OUT = ("dit_base",)
+#: The parent of what was halved.
+HALF_OF = "full_precision"
 
 
 def pack(bundle: Bundle, output: Path, precision: Weights | None = None) -> Path:
@@ -37,14 +39,14 @@ def pack(bundle: Bundle, output: Path, precision: Weights | None = None) -> Path
             if name in LEFT_OUT:
                 continue
             parts[name] = artifact.path
-            if name in HALVED:
-                lineage = artifact.lineage
+            lineage = artifact.lineage
+            if name in HALVED and HALF_OF not in lineage.parents:  # else it is half a one already
                 parts[name] = save_artifact(
                     Path(folder) / name,
                     kind=lineage.kind,
                     config=artifact.config,
                     tensors=artifact.tensors(),
-                    parents={**lineage.parents, "full_precision": artifact.fingerprint},
+                    parents={**lineage.parents, HALF_OF: artifact.fingerprint},
                     metrics=lineage.metrics,
                     key=lineage.key,
                     dtype=torch.float16,
