@@ -121,7 +121,9 @@ class Bundle:
         """sha256 (hex) of all that a video depends on beside its request: all parts, text encoder, sizes, precision."""
         parts = {name: artifact.fingerprint for name, artifact in self.artifacts.items()}
         sizes = config_fingerprint(self.config.video, self.config.segment)
-        all_of_it = [parts, self.text_identity, sizes, self.config.precision]
+        all_of_it = [parts, self.text_identity, sizes]
+        if self.config.precision != "fp32":  # what was begun before there was a choice goes on
+            all_of_it.append(self.config.precision)
         return hashlib.sha256(json.dumps(all_of_it, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,6 +43,8 @@ CHUNK, TEXTS, VIDEOS = 64, 512, 64
 NAME = "shard_{:05d}.safetensors"
 #: Every so many samples of the first shard is held out.
 HELD_OUT = 20
+#: The number of the process that writes the shards of a folder.
+RENDERER = "renderer.pid"
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,17 @@ def write_shards(
             )
             return [pool.submit(_render_chunk, chunk, folder) for chunk in chunks]
 
-        ahead = [begin() for _ in range(min(2, shards))]
-        for number in range(shards):
-            rendered = [future.result() for future in ahead.pop(0)]
-            if number + 2 < shards:
-                ahead.append(begin())
-            encoder.write(chain.from_iterable(rendered), folder / NAME.format(number))
+        try:
+            ahead = [begin() for _ in range(min(2, shards))]
+            for number in range(shards):
+                rendered = [future.result() for future in ahead.pop(0)]
+                if number + 2 < shards:
+                    ahead.append(begin())
+                encoder.write(chain.from_iterable(rendered), folder / NAME.format(number))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for left in folder.glob(".*.npy"):
+                left.unlink()
 
 
 def _chunks(scenes: Iterable[Scene]) -> Iterator[list[Scene]]:
@@ -220,6 +230,8 @@ class RenderedLatents:
         while self._loaded < shards:
             path = self.folder / NAME.format(self._loaded)
             while not path.exists():
+                if not self._is_rendered() and not path.exists():
+                    raise RuntimeError(f"{path.name} is missing in {self.folder}, and nobody renders it any more")
                 time.sleep(0.05)
             with safe_open(path, "pt", device=self.device) as file:
                 for key in list(file.keys()):
@@ -235,6 +247,14 @@ class RenderedLatents:
                     captions = json.loads(file.metadata()["captions"])
                     self._captions = {length: texts[::HELD_OUT] for length, texts in captions.items()}
             self._loaded += 1
+
+    def _is_rendered(self) -> bool:
+        """Whether a process is at work on the shards."""
+        file = self.folder / RENDERER
+        try:
+            return psutil.Process(int(file.read_text())).status() != psutil.STATUS_ZOMBIE
+        except (OSError, psutil.Error):
+            return False
 
     def _batch(self, values: dict[str, Tensor], rows: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -262,3 +282,19 @@ def in_background(target: Any, *arguments: Any, **named: Any) -> Any:
     process = get_context("spawn").Process(target=partial(target, *arguments, **named))
     process.start()
     return process
+
+
+def render_in_background(config: Config, mixes: Sequence[Mix], parts: Parts, folder: Path, **named: Any) -> Any:
+    """A process that does `write_shards` into `folder`, which has no shards of before any more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("shard_*"):
+        old.unlink()
+    process = in_background(_write_until_told, config, mixes, parts, folder, **named)
+    (folder / RENDERER).write_text(str(process.pid))
+    return process
+
+
+def _write_until_told(*arguments: Any, **named: Any) -> None:
+    """`write_shards` whose own processes end with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    write_shards(*arguments, **named)

@@ -36,11 +36,11 @@ from arlon_ray.training.stages.codec import CodecStage
 from arlon_ray.training.stages.dit import DitPaths, DitStage, text_only
 from arlon_ray.training.stages.vae import VaeStage
 from benchmarks.machine import machine
-from benchmarks.rendered_latents import Mix, Parts, RenderedLatents, in_background, write_shards
+from benchmarks.rendered_latents import Mix, Parts, RenderedLatents, in_background, render_in_background
 from data_pipeline.synthetic import render
 from data_pipeline.worlds import training_seed, whole_scenes
 from jobs.evaluation import Evaluator, held_out_prompts, parse_row, table_of
-from jobs.variants import VARIANTS, Variant
+from jobs.variants import NAMES, VARIANTS, Variant
 
 #: Shares of the time for training, where nothing else says how many steps; the rest is for encoding and measuring.
 SHARES = {"vae": 0.12, "vqvae_fine": 0.05, "vqvae_coarse": 0.03, "ar": 0.2, "dit_base": 0.2, "dit": 0.25}
@@ -250,8 +250,8 @@ class Box:
         if codecs:
             parts = Parts(self.path("vae"), self.path("codec_fine"), self.path("codec_coarse"))
         return _Rendering(
-            in_background(
-                write_shards, self.config, self.mixes, parts, folder, shards=shards, size=self.shard, seed=SEED,
+            render_in_background(
+                self.config, self.mixes, parts, folder, shards=shards, size=self.shard, seed=SEED,
                 device=self.device, processes=self.processes,
             )
         )  # fmt: skip
@@ -320,21 +320,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = flags.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         flags.error("--device cuda: there is no GPU here")
-    if options.variants and not options.ablation_start:
-        flags.error("--variants need --ablation-start")
+    steps = dict(_pairs(options.steps))
+    if unknown := set(options.variants) - set(NAMES):
+        flags.error(f"--variants {sorted(unknown)[0]}: expected some of {', '.join(NAMES)}")
+    if options.variants and not (options.ablation_start and "variants" in steps):
+        flags.error("--variants need --ablation-start BUNDLE and --steps variants=N")
     config = load_config(options.config, options.overrides)
     groups = ",".join(map(str, config.data.bucket_groups))
     mixes = [Mix.parse(text) for text in options.mix or [f"{config.data.sample_grade}:{groups}=1"]]
     box = Box(
         config, options.output, options.device, options.minutes, options.videos, mixes, options.processes,
-        options.shard, dict(_pairs(options.steps)), Bundle(options.start) if options.start else None,
+        options.shard, steps, Bundle(options.start) if options.start else None,
     )  # fmt: skip
     begin = time.perf_counter()
     bundle = Bundle(options.output / "bundle") if options.only_variants else box.train()
     if options.variants:
         chosen = [variant for variant in VARIANTS if variant.name in options.variants]
-        steps = (box.steps["variants"], box.steps.get("ar-variants", box.steps["variants"]))
-        box.ablate(Bundle(options.ablation_start), chosen, *steps)
+        ar_steps = steps.get("ar-variants", steps["variants"])
+        box.ablate(Bundle(options.ablation_start), chosen, steps["variants"], ar_steps)
     return report(bundle, options.output, (time.perf_counter() - begin) / 60, options.rows, options.count)
 
 

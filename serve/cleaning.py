@@ -45,21 +45,22 @@ class Cleaner:
         there = self._blobs.folders(FOLDER)
         known = self._store.known(there)
         unknown = [job_id for job_id in there if job_id not in known]
-        if not self._is_own(bool(unknown), bool(known)):
+        if not self._is_own(bool(unknown)):
             return []
         removed = []
         for job_id in unknown:
-            if time.time() - self._blobs.changed(f"{FOLDER}/{job_id}") > GRACE_S:
+            changed = self._blobs.changed(f"{FOLDER}/{job_id}")
+            if changed and time.time() - changed > GRACE_S:
                 logger.warning("%s: no row names its files: they are removed", job_id)
                 without_error(JobFiles(self._blobs, job_id).delete)
                 removed.append(job_id)
         return removed
 
-    def _is_own(self, unknown: bool, known: bool) -> bool:
-        """Whether the place is this database's: one that knows none of the folders does not get it."""
+    def _is_own(self, unknown: bool) -> bool:
+        """Whether the place is this database's: the first to know all folders there, or to find none, gets it."""
         if self._blobs.exists(MARK):
             own = self._blobs.read(MARK).decode() == self._store.identity()
-        elif own := known or not unknown:
+        elif own := not unknown:
             self._blobs.write(MARK, self._store.identity().encode())
         if not own and not self._warned:
             self._warned = True

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
@@ -19,6 +20,9 @@ _LOST = (
     RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, DeploymentUnavailableError,
     ReplicaUnavailableError,
 )  # fmt: skip
+
+
+logger = getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,10 @@ class HandleStages:
         """What renderings tell: (which, segment, step)."""
         for rendering, index, step in news:
             if told := self._told.get(rendering):
-                await told(index, step)
+                try:
+                    await told(index, step)
+                except Exception:  # of one video: the others' news are told all the same
+                    logger.exception("what a rendering told could not be passed on")
 
     async def plan(
         self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None

@@ -34,12 +34,14 @@ class Uploads:
 
         Raises RequestError: too long (413), too slow (408), too much of all clients at once (503); ClientGone.
         """
-        body = bytearray()
+        body, whole = bytearray(), b""
         try:
             await self._read(headers, receive, body)
-            yield bytes(body)
+            whole = bytes(body)
+            body.clear()  # held once, as it is counted
+            yield whole
         finally:
-            self._held -= _counted(len(body))
+            self._held -= _counted(len(body) + len(whole))
 
     async def _read(self, headers: Headers, receive: Receive, body: bytearray) -> None:
         patience_s = self._settings.body_timeout_s

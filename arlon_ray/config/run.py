@@ -124,6 +124,10 @@ class DeploymentConfig(Section):
         return self
 
 
+#: Bytes of bodies at the same time, or of the longest one, where that is more.
+UPLOAD_MEMORY = 256 * 2**20
+
+
 class ServeConfig(Section):
     """The HTTP service."""
 
@@ -152,7 +156,7 @@ class ServeConfig(Section):
     requests_per_minute: int = Field(600, ge=1, description="of one key that has no limit of its own")
     max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="longest body of a request; longer ones get a 413")
     upload_memory_bytes: int = Field(
-        256 * 2**20, ge=1024, description="bodies of all requests at the same time; what is beyond gets a 503"
+        UPLOAD_MEMORY, ge=1024, description="bodies of all requests at the same time; what is beyond gets a 503"
     )
     max_image_pixels: int = Field(32 * 2**20, ge=64, description="largest picture that is decoded")
     body_timeout_s: float = Field(60.0, gt=0, description="a body that takes longer to arrive is given up with a 408")
@@ -166,6 +170,14 @@ class ServeConfig(Section):
     @classmethod
     def _yaml_reads_on_and_off_as_true_and_false(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_least_one_upload_by_default(cls, values: Any) -> Any:
+        most = values.get("max_upload_bytes") if isinstance(values, dict) else None
+        if isinstance(most, int) and most > UPLOAD_MEMORY and "upload_memory_bytes" not in values:
+            return {**values, "upload_memory_bytes": most}
+        return values
 
     @model_validator(mode="after")
     def _room_for_one_upload(self) -> ServeConfig:

@@ -54,8 +54,11 @@ static inline Lanes sums(const Lanes (&x)[8]) {
 
 static inline float dot(const float* a, const float* b, int64_t count) {
   Lanes total = {};
-  for (int64_t i = 0; i < count; i += 8) total = fma(load(a + i), load(b + i), total);
-  return sum(total);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) total = fma(load(a + i), load(b + i), total);
+  float rest = 0;
+  for (; i < count; i++) rest += a[i] * b[i];
+  return sum(total) + rest;
 }
 
 // e^x = 2^n · e^f with |f| ≤ ln 2 / 2, the latter by its Taylor series; 0 below 2^-126

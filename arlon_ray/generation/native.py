@@ -35,12 +35,14 @@ _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": c
 def library() -> ctypes.CDLL | None:
     """What `native.cpp` exports; None, said in the log, where it cannot be built or loaded."""
     try:
-        built = ctypes.CDLL(str(_built(Path.home() / ".cache" / "arlon_ray")))
+        try:
+            built = ctypes.CDLL(str(_built(Path.home() / ".cache" / "arlon_ray")))
+        except OSError:  # a home that cannot be written to, or shared with a machine of other libraries
+            built = ctypes.CDLL(str(_built(Path(tempfile.mkdtemp(prefix="arlon-native-")))))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         getLogger(__name__).warning(
-            "no C++ for the AR's steps (%s): they go on with torch's operations, slower; it takes g++ and a "
-            "~/.cache that can be written to",
+            "no C++ for the AR's steps (%s): they go on with torch's operations, slower; it takes g++",
             *reason,
         )
         return None

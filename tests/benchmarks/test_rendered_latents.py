@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.rendered_latents import HELD_OUT, Mix, Parts, RenderedLatents, in_background, write_shards
+from benchmarks.rendered_latents import HELD_OUT, Mix, Parts, RenderedLatents, render_in_background
 from tests.bundles import make_random_bundle, small_config
 
 
@@ -18,8 +18,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = make_random_bundle(folder / "bundle")
     parts = Parts(*(bundle / name for name in ("vae", "vqvae/fine", "vqvae/coarse")))
     mixes = [Mix("simple", (2, 3), 0.75), Mix("returning", (7,), 0.25)]
-    process = in_background(
-        write_shards, small_config(), mixes, parts, folder / "shards",
+    process = render_in_background(
+        small_config(), mixes, parts, folder / "shards",
         shards=2, size=64, seed=3, device="cpu", processes=1,
     )  # fmt: skip
     source = RenderedLatents(small_config(), folder / "shards", 2, 8, "cpu", every=1)
@@ -76,3 +76,16 @@ def test_a_mix_that_cannot_be_read_is_named() -> None:
     assert Mix.parse("simple:2,3=0.8") == Mix("simple", (2, 3), 0.8)
     with pytest.raises(ValueError, match="--mix simple: expected GRADE"):
         Mix.parse("simple")
+
+
+def test_who_waits_for_shards_that_nobody_renders_is_told(shards: Path, tmp_path: Path) -> None:
+    more = RenderedLatents(small_config(), shards, 3, 8, "cpu", every=1)
+    with pytest.raises(RuntimeError, match=r"shard_00002.safetensors is missing in .*nobody renders it"):
+        more.batch(2, 0, 1)
+    mixes, parts = [Mix("simple", (2,), 1.0)], Parts(tmp_path / "no_vae")
+    named = {"shards": 1, "size": 4, "seed": 3, "device": "cpu", "processes": 1}
+    process = render_in_background(small_config(), mixes, parts, tmp_path / "shards", **named)
+    with pytest.raises(RuntimeError, match="nobody renders it"):
+        RenderedLatents(small_config(), tmp_path / "shards", 1, 8, "cpu").batch(0, 0, 1)
+    process.join()
+    assert process.exitcode == 1

@@ -71,6 +71,19 @@ def test_the_trunk_is_that_of_torch(
     assert not torch.equal(other.cache.values, Beginning(heads, channels).cache.values)
 
 
+@pytest.mark.parametrize("channels", [4, 12, 20, 36, 64])
+def test_a_normed_product_of_any_width_is_that_of_torch(built: ctypes.CDLL, channels: int) -> None:
+    torch.manual_seed(0)
+    x, weight, norm = torch.randn(5, channels), torch.randn(24, channels), torch.rand(channels)
+    panels, eps = native.panels(weight), 1e-3
+    expected = (x * (x.square().sum(-1, keepdim=True) + eps).rsqrt() * norm) @ weight.T
+    found = native.product(built, x, panels, 24, None, norm, eps)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    for row in range(5):
+        alone = native.product(built, x[row : row + 1].clone(), panels, 24, None, norm, eps)
+        assert torch.equal(alone[0], found[row])
+
+
 def test_a_row_is_the_same_whatever_is_beside_it_and_for_any_number_of_threads(
     built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,10 +31,11 @@ def store(tmp_path: Path) -> JobStore:
 
 
 def test_what_no_row_names_goes_once_it_is_old(blobs: Blobs, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaner = Cleaner(store, blobs)
+    assert cleaner.orphans() == []  # the place is this database's now
     for name in ("video_kept", "video_lost", "draft_lost"):
         blobs.write(f"videos/{name}/picture.safetensors", b"x")
     blobs.write("videos/video_lost/sub/deep", b"x")
-    cleaner = Cleaner(store, blobs)
     assert cleaner.orphans() == []  # just written: its row may be on its way
     monkeypatch.setattr("serve.cleaning.GRACE_S", -5.0)
     assert cleaner.orphans() == ["draft_lost", "video_lost"]
@@ -44,6 +45,7 @@ def test_what_no_row_names_goes_once_it_is_old(blobs: Blobs, store: JobStore, mo
 
 def test_the_newest_file_counts(store: JobStore, tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
+    Cleaner(store, blobs).clean()
     for name in ("video_kept", "video_old", "video_new"):
         blobs.write(f"videos/{name}/a", b"x")
         blobs.write(f"videos/{name}/b", b"x")
@@ -70,6 +72,20 @@ def test_another_database_removes_nothing(
     assert blobs.read(MARK).decode() == store.identity() == JobStore.in_folder(tmp_path / "database").identity()
     empty.add(stored("video_its_own"))
     assert Cleaner(empty, blobs).orphans() == [] and blobs.folders("videos") == ["video_kept"]
+
+
+def test_two_databases_in_one_place_lose_nothing(
+    blobs: Blobs, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither knows all that is there: it is nobody's."""
+    monkeypatch.setattr("serve.cleaning.GRACE_S", -5.0)
+    other = JobStore.in_folder(tmp_path / "other")
+    other.add(stored("video_theirs"))
+    for name in ("video_kept", "video_theirs"):
+        blobs.write(f"videos/{name}/a", b"x")
+    for each in (store, other):
+        assert Cleaner(each, blobs).orphans() == [] and not blobs.exists(MARK)
+    assert blobs.folders("videos") == ["video_kept", "video_theirs"]
 
 
 def test_a_service_that_starts_again_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
