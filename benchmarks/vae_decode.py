@@ -23,7 +23,7 @@ import torch
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, behind_overlap, default_options
-from arlon_ray.generation.overlapped import in_background
+from arlon_ray.generation.overlapped import Threads, computing_with, in_background
 from benchmarks.machine import in_turns, machine, peak_memory_mib
 
 PROMPT = "a red circle moves to the right"
@@ -61,7 +61,10 @@ class Work:
 
     def beside(self) -> list[np.ndarray]:
         """Decode one segment while the next is rendered."""
-        return [self.decoder.decode(latents) for latents in in_background(self.rendered(), ahead=1)]
+        threads = Threads.shared(self.decoder.bundle.device)
+        with computing_with(threads.decoder):
+            rendered = in_background(self.rendered(), 1, threads.dit)
+            return [self.decoder.decode(latents) for latents in rendered]
 
 
 def largest_difference(one: list[np.ndarray], other: list[np.ndarray]) -> int:

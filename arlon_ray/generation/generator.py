@@ -15,7 +15,7 @@ from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.generation.decoding import FrameDecoder
 from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions, default_options
-from arlon_ray.generation.overlapped import Timeline, in_background
+from arlon_ray.generation.overlapped import Threads, Timeline, computing_with, in_background
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.project import Project, ProjectSegment
 from arlon_ray.generation.rendering import DiTRenderer, behind_overlap
@@ -58,12 +58,15 @@ class VideoGenerator:
         timeline = timeline or Timeline()
         if self.planner is None:
             options = options.model_copy(update={"baseline": True})
-        latents = in_background(self._rendered(prompts, seed, options, given, timeline, project, until), ahead=1)
+        threads = Threads.shared(self.bundle.device)
+        rendered = self._rendered(prompts, seed, options, given, timeline, project, until, threads)
+        latents = in_background(rendered, 1, threads.dit)
         last: np.ndarray | None = None
         with closing(latents):  # type: ignore[type-var]
             for index, shown in enumerate(latents):
                 decode = partial(self.decoder.decode, shown, last, options.seam_frames)
-                frames = timeline.timed("decoder", index, decode)
+                with computing_with(threads.decoder):
+                    frames = timeline.timed("decoder", index, decode)
                 last = frames[-1].copy()
                 yield frames
 
@@ -76,13 +79,15 @@ class VideoGenerator:
         timeline: Timeline,
         project: Project | None,
         until: Given | None,
+        threads: Threads,
     ) -> Iterator[np.ndarray]:
         """The latents [C, n, h, w] to show of each segment."""
         keep = self.bundle.config.segment.overlap_latents
         overlap = given.latents if given else None
         plans: Iterator[SegmentTokens] = iter(())
         if self.planner is not None and not options.baseline:
-            plans = in_background(_timed(self.planner.plan(prompts, seed, options, given=overlap), timeline), ahead=1)
+            planned = _timed(self.planner.plan(prompts, seed, options, given=overlap), timeline)
+            plans = in_background(planned, 1, threads.ar)
         try:
             for index, prompt in enumerate(prompts):
                 plan = next(plans, None)

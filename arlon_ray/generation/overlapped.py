@@ -7,24 +7,62 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 T = TypeVar("T")
 _END = object()
 
 
-def in_background(items: Iterator[T], ahead: int) -> Iterator[T]:
+class Threads(NamedTuple):
+    """Threads of the processor for each stage that computes on it; None: the stages compute elsewhere."""
+
+    ar: int | None = None
+    dit: int | None = None
+    decoder: int | None = None
+
+    @classmethod
+    def shared(cls, device: torch.device) -> Threads:
+        """Torch's own number among stages at work at the same time: half of it for the DiT.
+
+        With all threads for each, they wait for one another at every barrier: on two cores twice as long as one after
+        the other.
+        """
+        if device.type != "cpu":
+            return cls()
+        total = torch.get_num_threads()
+        return cls(max(1, total // 4), max(1, total // 2), max(1, total // 4))
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """The block computes with so many threads: a setting of the thread that it runs in."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)
+
+
+def in_background(items: Iterator[T], ahead: int, threads: int | None = None) -> Iterator[T]:
     """The same items, made in a thread that is at most `ahead` of them in front of whoever takes them.
 
-    What the thread raises is raised here, in its turn. When this ends or is closed the thread stops before its next
-    item, and `items` is closed.
+    `threads`: how many torch computes them with, if not as here. What the thread raises is raised here, in its turn.
+    When this ends or is closed the thread stops before its next item, and `items` is closed.
     """
     ready: queue.Queue[Any] = queue.Queue()
     room, ended = threading.Semaphore(ahead), threading.Event()
 
     def make() -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
         try:
             while room.acquire() and not ended.is_set():
                 ready.put((next(items, _END), None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from arlon_ray.generation import (
     given_clip,
     given_picture,
 )
+from arlon_ray.generation.overlapped import Threads, in_background
 from arlon_ray.generation.planning import Beginning
 from arlon_ray.training.stages.vae import to_frames, to_video
 from tests.bundles import make_random_bundle
@@ -221,3 +223,28 @@ def test_a_plan_goes_on_behind_what_is_planned(tmp_path: Path, overrides: tuple[
         next(planner.plan(["a"] * 2, 0, options, planned=[whole[0]] * 9))
     with pytest.raises(ValueError, match="of segment 1: expected"):
         next(planner.plan(["a"] * 3, 0, options, planned=[whole[0], whole[1][1:]]))
+
+
+def test_stages_at_work_together_share_the_threads_and_give_them_back(tmp_path: Path) -> None:
+    """With all threads for each of them they wait for one another: on two cores twice as long."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        assert Threads.shared(torch.device("cpu")) == (2, 4, 2) and Threads.shared(torch.device("cuda")) == (None,) * 3
+        torch.set_num_threads(2)
+        assert Threads.shared(torch.device("cpu")) == (1, 1, 1)
+        seen: list[int] = []
+
+        def made() -> Iterator[int]:
+            seen.append(torch.get_num_threads())
+            yield 1
+
+        assert list(in_background(made(), 1, threads=1)) == [1] and seen == [1]
+        generator = VideoGenerator.from_bundle(make_random_bundle(tmp_path / "bundle"))
+        frames = generator.generate(["a red circle moves"] * 2, 0)
+        next(frames)
+        assert torch.get_num_threads() == 2
+        frames.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
