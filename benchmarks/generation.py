@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.generation import VideoGenerator, default_options
-from benchmarks.machine import machine, peak_memory_mib, timed
+from benchmarks.machine import machine, peak_memory_mib, tell, timed
 from data_pipeline.clips import find_clips
 from data_pipeline.decode import decode_row
 from data_pipeline.encode import ClipEncoder
@@ -78,10 +76,7 @@ def main() -> None:
         **bench_preprocess(bundle, arguments.runs),
         "peak_memory_mib": peak_memory_mib(),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text + "\n")
+    tell(result, arguments.output)
 
 
 if __name__ == "__main__":

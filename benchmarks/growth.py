@@ -8,7 +8,6 @@ the median over rounds in which all sizes take turns. `per_unit` is what one mor
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from arlon_ray.generation.batching import Batch
 from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.rendering import Denoising, DenoisingBatch
-from benchmarks.machine import in_turns, machine
+from benchmarks.machine import in_turns, machine, tell
 from jobs.command_line import InputError, existing, run
 
 PROMPT = "a red circle moves to the right"
@@ -118,10 +117,7 @@ def main() -> None:
         "tokens": of_resolution(bundle, arguments.pixels, arguments.runs),
         "batch": of_batch(bundle, arguments.batches, arguments.runs),
     }
-    text = json.dumps(found, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    tell(found, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -80,6 +81,14 @@ def synchronised(work: Callable[[], Any], device: str) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return run
+
+
+def tell(result: Mapping[str, Any], file: str | Path | None) -> None:
+    """Print what was found as JSON, and write it to a file if there is to be one."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if file:
+        Path(file).write_text(text + "\n")
 
 
 def peak_memory_mib() -> float:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_sampling import write_random, xl2
-from benchmarks.machine import machine
+from benchmarks.machine import machine, tell
 
 #: What begins every process: seconds since `import torch` was done are told at its end.
 _BEGIN = "import time; start = time.perf_counter(); import torch; torch_s = time.perf_counter() - start; "
@@ -93,10 +93,7 @@ def main() -> None:
     flags.add_argument("--output", metavar="FILE")
     arguments = flags.parse_args()
     result = {"machine": machine(), **measured(Path(arguments.bundle).resolve(), arguments.runs, arguments.depth)}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text + "\n")
+    tell(result, arguments.output)
 
 
 if __name__ == "__main__":

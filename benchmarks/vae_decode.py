@@ -12,9 +12,7 @@ segments decoded as they come.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, behind_overlap, default_options
 from arlon_ray.generation.overlapped import Threads, computing_with, in_background
-from benchmarks.machine import in_turns, machine, peak_memory_mib
+from benchmarks.machine import in_turns, machine, peak_memory_mib, tell
 
 PROMPT = "a red circle moves to the right"
 
@@ -117,10 +115,7 @@ def main() -> None:
     arguments = flags.parse_args()
     bundle = load_bundle(arguments.bundle, arguments.device)
     result = {"machine": machine(), **measured(bundle, arguments.segments, arguments.runs)}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text + "\n")
+    tell(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ class Threads(NamedTuple):
     def shared(cls, device: torch.device) -> Threads:
         """Torch's own number among stages at work at the same time: half of it for the DiT.
 
-        With all threads for each, they wait for one another at every barrier: on two cores twice as long as one after
-        the other.
+        With all threads for each, they wait for one another at every barrier: on two cores a third longer than one
+        after the other.
         """
         if device.type != "cpu":
             return cls()
@@ -61,11 +61,10 @@ def in_background(items: Iterator[T], ahead: int, threads: int | None = None) ->
     room, ended = threading.Semaphore(ahead), threading.Event()
 
     def make() -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
         try:
-            while room.acquire() and not ended.is_set():
-                ready.put((next(items, _END), None))
+            with computing_with(threads):
+                while room.acquire() and not ended.is_set():
+                    ready.put((next(items, _END), None))
         except BaseException as error:
             ready.put((_END, error))
         finally:

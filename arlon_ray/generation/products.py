@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,9 @@ class Products:
 
     def _without_norm(self, linear: nn.Linear | Int8Linear) -> Product:
         if not self.lays_out:
-            return _of_layer(linear) if isinstance(linear, Int8Linear) else _plain(linear.weight.detach())
+            return _plain(
+                linear if isinstance(linear, Int8Linear) else partial(F.linear, weight=linear.weight.detach())
+            )
         return _of_onednn(self.laid_out(linear, _for_onednn))
 
     def laid_out(self, linear: nn.Linear | Int8Linear, how: Layout = native.panels) -> Tensor:
@@ -80,17 +83,9 @@ class Products:
         return _laid_out(linear.in_full() if isinstance(linear, Int8Linear) else linear.weight, how)
 
 
-def _plain(weight: Tensor) -> Product:
+def _plain(linear: Callable[[Tensor], Tensor]) -> Product:
     def product(x: Tensor, added: Tensor | None = None) -> Tensor:
-        y = F.linear(x, weight)
-        return y if added is None else y.add_(added)
-
-    return product
-
-
-def _of_layer(layer: nn.Module) -> Product:
-    def product(x: Tensor, added: Tensor | None = None) -> Tensor:
-        y = layer(x)
+        y = linear(x)
         return y if added is None else y.add_(added)
 
     return product

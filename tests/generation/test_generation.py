@@ -226,7 +226,7 @@ def test_a_plan_goes_on_behind_what_is_planned(tmp_path: Path, overrides: tuple[
 
 
 def test_stages_at_work_together_share_the_threads_and_give_them_back(tmp_path: Path) -> None:
-    """With all threads for each of them they wait for one another: on two cores twice as long."""
+    """With all threads for each of them they wait for one another: on two cores a third longer."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(8)
