@@ -57,7 +57,7 @@ def collect(config: Config, source: str, copies: int, folder: Path, vae: Path) -
             if not Path(video.path).is_file():
                 raise InputError(f"--input {source}: {video.name}: not a file on this machine")
             link.symlink_to(Path(video.path).absolute())
-            link.with_suffix(".txt").write_text(video.caption or CAPTION)
+            link.with_suffix(".txt").write_text(video.caption.text or CAPTION)
     sources = find_sources(folder, config.data)
     clips = [row for file in sources for row in find_clips(file, config.video, config.data)[0]]
     if not clips:

@@ -14,7 +14,7 @@ from data_pipeline.footage import Footage, FootageError, open_footage, scan
 from data_pipeline.schema import STAGE_CLIPS, Row, bucket_name, reject_row
 from data_pipeline.scores import FILE_THRESHOLDS, judge
 from data_pipeline.shots import shot_spans
-from data_pipeline.sources import SourceFile
+from data_pipeline.sources import Caption, SourceFile
 
 #: Slack, in frames, for time stamps that are rounded (milliseconds in Matroska, float32 in decord).
 SLACK_FRAMES = 0.05
@@ -40,6 +40,20 @@ def clip_id(name: str, identity: str, start: int, frames: int, fps: float) -> in
     text = f"{name}\0{identity}\0{start}\0{frames}\0{fps!r}"
     digest = hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def caption_at(caption: Caption, frame: int, fps: float) -> tuple[str, int]:
+    """(the caption that holds at a frame counted at `fps`, the first frame that it holds at).
+
+    A clip has the caption of its last frame.
+    """
+    text, began = caption.text, 0
+    for part in caption.parts:
+        first = int(np.ceil(part.start_s * fps - SLACK_FRAMES))
+        if first > frame:
+            break
+        text, began = part.text, first
+    return text, began
 
 
 def find_clips(source: SourceFile, video: VideoConfig, data: DataConfig) -> tuple[list[Row], list[Row]]:
@@ -85,9 +99,9 @@ def _opened(source: SourceFile, threads: int) -> Footage:
 
 def _refused(source: SourceFile, facts: Row, data: DataConfig) -> Row | None:
     """Why a file that can be read is not looked into; None if it is."""
-    if source.caption_error:
-        return reject_row(source.name, STAGE_CLIPS, schema.BAD_CAPTION, source.caption_error)
-    if not source.caption and data.captioner is None:
+    if source.caption.error:
+        return reject_row(source.name, STAGE_CLIPS, schema.BAD_CAPTION, source.caption.error)
+    if not source.caption.said and data.captioner is None:
         return reject_row(source.name, STAGE_CLIPS, schema.MISSING_CAPTION, NO_CAPTION)
     reason, broken = judge(facts, data.filters, FILE_THRESHOLDS)
     return reject_row(source.name, STAGE_CLIPS, reason, broken) if reason else None
@@ -129,6 +143,7 @@ def _too_short(source: SourceFile, shots_s: list[tuple[float, float]], video: Vi
 
 def _clip(source: SourceFile, start: int, frames: int, fps: float, shape: tuple[int, int], facts: Row) -> Row:
     height, width = shape
+    caption, began = caption_at(source.caption, start + frames - 1, fps)
     return {
         "clip_id": clip_id(source.name, source.identity, start, frames, fps),
         "source": source.name,
@@ -139,7 +154,8 @@ def _clip(source: SourceFile, start: int, frames: int, fps: float, shape: tuple[
         "height": height,
         "width": width,
         "num_frames": frames,
-        "caption": source.caption,
+        "given_frames": max(0, began - start),
+        "caption": caption,
         **facts,
         "bucket": bucket_name(frames, height, width),
     }

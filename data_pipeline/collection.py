@@ -74,7 +74,7 @@ def empty_collection() -> Collection:
 
 def source_rows(sources: Sequence[SourceFile]) -> pa.Table:
     """Files as a table of `schema.SOURCE`."""
-    rows = [{"source": s.name, "size": s.size, "identity": s.identity, "caption": s.caption} for s in sources]
+    rows = [{"source": s.name, "size": s.size, "identity": s.identity, "caption": s.caption.said} for s in sources]
     return pa.Table.from_pylist(rows, schema=SOURCE)
 
 
@@ -117,7 +117,7 @@ def plan(sources: list[SourceFile], there: Collection, retry: bool) -> Plan:
 
 
 def _same(source: SourceFile, row: Row) -> bool:
-    return (source.size, source.identity, source.caption) == (row["size"], row["identity"], row["caption"])
+    return (source.size, source.identity, source.caption.said) == (row["size"], row["identity"], row["caption"])
 
 
 def _refuse(verb: str, names: list[str]) -> None:

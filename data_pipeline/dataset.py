@@ -31,6 +31,7 @@ class RowGroup:
     clip_ids: NDArray[np.int64]
     captions: list[str]
     fps: NDArray[np.float32]
+    given_frames: NDArray[np.int32]
     texts: list[NDArray[np.float16]]
     latents: NDArray[np.float16] | None
     tokens: dict[str, NDArray[np.int32]] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class LatentDataset:
     def read_group(self, bucket: str, number: int, *, latents: bool = True) -> RowGroup:
         """Decode one row group. Raises ArtifactError where a file is damaged or tokens do not belong to the latents."""
         path, group = self.buckets[bucket].groups[number]
-        columns = ["clip_id", "caption", "fps", "text_embedding", "text_length"]
+        columns = ["clip_id", "caption", "fps", "given_frames", "text_embedding", "text_length"]
         table = _read(path, group, columns + (["latent", "latent_shape"] if latents else []))
         width = self.manifest.text_dim
         texts = [np.frombuffer(raw, np.float16).reshape(-1, width) for raw in table["text_embedding"].to_pylist()]
@@ -138,6 +139,7 @@ class LatentDataset:
             clip_ids=clip_ids,
             captions=table["caption"].to_pylist(),
             fps=table["fps"].to_numpy().astype(np.float32),
+            given_frames=table["given_frames"].to_numpy(),
             texts=texts,
             latents=stack_latents(table) if latents else None,
             tokens=tokens,

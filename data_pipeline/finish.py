@@ -99,10 +99,10 @@ def write_rejects(output: Path, merge: Collection, report: dict[str, Any]) -> No
 def described(merge: Collection, manifest: DatasetManifest) -> DatasetManifest:
     """The manifest with what it says of the clips: their number, buckets and fingerprint, and when it was made."""
     kept = merge.kept
-    ids, captions = kept["clip_id"].to_numpy(), kept["caption"].to_pylist()
+    ids, captions, given = kept["clip_id"].to_numpy(), kept["caption"].to_pylist(), kept["given_frames"].to_pylist()
     return manifest.model_copy(
         update={
-            "fingerprint": dataset_fingerprint(ids, manifest.key, captions),
+            "fingerprint": dataset_fingerprint(ids, manifest.key, captions, given),
             "rows": len(kept),
             "buckets": {row["values"]: row["counts"] for row in kept["bucket"].value_counts().to_pylist()},
             "rejects": len(merge.rejects),

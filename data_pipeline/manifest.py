@@ -74,11 +74,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}…"
 
 
-def dataset_fingerprint(clip_ids: NDArray[np.int64], key: str, captions: Sequence[str]) -> str:
-    """sha256 (hex) over the clips kept, their captions, and the settings' key: shapes, VAE, text encoder, filters."""
+def dataset_fingerprint(clip_ids: NDArray[np.int64], key: str, captions: Sequence[str], given: Sequence[int]) -> str:
+    """sha256 (hex) over the clips kept, their captions and `given_frames`, and the settings' key: shapes, VAE, text
+    encoder, filters.
+    """
     digest = hashlib.sha256()
     for row in np.argsort(clip_ids).tolist():
         digest.update(int(clip_ids[row]).to_bytes(8, "little") + captions[row].encode() + b"\0")
+        digest.update(given[row].to_bytes(4, "little"))
     digest.update(key.encode())
     return digest.hexdigest()
 

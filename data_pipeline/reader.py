@@ -88,7 +88,8 @@ class BucketBatches:
 
         `latents` float32 [B,C,t,h,w], `text` float32 [B,L,D], `text_mask` bool [B,L], `tokens_fine` and
         `tokens_coarse` int64 [B,t',h',w'] (where the dataset has tokens), `clip_id` int64 [B], `fps` float32 [B],
-        `caption` list of B. Raises ValueError if `world` does not divide the batch.
+        `given_frames` int64 [B] (how many frames belong to an earlier caption), `caption` list of B.
+        Raises ValueError if `world` does not divide the batch.
         """
         if self.batch_size % world or not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} workers: they must divide the batch of {self.batch_size} evenly")
@@ -147,6 +148,7 @@ class BucketBatches:
             "text_mask": torch.from_numpy(mask),
             "clip_id": torch.tensor([int(group.clip_ids[row]) for group, row in places], dtype=torch.int64),
             "fps": torch.tensor([float(group.fps[row]) for group, row in places], dtype=torch.float32),
+            "given_frames": torch.tensor([int(group.given_frames[row]) for group, row in places], dtype=torch.int64),
             "caption": [group.captions[row] for group, row in places],
         }
         if self._latents:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: One clip: `num_frames` frames of `height` × `width` at `fps`, taken from seconds [start_s, end_s) of the file `uri`.
 #: `source` is the path within the input; `bucket` is the clip's shape, "TxHxW"; `source_*` are of the whole file, as it
-#: is shown (a rotation applied).
+#: is shown (a rotation applied). The first `given_frames` belong to an earlier caption than `caption`: a model is shown
+#: them, and never asked for them.
 CLIP = pa.schema(
     [
         pa.field("clip_id", pa.int64(), nullable=False),
@@ -25,6 +26,7 @@ CLIP = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("num_frames", pa.int32(), nullable=False),
+        pa.field("given_frames", pa.int32(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
         pa.field("source_height", pa.int32(), nullable=False),
         pa.field("source_width", pa.int32(), nullable=False),

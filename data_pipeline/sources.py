@@ -28,19 +28,42 @@ REMOTE_THREADS = 16
 
 
 @dataclass(frozen=True)
+class TimedCaption:
+    """What is to be seen from second `start_s` on, until the next one begins."""
+
+    start_s: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What came with a video: one text for all of it, or `parts` that follow each other, the first from second 0 on.
+
+    Nothing, or `error`, where there is none or it cannot be read.
+    """
+
+    text: str = ""
+    parts: tuple[TimedCaption, ...] = ()
+    error: str = ""
+
+    @property
+    def said(self) -> str:
+        """All of it in one line: "0s: A circle moves to the left. 2.5s: It moves to the right."; empty if nothing."""
+        return " ".join(f"{part.start_s:g}s: {part.text}" for part in self.parts) or self.text
+
+
+@dataclass(frozen=True)
 class SourceFile:
     """One video file at the location `path`. `name` is its path within the input, `identity` hashes size and both ends.
 
-    `caption` is empty where there is none; `caption_error` and `error` say what could not be read, `reason` what kind
-    of reject the latter is.
+    `error` says what of the file could not be read, `reason` what kind of reject that is.
     """
 
     path: str
     name: str
     size: int
     identity: str
-    caption: str
-    caption_error: str = ""
+    caption: Caption = Caption()
     error: str = ""
     reason: str = schema.UNREADABLE
 
@@ -109,12 +132,12 @@ def _is_video(name: str) -> bool:
 def _source(video: Video) -> SourceFile:
     name, path = video.name, video.path
     if path is None:
-        return SourceFile("", name, 0, "", "", error=video.error, reason=video.reason)
-    caption, caption_error = (" ".join(video.caption.split()), "") if video.caption else read_caption(path)
+        return SourceFile("", name, 0, "", error=video.error, reason=video.reason)
+    caption = Caption(" ".join(video.caption.split())) if video.caption else read_caption(path)
     # names that are not UTF-8 reach Python with surrogates, which Parquet refuses
     printable = name.encode("utf-8", "backslashreplace").decode()
     if printable != name:
-        return SourceFile("", printable, 0, "", caption, caption_error, "the name is not UTF-8: rename the file")
+        return SourceFile("", printable, 0, "", caption, "the name is not UTF-8: rename the file")
     try:
         size, digest = 0, hashlib.sha256()
         with storage.open_input(path) as file:
@@ -126,32 +149,57 @@ def _source(video: Video) -> SourceFile:
                 file.seek(max(size - IDENTITY_BYTES, IDENTITY_BYTES))
                 digest.update(file.read(IDENTITY_BYTES))
     except OSError as error:
-        return SourceFile(path, name, 0, "", caption, caption_error, one_line(error))
-    return SourceFile(path, name, size, digest.hexdigest(), caption, caption_error)
+        return SourceFile(path, name, 0, "", caption, one_line(error))
+    return SourceFile(path, name, size, digest.hexdigest(), caption)
 
 
-def read_caption(path: str) -> tuple[str, str]:
-    """(caption, error) of a video: the text of `.txt` beside it, else "caption" of `.json`; both empty if neither."""
-    readers: tuple[tuple[str, Callable[[bytes], object]], ...] = ((".txt", _text), (".json", _json_caption))
+def read_caption(path: str) -> Caption:
+    """The caption of a video: the text of `.txt` beside it, else "captions" or "caption" of `.json`.
+
+    `captions` is a list of {"start_s": seconds, "caption": text}, for a video whose caption changes: the first from
+    second 0 on, each later than the one before it.
+    """
+    readers: tuple[tuple[str, Callable[[bytes], Caption]], ...] = ((".txt", _from_text), (".json", _from_json))
     for suffix, read in readers:
         location = storage.beside(path, suffix)
         try:
             with storage.open_input(location) as file:
-                value = read(file.read())
+                return read(file.read())
         except (FileNotFoundError, IsADirectoryError):
             continue
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
-            return "", one_line(error)
-        if not isinstance(value, str):
-            return "", f"{storage.base_name(location)}: caption is {type(value).__name__}, expected text"
-        return " ".join(value.split()), ""
-    return "", ""
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or not what it should hold
+            return Caption(error=f"{storage.base_name(location)}: {one_line(error)}")
+    return Caption()
 
 
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8")
+def _from_text(raw: bytes) -> Caption:
+    return Caption(" ".join(raw.decode("utf-8").split()))
 
 
-def _json_caption(raw: bytes) -> object:
+def _from_json(raw: bytes) -> Caption:
     found = json.loads(raw.decode("utf-8"))
-    return found.get("caption", "") if isinstance(found, dict) else ""
+    if not isinstance(found, dict):
+        return Caption()
+    if "captions" in found:
+        return Caption(parts=_parts(found["captions"]))
+    text = found.get("caption", "")
+    if not isinstance(text, str):
+        raise ValueError(f"caption is {type(text).__name__}, expected text")
+    return Caption(" ".join(text.split()))
+
+
+def _parts(found: object) -> tuple[TimedCaption, ...]:
+    """Timed captions from JSON. Raises ValueError."""
+    if not isinstance(found, list) or not found:
+        raise ValueError('captions: expected a list of {"start_s": seconds, "caption": text}')
+    parts: list[TimedCaption] = []
+    for number, part in enumerate(found, 1):
+        start, text = (part.get("start_s"), part.get("caption")) if isinstance(part, dict) else (None, None)
+        if not isinstance(start, (int, float)) or not isinstance(text, str) or not text.strip():
+            raise ValueError(f'captions, number {number}: expected {{"start_s": seconds, "caption": text}}')
+        after = parts[-1].start_s if parts else None
+        if not (start == 0 if after is None else after < start < float("inf")):
+            expected = "0, where the video begins" if after is None else f"more than {after:g}, where the last begins"
+            raise ValueError(f"captions, number {number}: start_s {start:g}, expected {expected}")
+        parts.append(TimedCaption(float(start), " ".join(text.split())))
+    return tuple(parts)

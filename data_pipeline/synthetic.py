@@ -1,4 +1,4 @@
-"""Rendered, captioned scenes with their exact truth, in two grades: `simple` and `rich` (`worlds.py` draws them).
+"""Rendered, captioned scenes with their exact truth, in the grades of `worlds.py`, which draws them.
 
 The world is a torus: what leaves on one side comes back on the other, so that a direction stays true for a video of any
 length and the start position tells nothing about it. Shapes: T frames, H × W pixels.
@@ -116,23 +116,35 @@ def truth_json(scene: Scene, **more: object) -> str:
     return json.dumps({**asdict(scene), **captions, **more}, sort_keys=True)
 
 
+def timed_captions(scene: Scene, fps: float) -> dict[str, object]:
+    """The caption of each shot and the second that it begins at, in the form that `sources.read_caption` reads."""
+    begins = np.cumsum([0, *(shot.frames for shot in scene.shots)])[:-1] / fps
+    parts = zip(begins.tolist(), shot_captions(scene), strict=True)
+    return {"captions": [{"start_s": start, "caption": text} for start, text in parts]}
+
+
 def write_sample(
     folder: str | Path, index: int, seed: int, video: VideoConfig, groups: Sequence[int], grade: str = "simple"
 ) -> bool:
     """Render sample `index` of `seed` into `folder`: mp4, `.txt` caption, `.json` ground truth.
 
+    Where the caption changes, it is in the ground truth, with its times, instead of in a `.txt`.
     Returns False where exactly this sample is there already: the ground truth names all that the file depends on,
     `fps` among it. The mp4 comes last: if it is there, all of it is. Raises ValueError for an unknown grade.
     """
     path = Path(folder) / f"{NAME.format(index=index)}.mp4"
     scene = sample_scene(training_seed(seed, index), groups, video.height, video.width, grade)
-    truth = truth_json(scene, fps=video.fps, groups=list(groups))
+    timed = timed_captions(scene, video.fps) if grade == "changing" else {}
+    truth = truth_json(scene, fps=video.fps, groups=list(groups), **timed)
     facts = path.with_suffix(".json")
     if path.exists() and facts.exists() and facts.read_text() == truth:
         return False
     path.unlink(missing_ok=True)
     facts.write_text(truth)
-    path.with_suffix(".txt").write_text(caption(scene) + "\n")
+    if timed:
+        path.with_suffix(".txt").unlink(missing_ok=True)  # of another grade that was there
+    else:
+        path.with_suffix(".txt").write_text(caption(scene) + "\n")
     write_mp4(path, render(scene), video.fps)
     return True
 

@@ -6,6 +6,8 @@ colours one beside or above the other. Few clear motions: learnable by the tiny 
 the simple ones), relations, textured backgrounds, camera pans; one video in four has a cut to a second shot.
 `returning`: one object that goes away, is gone for three groups, and comes back as it was. Half of the captions do not
 say what it is: a model has to remember it.
+`changing`: from some latent frame on there is something else to be seen, and another caption: the objects of a simple
+scene go another way, or there is a cut to another scene.
 """
 
 from __future__ import annotations
@@ -17,8 +19,19 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from arlon_ray.config import GROUP_FRAMES, Config
-from arlon_ray.evaluation.world import ACTIONS, COLOURS, DIRECTIONS, RELATIONS, RETURN, SHAPES, SPEEDS, Shot, Thing
+from arlon_ray.config import GROUP_FRAMES, Config, ConfigError
+from arlon_ray.evaluation.world import (
+    ACTIONS,
+    COLOURS,
+    DIRECTIONS,
+    RELATIONS,
+    RETURN,
+    SHAPES,
+    SPEEDS,
+    Shot,
+    Thing,
+    track,
+)
 from data_pipeline.wording import compose, compose_returning, compose_rich, join_shots
 
 Random = np.random.Generator
@@ -32,6 +45,8 @@ EQUAL_PAIRS, DIFFERENT_PAIRS = 0.12, 0.36
 APART, ASIDE = (24.0, 28.0), 4.0
 #: Shares of the rich grade.
 THREE, PANS, CUTS = 0.35, 0.25, 0.25
+#: Shares of the changing grade: objects that turn, and how many of these turn back.
+TURNS, REVERSALS = 0.6, 0.6
 #: What scenes are held out for, each from a range of seeds of its own.
 HeldOut = Literal["measure", "tune", "gate", "benchmark"]
 HELD_OUT: tuple[HeldOut, ...] = get_args(HeldOut)
@@ -83,7 +98,12 @@ def held_out_scenes(config: Config, use: HeldOut, segments: int = 1) -> Iterator
 
 
 def whole_scenes(config: Config, first: int, segments: int = 1) -> Iterator[Scene]:
-    """Scenes of a single shot, as long as `segments` and of `data.sample_grade`, without end, from seed `first` on."""
+    """Scenes of a single shot, as long as `segments` and of `data.sample_grade`, without end, from seed `first` on.
+
+    Raises ConfigError for the changing grade, which has none.
+    """
+    if config.data.sample_grade == "changing":
+        raise ConfigError("data.sample_grade=changing: such videos are measured by jobs/evaluate_changes.py")
     video, groups = config.video, (config.segment.groups_of(segments),)
     for number in count(first):
         scene = sample_scene(number, groups, video.height, video.width, config.data.sample_grade)
@@ -159,6 +179,37 @@ def _returning(random: Random, frames: int, height: int, width: int) -> tuple[Sh
     diameter = float(random.uniform(*ONE)) * min(height, width) / 64
     thing = Thing(shape, colour, diameter, _anywhere(random, height, width), RETURN, "still", "normal")
     return (_shot(random, frames, (thing,), None, SIMPLE_BACKGROUNDS),)
+
+
+def _changing(random: Random, frames: int, height: int, width: int) -> tuple[Shot, ...]:
+    """Two shots; Raises ValueError where there is no room for a group on each side of the change."""
+    if frames < 2 * GROUP_FRAMES:
+        raise ValueError(f"{frames} frames: the changing grade needs {2 * GROUP_FRAMES} or more (data.bucket_groups)")
+    # where a latent frame begins, as prompts do: one frame, or four, after the last
+    begins = [
+        f for f in range(GROUP_FRAMES, frames - GROUP_FRAMES + 1) if f % GROUP_FRAMES % 4 == 1 or not f % GROUP_FRAMES
+    ]
+    first = int(random.choice(begins))
+    before, after = (_simple(random, count, height, width)[0] for count in (first, frames - first))
+    if before.relation is not None or random.random() >= TURNS:
+        return before, after
+    return before, _turning(random, before, after.frames, height, width)
+
+
+def _turning(random: Random, before: Shot, frames: int, height: int, width: int) -> Shot:
+    """The shot that goes on where `before` ends, its objects on another way, all the same one."""
+    old = before.things[0].direction
+    ways = [name for name in DIRECTIONS if name != old]
+    x, y = DIRECTIONS[old]
+    back = next(name for name, way in DIRECTIONS.items() if way == (-x, -y))
+    way = back if old != "still" and random.random() < REVERSALS else str(random.choice(ways))
+
+    def on(thing: Thing) -> Thing:
+        ends = track(thing, before.frames + 1, min(height, width) / 64)
+        start = float(ends[0][-1] % width), float(ends[1][-1] % height)
+        return replace(thing, start=start, direction=way, action="still" if way == "still" else "move")
+
+    return replace(before, frames=frames, things=tuple(map(on, before.things)))
 
 
 def _rich(random: Random, frames: int, height: int, width: int) -> tuple[Shot, ...]:
@@ -248,4 +299,5 @@ GRADES: dict[str, tuple[Callable[[Random, int, int, int], tuple[Shot, ...]], Cal
     "simple": (_simple, compose),
     "rich": (_rich, compose_rich),
     "returning": (_returning, compose_returning),
+    "changing": (_changing, compose),
 }

@@ -134,7 +134,7 @@ def _plan(output: Path, there: DatasetManifest | None, sources: list[SourceFile]
 def _begin(staging: Staging, settings: dict[str, Any], todo: Plan) -> None:
     """Make the work folder fit what is to be done; what it holds of that already stays."""
     work = {
-        "files": [[s.name, s.identity, s.caption, s.caption_error] for s in todo.search],
+        "files": [[s.name, s.identity, s.caption.said, s.caption.error] for s in todo.search],
         "not": sorted(todo.settled),
     }
     wanted = {**settings, WORK_KEY: settings_key(work)}

@@ -33,7 +33,9 @@ class DataConfig(Section):
     """Raw video to latents. `bucket_groups` are the clip lengths kept, in 17-frame groups."""
 
     sample_videos: int = Field(2000, ge=1, description="videos that the pipeline renders when it is given none")
-    sample_grade: Literal["simple", "rich", "returning"] = Field("simple", description="grade of the rendered scenes")
+    sample_grade: Literal["simple", "rich", "returning", "changing"] = Field(
+        "simple", description="grade of the rendered scenes"
+    )
     path_column: str = Field("path", description="column of paths, where the input is a list of videos")
     caption_column: str = Field("caption", description="its column of captions, if it has one")
     captioner: str | None = Field(

@@ -123,6 +123,7 @@ def write_dataset(folder: Path, buckets: dict[str, int], row_group: int = 4, tok
                     "height": 16,
                     "width": 16,
                     "num_frames": frames,
+                    "given_frames": clip_id % 3 * 4,
                     "caption": f"clip {clip_id}",
                     "source_height": 16,
                     "source_width": 16,
@@ -152,7 +153,9 @@ def write_dataset(folder: Path, buckets: dict[str, int], row_group: int = 4, tok
         )
         ids += range(next_id, next_id + count)
         next_id += count
-    fingerprint = dataset_fingerprint(np.array(ids), "a" * 64, [f"clip {number}" for number in ids])
+    fingerprint = dataset_fingerprint(
+        np.array(ids), "a" * 64, [f"clip {number}" for number in ids], [i % 3 * 4 for i in ids]
+    )
     common = {
         "schema_version": SCHEMA_VERSION,
         "settings": {},

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from arlon_ray.config import ConfigError, DataConfig, FilterConfig, VideoConfig
+from arlon_ray.config import ConfigError, DataConfig, FilterConfig, VideoConfig, load_config, override
 from data_pipeline import schema
 from data_pipeline.buckets import nearest, shapes
 from data_pipeline.clips import clip_id, find_clips, split_spans
 from data_pipeline.decode import decode_row
-from data_pipeline.sources import find_sources, read_caption
+from data_pipeline.sources import Caption, TimedCaption, find_sources, read_caption
 from tests.data_pipeline.inputs import numbered, write_broken, write_video
 
 VIDEO = VideoConfig(height=32, width=32, fps=16)
@@ -154,14 +154,61 @@ def test_what_may_not_be_read_is_a_reject() -> None:
 
 def test_captions_from_text_or_json(tmp_path: Path) -> None:
     video = tmp_path / "a.mp4"
-    assert read_caption(str(video)) == ("", "")
+    assert read_caption(str(video)) == Caption() and not Caption().said
     video.with_suffix(".json").write_text(json.dumps({"caption": "from\n json"}))
-    assert read_caption(str(video)) == ("from json", "")
+    assert read_caption(str(video)) == Caption("from json")
     video.with_suffix(".txt").write_text(" from   text\n")
-    assert read_caption(str(video)) == ("from text", "")
+    assert read_caption(str(video)) == Caption("from text")
     video.with_suffix(".txt").write_bytes(b"\xff\xfe\x00bad")
-    caption, error = read_caption(str(video))
-    assert caption == "" and "decode" in error
+    caption = read_caption(str(video))
+    assert caption.said == "" and "decode" in caption.error
+
+
+def timed(*parts: tuple[float, str]) -> str:
+    return json.dumps({"captions": [{"start_s": start, "caption": text} for start, text in parts]})
+
+
+def test_a_caption_may_change_on_the_way(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered(119))
+    (tmp_path / "a.json").write_text(timed((0, "to the\n left"), (2.5, "to the right"), (6, "up")))
+    (source,) = find_sources(tmp_path)
+    assert source.caption.parts == (
+        TimedCaption(0, "to the left"), TimedCaption(2.5, "to the right"), TimedCaption(6, "up"))  # fmt: skip
+    assert source.caption.said == "0s: to the left 2.5s: to the right 6s: up"
+    config = load_config("tiny", ["data.bucket_groups=[2]"])
+    clips, rejected = find_clips(source, config.video, config.data)
+    # frames 0–33, 34–67 (the second caption from frame 40 on), 68–101 (the third one from frame 96 on)
+    assert [(row["caption"], row["given_frames"]) for row in clips] == [
+        ("to the left", 0), ("to the right", 6), ("up", 28)]  # fmt: skip
+    assert not rejected
+    whole = find_clips(source, config.video, override(config, ["data.bucket_groups=[7]"]).data)[0]
+    assert [(row["caption"], row["given_frames"]) for row in whole] == [("up", 96)]
+    (tmp_path / "a.json").write_text(timed((0, "to the left"), (2.4, "to the right"), (6, "up")))
+    (moved,) = find_sources(tmp_path)
+    assert moved.caption != source.caption and moved.caption.said != source.caption.said
+    (tmp_path / "a.txt").write_text("all of it")
+    assert find_sources(tmp_path)[0].caption == Caption("all of it")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"captions": []}', "captions: expected a list"),
+        ('{"captions": "left"}', "captions: expected a list"),
+        (timed((1, "left")), "number 1: start_s 1, expected 0, where the video begins"),
+        (timed((0, "left"), (2, "right"), (2, "up")), "number 3: start_s 2, expected more than 2"),
+        (timed((0, "left"), (float("nan"), "right")), "number 2: start_s nan"),
+        (timed((0, "left"), (2, " ")), "number 2: expected"),
+        ('{"captions": [{"start_s": "0", "caption": "left"}]}', "number 1: expected"),
+    ],
+)
+def test_timed_captions_that_say_no_time_reject_the_video(tmp_path: Path, content: str, message: str) -> None:
+    write_video(tmp_path / "a.mp4", numbered(34))
+    (tmp_path / "a.json").write_text(content)
+    config = load_config("tiny")
+    clips, (reject,) = find_clips(find_sources(tmp_path)[0], config.video, config.data)
+    assert not clips and reject["reason"] == schema.BAD_CAPTION and "a.json: captions" in reject["error"]
+    assert message in reject["error"]
 
 
 def test_bad_caption_files_reject_the_video(tmp_path: Path) -> None:

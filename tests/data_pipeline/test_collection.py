@@ -10,13 +10,13 @@ from arlon_ray.artifact import ArtifactError
 from data_pipeline import schema
 from data_pipeline.collection import Collection, plan, source_rows
 from data_pipeline.schema import REJECT, SEEN, Row, reject_row
-from data_pipeline.sources import SourceFile
+from data_pipeline.sources import Caption, SourceFile
 from tests.data_pipeline.test_staging import encoded
 
 
 def source(name: str, identity: str = "1", caption: str = "c") -> SourceFile:
     """A file of the input."""
-    return SourceFile(f"/{name}", name, 10, identity, caption)
+    return SourceFile(f"/{name}", name, 10, identity, Caption(caption))
 
 
 def seen(clip_id: int, name: str, reason: str = "") -> Row:

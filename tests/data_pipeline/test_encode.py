@@ -51,6 +51,7 @@ def decoded(clip_id: int, frames: int, caption: str = "a red circle") -> Row:
         "height": 16,
         "width": 16,
         "num_frames": frames,
+        "given_frames": 0,
         "caption": caption,
         "bucket": f"{frames}x16x16",
         "frames": pixels.tobytes(),

@@ -46,6 +46,7 @@ def test_a_batch_holds_what_was_written(folder: Path) -> None:
         assert torch.equal(batch["text"][:, 0, 0], ids.float())
         assert (batch["text"][~batch["text_mask"]] == 0).all()
         assert batch["fps"].tolist() == [16.0] * 4
+        assert batch["given_frames"].tolist() == [i % 3 * 4 for i in ids.tolist()]
 
 
 def test_batches_are_a_pure_function_of_the_step(folder: Path) -> None:

@@ -79,6 +79,7 @@ def clip(number: int, **more: Any) -> Row:
         "height": 64,
         "width": 64,
         "num_frames": 34,
+        "given_frames": 0,
         "caption": f"caption {number}",
         "source_height": 64,
         "source_width": 64,

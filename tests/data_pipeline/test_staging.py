@@ -15,7 +15,7 @@ from data_pipeline.collection import empty_collection
 from data_pipeline.finish import merged, write_latents
 from data_pipeline.manifest import DatasetManifest, differences, finished_manifest, read_manifest
 from data_pipeline.report import build_report, format_report
-from data_pipeline.schema import CLIP, ENCODED, REJECT, REJECTED_BUCKET, SEEN, SOURCE, Row, reject_row
+from data_pipeline.schema import CLIP, ENCODED, REJECT, REJECTED_BUCKET, SCHEMA_VERSION, SEEN, SOURCE, Row, reject_row
 from data_pipeline.staging import Staging
 
 
@@ -31,6 +31,7 @@ def clip(clip_id: int) -> Row:
         "height": 16,
         "width": 16,
         "num_frames": 34,
+        "given_frames": 0,
         "caption": "c",
         "source_height": 16,
         "source_width": 16,
@@ -149,7 +150,7 @@ def test_differences_are_named_with_short_values() -> None:
 
 def test_unfinished_datasets_are_not_taken_for_finished(tmp_path: Path) -> None:
     assert finished_manifest(tmp_path, DatasetManifest) is None
-    (tmp_path / "manifest.json").write_text('{"schema_version": 2, "rows": 3}')
+    (tmp_path / "manifest.json").write_text(f'{{"schema_version": {SCHEMA_VERSION}, "rows": 3}}')
     assert finished_manifest(tmp_path, DatasetManifest) is None
     with pytest.raises(ArtifactError, match=r"manifest.json: damaged: key: Field required"):
         read_manifest(tmp_path, DatasetManifest)

@@ -13,9 +13,10 @@ import av
 import numpy as np
 import pytest
 
-from arlon_ray.config import Config, VideoConfig, load_config
+from arlon_ray.config import Config, ConfigError, VideoConfig, load_config
 from arlon_ray.evaluation.world import ACTIONS, COLOURS, RELATIONS
 from arlon_ray.models.text import load_token_counter
+from data_pipeline.sources import read_caption
 from data_pipeline.synthetic import remove_samples_from, render, render_shot, write_sample, write_samples
 from data_pipeline.wording import MAX_WORDS
 from data_pipeline.worlds import (
@@ -198,6 +199,41 @@ def test_a_scene_turned_round_keeps_its_wording(grade: str) -> None:
         if grade == "simple":
             assert (caption(back) != caption(scene)) == moves
             assert len(caption(back).split()) == len(caption(scene).split())
+
+
+def test_what_changes_goes_on_from_where_it_is_or_is_cut() -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(60):
+        scene = sample_scene(seed, (4, 6), grade="changing")
+        before, after = scene.shots
+        assert before.frames % 17 in (0, 1, 5, 9, 13) and min(before.frames, after.frames) >= 17
+        assert shot_captions(scene) != [shot_captions(scene)[0]] * 2
+        if before.background_phase != after.background_phase:
+            kinds["cut"] += 1
+            continue
+        (old, *_), (new, *_) = before.things, after.things
+        assert (new.shape, new.colour, new.diameter) == (old.shape, old.colour, old.diameter)
+        assert new.direction != old.direction
+        kinds[f"{old.direction} {new.direction}"] += 1
+        # the first frame of the second shot is what the first would have shown next
+        further = render_shot(dataclasses.replace(before, frames=before.frames + 1), 64, 64)
+        assert np.abs(further[-1].astype(int) - render(scene)[before.frames]).max() <= 1
+    assert kinds["cut"] in range(12, 48) and kinds["left right"] and kinds["up down"]
+    with pytest.raises(ValueError, match="17 frames: the changing grade needs 34"):
+        sample_scene(0, (1,), grade="changing")
+    with pytest.raises(ConfigError, match="evaluate_changes"):
+        next(held_out_scenes(load_config("tiny", ["data.sample_grade=changing"]), "measure"))
+
+
+def test_a_caption_that_changes_is_written_with_its_times(tmp_path: Path) -> None:
+    video = load_config("tiny").video
+    write_sample(tmp_path, 0, 5, video, (4,))  # a simple one was there
+    assert write_sample(tmp_path, 0, 5, video, (4,), "changing")
+    assert not write_sample(tmp_path, 0, 5, video, (4,), "changing")
+    scene = sample_scene(training_seed(5, 0), (4,), grade="changing")
+    found = read_caption(str(tmp_path / "scene_000000.mp4"))
+    assert [part.text for part in found.parts] == shot_captions(scene)
+    assert [part.start_s * video.fps for part in found.parts] == [0, scene.shots[0].frames]
 
 
 def test_scenes_of_several_segments_begin_alike() -> None:

@@ -14,7 +14,7 @@ from arlon_ray.training.loop import train_locally
 from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage, usage
 from arlon_ray.training.stages.dit import DitObjective, DitPaths, DitStage
-from arlon_ray.training.stages.latents import cut, group_window, trimmed
+from arlon_ray.training.stages.latents import cut, group_window, is_given, trimmed
 from tests.bundles import SMALL, make_random_parts, small_config
 from tests.training.recording import Recorder
 from tests.training.sources import ToySource
@@ -45,11 +45,58 @@ def test_an_ar_starts_on_first_frames_as_long_as_it_is_told_to(parts: dict[str, 
     stage = ArStage(config, source, ArPaths(parts["codec_fine"], parts["vae"]), {})
     objective, generator = stage.objective(), torch.Generator().manual_seed(0)
     whole = source.batch(0, 0, 1)["tokens_fine"]
-    (first, _), (later, times) = (objective.window(stage.batch(step, 0, 1), generator) for step in (1, 2))
+    (first, _, _), (later, times, _) = (objective.window(stage.batch(step, 0, 1), generator) for step in (1, 2))
     assert times is None
     assert first.shape == (4, 1, *whole.shape[2:]) and torch.equal(first, source.batch(1, 0, 1)["tokens_fine"][:, :1])
     assert later.shape[1] > 1 and later.shape[2:] == whole.shape[2:]
     assert objective(stage.batch(0, 0, 1), generator).loss.isfinite()
+
+
+def test_frames_of_an_earlier_caption_are_given() -> None:
+    batch = {"text_mask": torch.ones(5, 1, dtype=torch.bool), "given_frames": torch.tensor([0, 1, 2, 17, 30])}
+    assert is_given(batch, 10).sum(1).tolist() == [0, 1, 2, 5, 9]  # latents begin at frames 0 1 5 9 13 17 18 22 26 30
+    assert is_given(batch, 10, per_token=5).sum(1).tolist() == [0, 1, 1, 1, 2]
+    assert not is_given({"text_mask": batch["text_mask"]}, 10).any()
+
+
+def test_an_ar_is_not_asked_for_tokens_of_an_earlier_caption(parts: dict[str, Path]) -> None:
+    config = small_config("ar.sink_groups=1", "ar.context_groups=2", "ar.first_frame_share=0", "ar.token_noise=0")
+    source = ToySource(config, 4, groups=6)
+    stage = ArStage(config, source, ArPaths(parts["codec_fine"], parts["vae"]), {})
+    objective, generator = stage.objective().eval(), torch.Generator().manual_seed(0)
+    batch = stage.batch(0, 0, 1) | {"given_frames": torch.tensor([0, 34, 51, 102])}
+    shape = batch["tokens_fine"].shape
+    batch["tokens_fine"] = torch.arange(6).repeat_interleave(shape[1] // 6)[None, :, None, None].expand(shape).clone()
+    without_sink = set()
+    for _ in range(40):
+        tokens, times, asked = objective.window(batch, generator)
+        groups = tokens[:, :, 0, 0]
+        if times is None:  # any place, and whatever is behind the earlier caption is asked for
+            without_sink.add(int(groups[0, 0]))
+            assert torch.equal(asked, groups >= torch.tensor([[0], [2], [3], [6]]))
+        else:  # what the clip began with is no sink of the new prompt
+            assert asked[0].all() and not asked[1:].any()
+    assert without_sink == {0, 1, 2}
+    with torch.no_grad():
+        losses = [objective(batch, torch.Generator().manual_seed(seed)).loss.isfinite() for seed in range(4)]
+        changed = batch | {"given_frames": torch.full((4,), 102)}
+        assert float(objective(changed, torch.Generator().manual_seed(0)).loss) == 0
+    assert all(losses)
+
+
+def test_a_dit_is_given_the_frames_of_an_earlier_caption(parts: dict[str, Path]) -> None:
+    config = small_config()
+    source = ToySource(config, 4, groups=2)
+    objective = DitStage(config, source, paths(parts), {}).objective().eval()
+    batch = source.batch(0, 0, 1)
+
+    def loss(**more: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(objective(batch | more, torch.Generator().manual_seed(0)).loss)
+
+    assert loss() == loss(given_frames=torch.zeros(4, dtype=torch.int64))
+    assert loss(given_frames=torch.full((4,), 17)) != loss()
+    assert loss(given_frames=torch.full((4,), 34)) == 0
 
 
 def test_an_ar_with_a_sink_sees_the_beginning_and_any_place_behind_it(parts: dict[str, Path]) -> None:
@@ -64,7 +111,8 @@ def test_an_ar_with_a_sink_sees_the_beginning_and_any_place_behind_it(parts: dic
     groups = batch["tokens_fine"].unflatten(1, (8, -1))
     per_group, starts = groups.shape[2], set()
     for _ in range(60):
-        tokens, times = objective.window(batch, generator)
+        tokens, times, asked = objective.window(batch, generator)
+        assert asked.all()
         parted = tokens.unflatten(1, (most, -1))
         (start,) = (g for g in range(1, 8) if torch.equal(parted[:, 1:], groups[:, g : g + most - 1]))
         starts.add(start)

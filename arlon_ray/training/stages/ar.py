@@ -24,7 +24,7 @@ from arlon_ray.models.ar import ArTransformer, frame_times
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
-from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look, trimmed
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, is_given, look, trimmed
 
 PICTURED = 4
 
@@ -48,8 +48,11 @@ class ArObjective(nn.Module):
         )
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
-        """Cross-entropy of a window of fine tokens, some of the context replaced by noise, and accuracy."""
-        tokens, times = self.window(batch, generator)
+        """Cross-entropy of a window of fine tokens, some of the context replaced by noise, and accuracy.
+
+        Tokens of an earlier caption are context alone.
+        """
+        tokens, times, asked = self.window(batch, generator)
         (text, mask), settings = trimmed(batch), self.config.ar
         if self.training:
             drop = torch.rand(len(tokens), generator=generator, device=tokens.device) < settings.text_dropout
@@ -60,27 +63,39 @@ class ArObjective(nn.Module):
             other = torch.randint(self.model.codebook_size, inputs.shape, generator=generator, device=inputs.device)
             inputs = torch.where(noisy, other, inputs)
         logits, targets = self.model(text, mask, inputs, times).float().flatten(0, 3), tokens.flatten()
-        loss = F.cross_entropy(logits, targets)
-        accuracy = (logits.argmax(-1) == targets).float().mean()
+        weight = asked[:, :, None, None].expand_as(tokens).flatten().float()
+        count = weight.sum().clamp(min=1)
+        loss = (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / count
+        accuracy = ((logits.argmax(-1) == targets) * weight).sum() / count
         return Losses(loss, {"accuracy": accuracy}, targets.numel())
 
-    def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, t', h', w'] of as many groups as sampling ever has at once, and when their frames are [t'].
+    def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Tokens [B, t', h', w'] of as many groups as sampling ever has at once, when their frames are [t'], and which
+        frames the model is asked for, bool [B, t'].
 
-        With a sink the first groups of a longer clip stay, and the others are from any place behind them.
+        With a sink the first groups of a longer clip stay, and the others are from any place behind them. A new prompt
+        has a sink of its own: a clip that begins with an earlier caption is asked for only in windows without one,
+        which every second batch with such a clip has.
         """
-        tokens = batch["tokens_fine"]
-        if tokens.shape[1] < self.frames_per_group:  # a single frame
-            return tokens, None
-        groups, most = tokens.shape[1] // self.frames_per_group, self.config.ar_window_groups
+        tokens, per_group = batch["tokens_fine"], self.frames_per_group
+        if tokens.shape[1] < per_group:  # a single frame
+            return tokens, None, ~is_given(batch, 1)
+        groups, most = tokens.shape[1] // per_group, self.config.ar_window_groups
+        asked = ~is_given(batch, groups * GROUP_LATENTS, GROUP_LATENTS // per_group)
         sink = self.config.ar.sink_groups if groups > most else 0
+        if sink and not bool(asked.all()):
+            sink *= int(torch.randint(2, (), generator=generator, device=tokens.device))
         behind = group_window(groups - sink, most - sink, generator)
-        window = cut(tokens, slice(behind.start + sink, behind.stop + sink), groups, axis=1)
+        window = slice(behind.start + sink, behind.stop + sink)
         if not sink:
-            return window, None
-        tokens = torch.cat([cut(tokens, slice(0, sink), groups, axis=1), window], dim=1)
-        gap = self.frames_per_group if behind.start else 0
-        return tokens, frame_times(tokens.shape[1], sink * self.frames_per_group, gap)
+            return cut(tokens, window, groups, axis=1), None, cut(asked, window, groups, axis=1)
+        first = slice(0, sink)
+        of_one_caption = asked.all(1, keepdim=True)
+        tokens, asked = (
+            torch.cat([cut(values, first, groups, axis=1), cut(values, window, groups, axis=1)], dim=1)
+            for values in (tokens, asked & of_one_caption)
+        )
+        return tokens, frame_times(tokens.shape[1], sink * per_group, per_group if behind.start else 0), asked
 
 
 class ArStage:

@@ -1,7 +1,8 @@
 """Training of the DiT: rectified flow, guided by tokens of the fine and of the coarse codec, with parts left out.
 
 Coarser tokens and perturbed feature statistics make it tolerant of the AR's errors (ARLON); text and tokens are dropped
-independently, for guidance; the first groups of some samples are given, for long video (`x_mask` of Open-Sora v1.2).
+independently, for guidance; the first groups of some samples are given, for long video (`x_mask` of Open-Sora v1.2),
+and so are the frames that belong to an earlier caption.
 With `dit.injection.enabled=false` this is the text-only baseline, by the same code.
 
 Legend: B batch, C latent channels, t×h×w latent grid of one segment.
@@ -31,7 +32,7 @@ from arlon_ray.models.dit import STDiT3
 from arlon_ray.models.injection import Modulation
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
-from arlon_ray.training.stages.latents import BatchSource, cut, group_window, look, trimmed
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, is_given, look, trimmed
 
 PICTURED = 4
 
@@ -58,7 +59,7 @@ class DitObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Losses:
         """Squared error of the velocity at drawn times, over frames that carry noise; the gates as figures."""
-        x0, tokens = self._segment(batch, generator)
+        x0, tokens, given = self._segment(batch, generator)
         count, _, frames = x0.shape[:3]
         device, settings, video = x0.device, self.config.dit, self.config.video
 
@@ -82,7 +83,7 @@ class DitObjective(nn.Module):
         time = sample_times(count, ratio, generator, device)
         noise = torch.randn(x0.shape, generator=generator, device=device)
         overlap = self.config.segment.overlap_latents
-        noisy = sample_noisy(settings.masks, count, frames, overlap, generator, device)
+        noisy = sample_noisy(settings.masks, count, frames, overlap, generator, device) & ~given
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
@@ -91,15 +92,18 @@ class DitObjective(nn.Module):
 
     def _segment(
         self, batch: dict[str, Any], generator: torch.Generator | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Latents and (fine, coarse) tokens of one segment of the clips."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
+        """Latents and (fine, coarse) tokens of one segment of the clips, and which frames of it are an earlier
+        caption's, bool [B, t].
+        """
         groups = batch["latents"].shape[2] // GROUP_LATENTS
         window = group_window(groups, self.config.segment.groups, generator)
         x0 = cut(batch["latents"], window, groups, axis=2)
+        given = cut(is_given(batch, groups * GROUP_LATENTS), window, groups, axis=1)
         if self.fine is None:
-            return x0, None
+            return x0, None, given
         fine, coarse = (cut(batch[name], window, groups, axis=1) for name in ("tokens_fine", "tokens_coarse"))
-        return x0, (fine, coarse)
+        return x0, (fine, coarse), given
 
     def _drawn_by_ar(
         self,
@@ -183,7 +187,7 @@ class DitStage:
 
     def _picture(self, objective: DitObjective, batch: dict[str, Any], device: torch.device) -> Any:
         options, video = default_options(self.config.sampling), self.config.video
-        x0, tokens = objective._segment(batch, None)
+        x0, tokens, _ = objective._segment(batch, None)
         size, sampled = (video.height, video.width), []
         grid = (x0.shape[2], x0.shape[3], x0.shape[4])
         settings = self.config.dit

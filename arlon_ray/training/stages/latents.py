@@ -11,11 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS
 from arlon_ray.models.vae import VideoVAE, load_vae
 
 
 class BatchSource(Protocol):
-    """Batches: latents, text, text_mask, tokens_fine, tokens_coarse, clip_id, caption, fps."""
+    """Batches: latents, text, text_mask, tokens_fine, tokens_coarse, clip_id, caption, fps, given_frames.
+
+    The first `given_frames` (int64 [B]; missing: none) of a clip belong to an earlier caption than its own: they are
+    shown as what a new prompt goes on from, and never asked for.
+    """
 
     def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
         """This worker's share of the batch of `step`: a pure function of its arguments."""
@@ -37,6 +42,21 @@ def cut(values: Tensor, window: slice, available_groups: int, axis: int) -> Tens
     """The part of `values` that belongs to a window of groups; `axis` is its time axis."""
     per_group = values.shape[axis] // available_groups
     return values.narrow(axis, window.start * per_group, (window.stop - window.start) * per_group)
+
+
+def is_given(batch: dict[str, Any], latents: int, per_token: int = 1) -> Tensor:
+    """Which latent frames of the clips belong to an earlier caption, in whole or in part: bool [B, latents].
+
+    With `per_token` latent frames to a token: which frames of tokens, [B, latents / per_token]. The first latent of a
+    group stands for one frame, the others for four.
+    """
+    values = batch["text_mask"]
+    if "given_frames" not in batch:
+        return torch.zeros(len(values), latents // per_token, dtype=torch.bool, device=values.device)
+    at = torch.arange(0, latents, per_token, device=values.device)
+    per_latent = (GROUP_FRAMES - 1) // (GROUP_LATENTS - 1)
+    begins = at // GROUP_LATENTS * GROUP_FRAMES + (at % GROUP_LATENTS - 1) * per_latent + 1
+    return begins.where(at % GROUP_LATENTS > 0, at // GROUP_LATENTS * GROUP_FRAMES) < batch["given_frames"][:, None]
 
 
 def trimmed(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
