@@ -14,7 +14,16 @@ from math import prod
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, ArConfig, CodecConfig, Config, DitConfig, VaeConfig
+from arlon_ray.config import (
+    GROUP_FRAMES,
+    GROUP_LATENTS,
+    ArConfig,
+    CodecConfig,
+    Config,
+    DitConfig,
+    TextConfig,
+    VaeConfig,
+)
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.injection import listening_layers
 from arlon_ray.models.vae import build_vae
@@ -245,3 +254,16 @@ def branches(config: Config) -> int:
 def ar_rows(config: Config) -> int:
     """Rows of the AR for a video: two where it is guided."""
     return 1 if config.sampling.ar_guidance_scale == 1.0 else 2
+
+
+#: Layers, width, width of the MLP, matrices of the MLP, words: all-MiniLM-L6 and the encoder of T5-v1.1-XXL.
+TEXT_SIZES = {"minilm": (6, 384, 1536, 2, 30522), "t5": (24, 4096, 10240, 3, 32128)}
+
+
+def text_caption(text: TextConfig, tokens: int) -> Work:
+    """One caption of so many tokens."""
+    layers, width, hidden, matrices, _ = TEXT_SIZES[text.kind]
+    layers = min(layers, text.layers or layers)
+    weights = 4 * width**2 + matrices * width * hidden
+    layer = Work(2 * tokens * weights, 4 * tokens**2 * width, weights + tokens * (8 * width + 2 * hidden), 1)
+    return layer * layers
