@@ -205,7 +205,7 @@ def load_artifact(path: str | Path, kind: str, *, verify: bool = True) -> Artifa
     return Artifact(folder, config, lineage)
 
 
-class _Uninitialised(TorchFunctionMode):
+class Uninitialised(TorchFunctionMode):
     """`nn.init` and drawing in place do nothing: on the meta device, where they only waste time, the first draw imports
     torch's compiler, which takes longer than loading a small bundle.
     """
@@ -227,7 +227,7 @@ def building(artifact: Artifact) -> Iterator[None]:
     parameters are not initialised: they are replaced by what was stored.
     """
     try:
-        with _Uninitialised():
+        with Uninitialised():
             yield
     except ArtifactError:
         raise

@@ -17,6 +17,7 @@ from torch import Tensor
 from arlon_ray.artifact import ArtifactError, load_artifact, one_line, read_object, sha256_of
 from arlon_ray.config import TextConfig
 from arlon_ray.models.captions import clean_caption, with_scores
+from arlon_ray.models.minilm import WordPieces, load_minilm
 from arlon_ray.precision import arithmetic
 
 #: Settings that change what an encoder computes of a caption.
@@ -33,7 +34,7 @@ class TextEmbedding(NamedTuple):
 
 
 class TextEncoder:
-    """A frozen transformers encoder. `identity` names it in dataset manifests and bundles."""
+    """A frozen encoder. `identity` names it in dataset manifests and bundles."""
 
     def __init__(self, config: TextConfig, model: Any, tokenizer: Any, identity: str) -> None:
         self.config, self.model, self.tokenizer, self.identity = config, model, tokenizer, identity
@@ -60,7 +61,7 @@ class TextEncoder:
         for rows in self._together([len(tokens) for tokens in ids]):
             length = len(ids[rows[0]])
             batch = torch.tensor([ids[row] for row in rows], device=self.device)
-            hidden = self.model(input_ids=batch, attention_mask=torch.ones_like(batch)).last_hidden_state
+            hidden = self.model(input_ids=batch).last_hidden_state
             values[rows, :length] = hidden.float()
             mask[rows, :length] = True
         return TextEmbedding(values, mask)
@@ -91,10 +92,11 @@ def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") ->
 
 def _keep_layers(encoder: TextEncoder, count: int) -> None:
     """Drop the layers behind the first `count`. Raises ArtifactError if there are fewer."""
-    owner, name = encoder.model.encoder, "layer" if encoder.config.kind == "minilm" else "block"
+    kind = encoder.config.kind
+    owner, name = (encoder.model, "layers") if kind == "minilm" else (encoder.model.encoder, "block")
     layers = getattr(owner, name)
     if count > len(layers):
-        raise ArtifactError(f"text.layers={count}: this {encoder.config.kind} has {len(layers)}")
+        raise ArtifactError(f"text.layers={count}: this {kind} has {len(layers)}")
     setattr(owner, name, layers[:count])
 
 
@@ -121,8 +123,7 @@ def load_token_counter(config: TextConfig) -> Callable[[str], int]:
 
     Raises ArtifactError if there is no tokenizer.
     """
-    folder = _minilm_folder(config) if config.kind == "minilm" else _t5_folder(config)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(config)
     return lambda text: _count(tokenizer, text, config)
 
 
@@ -136,23 +137,22 @@ def _count(tokenizer: Any, text: str, config: TextConfig) -> int:
     return len(tokenizer(_prepared(text, config), truncation=False, verbose=False)["input_ids"])
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    _quiet()
+def _tokenizer(config: TextConfig) -> Any:
+    folder = _minilm_folder(config) if config.kind == "minilm" else _t5_folder(config)
     try:
+        if config.kind == "minilm":
+            return WordPieces(folder)
+        from transformers import AutoTokenizer
+
+        _quiet()
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what it raises depends on the file that is missing or damaged
         raise ArtifactError(f"text encoder: {folder}: no tokenizer: {one_line(error)}") from None
 
 
 def _load_minilm(config: TextConfig) -> TextEncoder:
-    from transformers import AutoModel
-
-    _quiet()
-    identity, folder = text_identity(config), _minilm_weights(config).parent
-    model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
-    return TextEncoder(config, model, _tokenizer(folder), identity)
+    identity = text_identity(config)
+    return TextEncoder(config, load_minilm(_minilm_folder(config)), _tokenizer(config), identity)
 
 
 def _minilm_weights(config: TextConfig) -> Path:
@@ -186,7 +186,7 @@ def _load_t5(config: TextConfig, dtype: torch.dtype) -> TextEncoder:
         model = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"text encoder: {folder}: {one_line(error)}") from None
-    return TextEncoder(config, model, _tokenizer(folder), identity)
+    return TextEncoder(config, model, _tokenizer(config), identity)
 
 
 def _t5_folder(config: TextConfig) -> Path:

@@ -45,7 +45,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_the_counter_counts_as_the_encoder_does(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config().text
     encoder = load_text_encoder(config)
-    monkeypatch.setattr("transformers.AutoModel.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("arlon_ray.models.text.load_minilm", lambda *_: pytest.fail("the model was loaded"))
     count = load_token_counter(config)
     for text in ("", "A red circle moves to the right.", "circle " * 100):
         assert count(text) == encoder.count_tokens(text)
