@@ -105,7 +105,7 @@ def run_preprocess(
     if (staging.ready / MANIFEST).is_file():
         publish(staging, output)
 
-    files = settings_key({"files": [[s.name, s.size, s.identity, s.caption] for s in sources]})
+    files = settings_key({"files": [[s.name, s.size, s.identity, s.caption.said] for s in sources]})
     there = finished_manifest(output, DatasetManifest)
     if there is not None and there.input == files and not retry_rejects:
         return DatasetSummary(output, there, skipped=True)
