@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from arlon_ray.artifact import ArtifactError
 from data_pipeline import schema
+from data_pipeline.parquet import read_table
 from data_pipeline.schema import REJECT, SEEN, SOURCE, Row
 from data_pipeline.sources import SourceFile
 
@@ -61,7 +61,7 @@ def read_collection(folder: Path) -> Collection:
     for name, expected in (("sources", SOURCE), ("manifest", SEEN), ("rejects", REJECT)):
         path = folder / f"{name}.parquet"
         try:
-            tables.append(pq.read_table(path).cast(expected))
+            tables.append(read_table(path).cast(expected))
         except (OSError, pa.ArrowException, ValueError) as error:
             raise ArtifactError(f"{path}: cannot be read: {schema.one_line(error)}: preprocess again") from None
     return Collection(*tables)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from arlon_ray.artifact import ArtifactError
 from data_pipeline.manifest import DatasetManifest, TokenManifest, read_manifest
+from data_pipeline.parquet import open_parquet
 from data_pipeline.tokens import stack_latents
 
 
@@ -110,7 +110,7 @@ class LatentDataset:
         ids: list[NDArray[np.int64]] = []
         for path in sorted((self.folder / "latents" / f"bucket={bucket}").glob("*.parquet")):
             try:
-                file = pq.ParquetFile(path)
+                file = open_parquet(path)
                 ids.append(file.read(columns=["clip_id"])["clip_id"].to_numpy())
             except (OSError, pa.ArrowInvalid, KeyError) as error:
                 raise ArtifactError(f"{path}: cannot be read: {error}") from None
@@ -153,7 +153,7 @@ def token_file(latent_file: Path) -> str:
 
 def _read(path: Path, group: int, columns: list[str] | None) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read_row_group(group, columns=columns)
+        return open_parquet(path).read_row_group(group, columns=columns)
     except (OSError, pa.ArrowInvalid, IndexError) as error:
         raise ArtifactError(f"{path}: row group {group} cannot be read: {error}") from None
 

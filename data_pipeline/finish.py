@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from arlon_ray.artifact import whole_folder, write_json
@@ -25,10 +24,11 @@ from data_pipeline.collection import Collection
 from data_pipeline.duplicates import near_duplicates
 from data_pipeline.footage import open_footage
 from data_pipeline.manifest import MANIFEST, DatasetManifest, dataset_fingerprint, write_manifest
+from data_pipeline.parquet import read_table, write_table
 from data_pipeline.report import build_report
 from data_pipeline.report_page import chosen_clips, write_report_page
 from data_pipeline.schema import LATENT, REJECT, SEEN, STAGE_FILTER, Row, bucket_name
-from data_pipeline.staging import Staging, read_columns, unique, write_table
+from data_pipeline.staging import Staging, read_columns, unique
 
 #: A bucket up to this size is sorted as a whole; a larger one piece by piece.
 SORT_BYTES = 1 << 30
@@ -59,7 +59,7 @@ def merged(staging: Staging, before: Collection, sources: pa.Table, bits: int | 
     if bits is not None:
         reject_duplicates(rows, before.kept, bits)
     lost = [{name: row[name] for name in REJECT.names} for row in rows if row["reason"]]
-    rejects = [before.rejects, pq.read_table(staging.rejects).cast(REJECT), pa.Table.from_pylist(lost, REJECT)]
+    rejects = [before.rejects, read_table(staging.rejects).cast(REJECT), pa.Table.from_pylist(lost, REJECT)]
     return Collection(
         sources=pa.concat_tables([before.sources, sources]).sort_by("source"),
         seen=pa.concat_tables([before.seen, pa.Table.from_pylist(rows, SEEN)]),
@@ -181,7 +181,7 @@ def _sorted_pieces(files: Sequence[Path], wanted: NDArray[np.int64]) -> Iterator
     """Tables of up to about `SORT_BYTES`, each sorted by clip id, without repetition over all of them."""
     pending: list[pa.Table] = []
     for position, path in enumerate(files):
-        pending.append(pq.ParquetFile(path).read(columns=LATENT.names).select(LATENT.names).cast(LATENT))
+        pending.append(read_table(path, LATENT.names).select(LATENT.names).cast(LATENT))
         if sum(part.nbytes for part in pending) < SORT_BYTES and position + 1 < len(files):
             continue
         piece = unique(pa.concat_tables(pending), wanted)

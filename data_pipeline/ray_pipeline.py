@@ -26,6 +26,7 @@ from data_pipeline.decode import Decoder
 from data_pipeline.encode import ClipEncoder
 from data_pipeline.footage import fallback_notice
 from data_pipeline.manifest import settings_key
+from data_pipeline.parquet import WRITTEN
 from data_pipeline.progress import Progress
 from data_pipeline.schema import CLIP, DECODED, REJECT, Row
 from data_pipeline.sources import SourceFile
@@ -176,7 +177,9 @@ def encode_clips(staging: Staging, clips: list[pa.Table], config: Config, vae: P
             num_gpus=data.encoder_gpus or None,
             **batch,
         )
-        encoded.write_parquet(str(staging.encoded), partition_cols=["bucket"], ray_remote_args={"num_cpus": WRITE_CPUS})
+        encoded.write_parquet(
+            str(staging.encoded), partition_cols=["bucket"], ray_remote_args={"num_cpus": WRITE_CPUS}, **WRITTEN
+        )
 
 
 def _cpus() -> int:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from arlon_ray.artifact import write_json
+from data_pipeline.parquet import open_parquet, read_table, write_table
 from data_pipeline.schema import CLIP, REJECT
 
 WORK = ".work"
@@ -70,7 +70,7 @@ class Staging:
         path = self.found / f"{key}.parquet"
         if not path.exists():
             return None
-        return pq.read_table(path), pq.read_table(self._rejects_of(key))
+        return read_table(path), read_table(self._rejects_of(key))
 
     def write_found(self, key: str, found: Found) -> None:
         """Note what was found in some files."""
@@ -93,14 +93,15 @@ class Staging:
 
     def read_clips(self) -> pa.Table:
         """All clip rows."""
-        return pq.read_table(self.clips).cast(CLIP)
+        return read_table(self.clips).cast(CLIP)
 
     def pending(self, rows_per_part: int) -> list[pa.Table]:
         """The clips that are not encoded yet, in the parts in which the work is handed out.
 
-        Removes files of the encoders that cannot be read: a killed writer leaves such, and what was in them is pending.
+        Removes files of the encoders that cannot be read in whole, and what was in them is pending: a killed writer
+        leaves such, or a disk that forgets.
         """
-        done = [pq.read_table(path, columns=["clip_id"])["clip_id"] for path in self.encoded_files(remove_broken=True)]
+        done = [read_table(path, columns=["clip_id"])["clip_id"] for path in self.encoded_files(remove_broken=True)]
         ids = np.concatenate([column.to_numpy() for column in done]) if done else np.array([], np.int64)
         clips = self.read_clips()
         left = clips.filter(pa.array(~np.isin(clips["clip_id"].to_numpy(), ids))).combine_chunks()
@@ -111,7 +112,11 @@ class Staging:
         whole = []
         for path in sorted(self.encoded.glob(f"bucket={bucket}/*.parquet")):
             try:
-                pq.read_metadata(path)
+                if remove_broken:
+                    for _ in open_parquet(path).iter_batches():
+                        pass
+                else:
+                    pq.read_metadata(path)
                 whole.append(path)
             except (OSError, pa.ArrowInvalid):  # being written, or its writer was killed
                 if remove_broken:
@@ -132,7 +137,7 @@ class Staging:
 def read_columns(files: Iterable[Path], schema: pa.Schema, wanted: NDArray[np.int64]) -> pa.Table:
     """The columns of `schema` of the encoders' files, each of the `wanted` clips once."""
     # not as a data set: the bucket in the folder's name is not a column of the files
-    tables = [pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema) for path in files]
+    tables = [read_table(path, schema.names).select(schema.names).cast(schema) for path in files]
     return unique(pa.concat_tables(tables), wanted) if tables else schema.empty_table()
 
 
@@ -142,16 +147,6 @@ def unique(table: pa.Table, wanted: NDArray[np.int64]) -> pa.Table:
     _, first = np.unique(ids, return_index=True)
     first = first[np.isin(ids[first], wanted)]
     return table.take(pa.array(np.sort(first)))
-
-
-def write_table(table: pa.Table, path: Path, row_group: int | None = None) -> None:
-    """Write a Parquet file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        pq.write_table(table, partial, row_group_size=row_group or 1 << 20, compression="zstd")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def empty_found() -> Found:

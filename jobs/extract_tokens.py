@@ -28,6 +28,7 @@ from data_pipeline.manifest import (
     settings_key,
     write_manifest,
 )
+from data_pipeline.parquet import read_table
 from data_pipeline.schema import SCHEMA_VERSION
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
 from jobs.ray_session import connect
@@ -104,15 +105,11 @@ def run_extract_tokens(
 
 
 def _belongs(tokens: Path, latents: Path) -> bool:
-    """Whether a token file is there and holds the clips of a latent file, in their order."""
+    """Whether a token file is there, whole, and holds the clips of a latent file, in their order."""
     try:
-        return tokens.exists() and _clip_ids(tokens).equals(_clip_ids(latents))
+        return tokens.exists() and read_table(tokens)["clip_id"].equals(read_table(latents, ["clip_id"])["clip_id"])
     except (OSError, pa.ArrowInvalid):
         return False
-
-
-def _clip_ids(path: Path) -> pa.ChunkedArray:
-    return pq.ParquetFile(path).read(columns=["clip_id"])["clip_id"]
 
 
 def _check_codec(name: str, artifact: Artifact, dataset: Path, manifest: DatasetManifest) -> int:

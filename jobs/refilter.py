@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from arlon_ray.config import FilterConfig
 from data_pipeline.collection import Collection, read_collection
 from data_pipeline.finish import described, make_ready, publish, reject_duplicates, report_of
 from data_pipeline.manifest import MANIFEST, DatasetManifest, read_manifest, settings_key
+from data_pipeline.parquet import open_parquet, write_table
 from data_pipeline.report import format_report
 from data_pipeline.schema import REJECT, SEEN, STAGE_CLIPS, STAGE_FILTER, Row, reject_row
 from data_pipeline.scores import CLIP_THRESHOLDS, FILE_THRESHOLDS, judge
-from data_pipeline.staging import Staging, write_table
+from data_pipeline.staging import Staging
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
 from jobs.preprocess import filter_settings
 
@@ -98,7 +98,7 @@ def _with_its_own(filters: FilterConfig, there: DatasetManifest) -> FilterConfig
 def _write_parts(source: Path, target: Path, ids: np.ndarray) -> None:
     """Copy the rows of these clips, part by part, in row groups of the same size."""
     for path in sorted(source.glob("bucket=*/*.parquet")):
-        file = pq.ParquetFile(path)
+        file = open_parquet(path)
         table = file.read()
         chosen = table.filter(pa.array(np.isin(table["clip_id"].to_numpy(), ids)))
         if len(chosen):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from serve.work import Frame, Latents, Tokens
 FOLDER = "videos"  # of all jobs' folders
 VIDEO_FILE, END, BASE, BASE_FILE = "video.mp4", "end.safetensors", "base.safetensors", "base.mp4"
 GIVEN, PICTURE = "given.safetensors", "picture.safetensors"
+CHECKSUM = "crc32"  # of all that a file of arrays holds
 PICTURES = {"thumbnail": "thumbnail.png", "spritesheet": "spritesheet.png"}  # of the finished video
 
 
@@ -188,11 +190,11 @@ class JobFiles:
         return [name for name in self._blobs.names(self._folder) if name.rsplit("/", 1)[1].startswith("segment-")]
 
     def _array(self, name: str, key: str) -> np.ndarray | None:
-        return load(self.read(name))[key] if self.exists(name) else None
+        return _unpacked(self.read(name))[key] if self.exists(name) else None
 
     def _read(self, name: str) -> SegmentRecord | None:
         try:
-            found = load(self._blobs.read(name))
+            found = _unpacked(self._blobs.read(name))
         except (FileNotFoundError, SafetensorError):
             return None
         fragment = found.pop("fragment", np.zeros(0, np.uint8)).tobytes()
@@ -203,10 +205,28 @@ class JobFiles:
 
 
 def _packed(arrays: dict[str, np.ndarray | None]) -> bytes:
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None})
+    there = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+    return save({**there, CHECKSUM: np.array([_checksum(there)], np.uint32)})
+
+
+def _unpacked(data: bytes) -> dict[str, np.ndarray]:
+    """What was packed. Raises SafetensorError where it is cut, or not what was written."""
+    found = load(data)
+    wanted = found.pop(CHECKSUM, None)  # files of earlier versions have none
+    if wanted is not None and int(wanted[0]) != _checksum(found):
+        raise SafetensorError("not what was written: its checksum is another one")
+    return found
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> int:
+    """CRC-32 of names and values, in the order of names."""
+    checksum = 0
+    for name, array in sorted(arrays.items()):
+        checksum = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 def _end(data: bytes) -> Restored:
-    found = load(data)
+    found = _unpacked(data)
     tokens = dict(enumerate(found["tokens"])) if "tokens" in found else {}
     return Restored(int(found["done"][0]), tokens, found.get("overlap"), found.get("last"))

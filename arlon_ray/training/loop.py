@@ -114,11 +114,16 @@ class _Run:
     def resume(self) -> None:
         """Go on from the newest whole checkpoint of this run, if there is one."""
         for folder in self.checkpoints.newest_first():
+            progress, saved, wrong = read_progress(folder), None, ""
             try:
-                progress, saved = read_progress(folder), SavedState(folder)
+                saved = SavedState(folder)
+                saved.verify(self.engine.rank, self.engine.world)
             # A damaged file shows itself as one of many errors, depending on where it was cut.
             except Exception as error:
-                self.report_line(f"checkpoint {folder} cannot be read ({error}); trying the one before")
+                wrong = one_line(error)
+            # each worker has looked at its share of the files: all of them go on from the same checkpoint
+            if self.engine.average({"damaged": float(bool(wrong))})["damaged"] or saved is None:
+                self.report_line(f"checkpoint {folder} cannot be read ({wrong or 'damaged'}); trying the one before")
                 continue
             self._load(folder, progress, saved)
             self.report_line(f"{self.stage.name}: going on after step {self.step} of {self.stage.training.steps}")
@@ -293,7 +298,9 @@ def _measured(run: _Run, folder: Path) -> tuple[nn.Module, Evaluation]:
     """The model of a checkpoint, and what it comes to on held-out samples."""
     stage, device = run.stage, run.engine.device
     objective = build_objective(stage).to(device)
-    SavedState(folder).load_into(objective)
+    saved = SavedState(folder)
+    saved.verify()
+    saved.load_into(objective)
     seed_everything(stage.seed, stage.name, "evaluation")
     objective.eval()
     return objective, stage.evaluate(objective, device)

@@ -9,6 +9,7 @@ state-00001-of-00002.safetensors    pieces of rank 1 of 2; tensor `name:key:star
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-STEPS = "steps"
+STEPS, CHECKSUM = "steps", "crc32"
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,18 @@ def write_state(folder: Path, pieces: Iterable[Piece], steps: int, rank: int = 0
     tensors = {
         f"{piece.name}:{piece.key}:{piece.start}": piece.values.detach().to("cpu", copy=True) for piece in pieces
     }
-    save_file(tensors, path, {STEPS: str(steps)})
+    save_file(tensors, path, {STEPS: str(steps), CHECKSUM: str(_checksum(sorted(tensors.items())))})
     with safe_open(path, "pt") as written:
         if len(written.keys()) != len(tensors):
             raise OSError(f"{path}: {len(written.keys())} of {len(tensors)} tensors can be read back")
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """CRC-32 of names and values, in this order."""
+    checksum = 0
+    for name, values in tensors:
+        checksum = zlib.crc32(values.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 class SavedState:
@@ -84,6 +93,7 @@ class SavedState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self._files: list[tuple[Path, Any]] = []
         paths = sorted(folder.glob("state-*-of-*.safetensors"))
         world = int(paths[0].stem.rpartition("-")[2]) if paths else 1
         if len(paths) != world:
@@ -91,6 +101,7 @@ class SavedState:
         self.steps = 0
         for path in paths:
             file = safe_open(path, "pt")
+            self._files.append((path, file))
             self.steps = max(self.steps, int(file.metadata()[STEPS]))
             for full in file.keys():  # noqa: SIM118 (a file, not a dict)
                 name, key, start = full.rsplit(":", 2)
@@ -98,6 +109,14 @@ class SavedState:
                 self._pieces.setdefault((name, key), []).append((int(start), count, file, full))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[:2])
+
+    def verify(self, rank: int = 0, world: int = 1) -> None:
+        """Read this worker's share of the files. Raises ValueError where one is not what was written."""
+        for path, file in self._files[rank::world]:
+            tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            # states of earlier versions have no checksum
+            if (wanted := file.metadata().get(CHECKSUM)) is not None and int(wanted) != _checksum(tensors):
+                raise ValueError(f"{path.name} is not what was written: its checksum is another one")
 
     def names(self, key: str) -> set[str]:
         """Which tensors have something under `key`."""

@@ -17,8 +17,8 @@ from data_pipeline.manifest import (
     settings_key,
     write_manifest,
 )
+from data_pipeline.parquet import write_table
 from data_pipeline.schema import LATENT, SCHEMA_VERSION, TOKEN
-from data_pipeline.staging import write_table
 
 TEXT_DIM, MAX_TOKENS = 6, 5
 

@@ -16,8 +16,8 @@ from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.models.vae import load_vae
 from data_pipeline import schema
 from data_pipeline.encode import ClipEncoder
+from data_pipeline.parquet import write_table
 from data_pipeline.schema import DECODED, ENCODED, LATENT, Row
-from data_pipeline.staging import write_table
 from data_pipeline.tokens import TokenWriter, stack_latents
 from tests.bundles import save_random_vae
 from tests.data_pipeline.inputs import write_dataset

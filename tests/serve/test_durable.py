@@ -146,7 +146,8 @@ def test_another_model_begins_again_and_goes_on_from_nothing_of_the_first(tmp_pa
     play(after, tmp_path, bundle="two")
 
 
-def test_a_damaged_segment_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "one bit"])
+def test_a_damaged_segment_is_made_again(tmp_path: Path, damage: str) -> None:
     names: list[str] = []
 
     async def before(client: httpx.AsyncClient, stages: FakeStages) -> None:
@@ -161,7 +162,9 @@ def test_a_damaged_segment_is_made_again(tmp_path: Path) -> None:
 
     play(before, tmp_path)
     damaged = tmp_path / "videos" / names[0] / "segment-00001.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-20])
+    data = bytearray(damaged.read_bytes())
+    data[-30] ^= 1
+    damaged.write_bytes(data[:-20] if damage == "cut" else data)
     play(after, tmp_path)
 
 
