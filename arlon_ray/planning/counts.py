@@ -144,14 +144,14 @@ def ar_trunk(ar: ArConfig, positions: float, seen: float) -> Work:
     return layer * ar.layers
 
 
-def ar_head(config: Config, blocks: float) -> Work:
+def ar_head(ar: ArConfig, codes: int, blocks: float) -> Work:
     """From the trunk's output to the tokens of so many blocks, and from tokens to the trunk's input."""
-    ar, codes = config.ar, config.vqvae.fine.codebook_size
     width, hidden, size = ar.dim, ar_hidden(ar), prod(ar.block)
     inner = size > 1
     weights = width * codes + (3 * width * hidden if inner else 0)
-    products = 2 * size * weights + (2 * (size - 1) * width**2 + 2 * size * width**2 if inner else 0)
-    return Work(products=blocks * products, traffic=size * weights, calls=size)
+    products = 2 * size * weights + (2 * (2 * size - 1) * width**2 if inner else 0)
+    # of each token: output and choice; with an inner head its two products and that of the token before, too
+    return Work(products=blocks * products, traffic=size * weights, calls=size * (5 if inner else 2))
 
 
 def ar_forward(config: Config, groups: int, text: int) -> Work:
@@ -161,11 +161,12 @@ def ar_forward(config: Config, groups: int, text: int) -> Work:
     inputs = 2 * text * config.text.dim * ar.dim + 3 * ar.dim**2 * blocks
     if prod(ar.block) > 1:  # the last block is no input
         inputs -= 2 * prod(ar.block) * ar.dim**2
-    return ar_trunk(ar, positions, positions) + ar_head(config, blocks) + Work(products=inputs)
+    head = ar_head(ar, config.vqvae.fine.codebook_size, blocks)
+    return ar_trunk(ar, positions, positions) + head + Work(products=inputs)
 
 
 @dataclass(frozen=True)
-class ArSegment:
+class ArSteps:
     """What the AR does for one segment: `context` positions at once, then `steps` steps, each of `step`'s work."""
 
     context: Work
@@ -178,16 +179,22 @@ class ArSegment:
         return self.context + self.step * self.steps
 
 
-def ar_segment(config: Config, text: int, rows: int, first: bool = False) -> ArSegment:
-    """A segment in the middle of a long video (all context in sight), or the first one."""
-    ar, segment = config.ar, config.segment
-    known = 0 if first else config.ar_window_groups - segment.groups + segment.overlap_groups
-    new = segment.groups if first else segment.groups - segment.overlap_groups
-    context, steps = text + 1 + ar_blocks(config, known), ar_blocks(config, new)
+def ar_steps(ar: ArConfig, codes: int, context: int, steps: int, rows: int) -> ArSteps:
+    """So many steps behind `context` positions, of a video with `rows` rows. Weights are read once for all rows."""
     seen = context + steps / 2
     cache = Work(traffic=rows * 2 * seen * ar.dim * ar.layers)
-    step = ar_trunk(ar, rows, seen) + ar_head(config, rows) + cache
-    return ArSegment(ar_trunk(ar, rows * context, context), step, steps)
+    step = ar_trunk(ar, rows, seen) + ar_head(ar, codes, rows) + cache
+    return ArSteps(ar_trunk(ar, rows * context, context), step, steps)
+
+
+def ar_segment(config: Config, text: int, first: bool = False) -> ArSteps:
+    """A segment in the middle of a long video (all context in sight), or the first one."""
+    segment = config.segment
+    known = 0 if first else config.ar_window_groups - segment.groups + segment.overlap_groups
+    new = segment.groups if first else segment.groups - segment.overlap_groups
+    rows = 1 if config.sampling.ar_guidance_scale == 1.0 else 2
+    codes = config.vqvae.fine.codebook_size
+    return ar_steps(config.ar, codes, text + 1 + ar_blocks(config, known), ar_blocks(config, new), rows)
 
 
 def vae_group(config: Config, encode: bool) -> Work:
@@ -249,11 +256,6 @@ def branches(config: Config) -> int:
     sampling = config.sampling
     guided = config.dit.injection.enabled and not sampling.baseline
     return 1 + (sampling.guidance_scale != 1.0) + (guided and sampling.token_guidance_scale != 1.0)
-
-
-def ar_rows(config: Config) -> int:
-    """Rows of the AR for a video: two where it is guided."""
-    return 1 if config.sampling.ar_guidance_scale == 1.0 else 2
 
 
 #: Layers, width, width of the MLP, matrices of the MLP, words: all-MiniLM-L6 and the encoder of T5-v1.1-XXL.

@@ -1,7 +1,7 @@
 """What reading and writing video files is counted as: pixels instead of operations.
 
-`traffic` are pixels of the file, `calls` files or fragments; `products` are pixels of the frames that are made of a file
-that is read, and frames of one that is written.
+`traffic` are pixels of the file, `calls` files or fragments. `products` are pixels of the frames that are made of a
+file that is read, and frames of one that is written.
 """
 
 from __future__ import annotations
