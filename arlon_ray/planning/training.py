@@ -5,6 +5,7 @@ Legend: P parameters that train, W workers, A micro-batches of a step.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -75,25 +76,15 @@ def sample_work(config: Config, stage: str, text: int | None = None) -> Work:
         return ar_forward(config, groups, length) * TRAINING
     if stage == "dit":
         grid = dit_grid(config, groups)
-        dit = dit_forward(config.dit, *grid, length, 1) + dit_condition(config.dit, *grid, length, 1)
-        if not config.dit.injection.enabled:
-            return dit * TRAINING
-        share = config.dit.coarse_probability
-        guide = codec_group(config, "fine", False) * (1 - share) + codec_group(config, "coarse", False) * share
-        return dit * TRAINING + guide * groups
+        return (dit_forward(config.dit, *grid, length, 1) + dit_condition(config.dit, *grid, length, 1)) * TRAINING
     role = stage.removeprefix("vqvae_")
     return (codec_group(config, role, True) + codec_group(config, role, False)) * (TRAINING * groups)
 
 
-def step_work(config: Config, stage: str, samples: int, text: int | None = None) -> Work:
-    """A step of one worker with so many samples: forward, backward, optimizer."""
-    of_sample = sample_work(config, stage, text)
-    # a batch goes through the layers together
-    together = Work(calls=of_sample.calls * (samples - 1))
-    work = of_sample * samples
-    return Work(work.products, work.attention, work.traffic, work.calls - together.calls) + optimizer_work(
-        config, stage
-    )
+def batch_work(config: Config, stage: str, samples: int, text: int | None = None) -> Work:
+    """Forward and backward of so many samples that go through the layers together."""
+    work = sample_work(config, stage, text)
+    return replace(work * samples, calls=work.calls)
 
 
 def optimizer_work(config: Config, stage: str) -> Work:
