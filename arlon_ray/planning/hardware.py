@@ -31,7 +31,8 @@ AUTOCAST = 1.13
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device. `peak`: dense bf16 operations a second (0: a CPU core), `bandwidth` and `memory` in bytes.
+    """A device. `peak`: dense bf16 operations a second (0: a CPU core), `bandwidth` of its memory and
+    `link` to others of the same node in bytes a second, `memory` in bytes.
 
     `rates` are those of the stages that were measured on it, or on the one that it is `scaled_from`.
     """
@@ -40,6 +41,7 @@ class Hardware:
     peak: float
     bandwidth: float
     memory: float
+    link: float
     hour_price: float
     rates: Mapping[str, Rate] = field(default_factory=dict)
     scaled_from: str = ""
@@ -64,7 +66,7 @@ class Hardware:
 
 #: One core of an AMD EPYC (AVX2, float32): benchmarks/results/stages_cpu.json.
 CPU = Hardware(
-    "cpu", 0.0, 20e9, 4 * GIB, 0.04,
+    "cpu", 0.0, 20e9, 4 * GIB, 10e9, 0.04,
     rates={
         "clip": Rate(1.01e-8, 0.0, 3.7e-9, 0.0066),
         "vae_encode": Rate(7.33e-12, 0.0, 5.78e-9, 7.78e-6),
@@ -78,7 +80,7 @@ CPU = Hardware(
 )  # fmt: skip
 #: An H100 SXM 80 GB, bf16: benchmarks/results/stages_h100.json.
 H100 = Hardware(
-    "h100", 989e12, 3.35e12, 80e9, 2.5,
+    "h100", 989e12, 3.35e12, 80e9, 450e9, 2.5,
     rates={
         "ar": Rate(2.97e-13, 4.55e-12, 1.21e-13, 2.6e-5),
         "dit": Rate(4.03e-15),
@@ -88,7 +90,7 @@ H100 = Hardware(
 )  # fmt: skip
 
 
-def scaled(name: str, peak: float, bandwidth: float, memory: float, hour_price: float) -> Hardware:
+def scaled(name: str, peak: float, bandwidth: float, memory: float, link: float, hour_price: float) -> Hardware:
     """Another GPU, from its data sheet: an estimate."""
     slower, narrower = H100.peak / peak, H100.bandwidth / bandwidth
     rates = {
@@ -97,17 +99,18 @@ def scaled(name: str, peak: float, bandwidth: float, memory: float, hour_price: 
         else Rate(rate.product_s * slower)
         for stage, rate in H100.rates.items()
     }
-    return Hardware(name, peak, bandwidth, memory, hour_price, rates, scaled_from="h100")
+    return Hardware(name, peak, bandwidth, memory, link, hour_price, rates, scaled_from="h100")
 
 
-#: Data sheets: dense bf16 operations a second, bytes a second, bytes; and dollars an hour, which are only examples.
+#: Data sheets: dense bf16 operations a second, bytes a second, bytes, bytes a second in one direction; and dollars an
+#: hour, which are only examples.
 GPUS = {
     "h100": H100,
-    "h200": scaled("h200", 989e12, 4.8e12, 141e9, 3.5),
-    "b200": scaled("b200", 2250e12, 8.0e12, 180e9, 5.0),
-    "a100": scaled("a100", 312e12, 2.0e12, 80e9, 1.6),
-    "l40s": scaled("l40s", 362e12, 0.864e12, 48e9, 1.1),
-    "l4": scaled("l4", 121e12, 0.3e12, 24e9, 0.6),
+    "h200": scaled("h200", 989e12, 4.8e12, 141e9, 450e9, 3.5),
+    "b200": scaled("b200", 2250e12, 8.0e12, 180e9, 900e9, 5.0),
+    "a100": scaled("a100", 312e12, 2.0e12, 80e9, 300e9, 1.6),
+    "l40s": scaled("l40s", 362e12, 0.864e12, 48e9, 32e9, 1.1),
+    "l4": scaled("l4", 121e12, 0.3e12, 24e9, 32e9, 0.6),
 }
 
 

@@ -87,6 +87,15 @@ def batch_work(config: Config, stage: str, samples: int, text: int | None = None
     return replace(work * samples, calls=work.calls)
 
 
+def guide_work(config: Config) -> Work:
+    """What the frozen codecs decode for one sample of the DiT."""
+    if not config.dit.injection.enabled:
+        return Work()
+    share = config.dit.coarse_probability
+    guide = codec_group(config, "fine", False) * (1 - share) + codec_group(config, "coarse", False) * share
+    return guide * clip_groups(config, "dit")
+
+
 def optimizer_work(config: Config, stage: str) -> Work:
     """A step of the optimizer: AdamW moves numbers, Muon multiplies matrices (Newton–Schulz, `training.optimizer`)."""
     return _optimizer_work(config.model_dump_json(), stage)
