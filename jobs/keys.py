@@ -30,6 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = commands.add_parser("add", parents=[place], help="make a key; it is shown once", allow_abbrev=False)
     add.add_argument("name", metavar="NAME", help="whose it is: what is made with it belongs to NAME")
     add.add_argument("--role", choices=("user", "admin"), default="user", help="an admin sees everybody's videos")
+    add.add_argument("--tenant", default="", metavar="TENANT", help="whose videos it shares (default: NAME's own)")
     add.add_argument("--requests-per-minute", type=int, metavar="N", help="instead of serve.requests_per_minute")
     add.add_argument("--another", action="store_true", help="beside the key that NAME has already")
     commands.add_parser("list", parents=[place], help="all keys, without their secrets", allow_abbrev=False)
@@ -60,11 +61,12 @@ def open_keys(arguments: argparse.Namespace) -> Iterator[Keys]:
 
 def table(keys: list[KeyInfo]) -> str:
     """One line a key."""
-    rows = [("NAME", "ROLE", "PREFIX", "CREATED", "LAST USED", "STATE", "PER MINUTE")]
+    rows = [("NAME", "ROLE", "PREFIX", "CREATED", "LAST USED", "STATE", "PER MINUTE", "TENANT")]
     for key in keys:
         state = "works" if key.revoked_at is None else f"revoked {_day(key.revoked_at)}"
-        limit = str(key.requests_per_minute or "default")
-        rows.append((key.name, key.role, key.prefix, _day(key.created_at), _day(key.last_used_at), state, limit))
+        limit, tenant = str(key.requests_per_minute or "default"), key.tenant or key.name
+        created, used = _day(key.created_at), _day(key.last_used_at)
+        rows.append((key.name, key.role, key.prefix, created, used, state, limit, tenant))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -78,10 +80,10 @@ def main() -> None:
         raise InputError(f"--requests-per-minute {arguments.requests_per_minute}: expected 1 or more")
     with open_keys(arguments) as keys:
         if arguments.command == "add":
-            key = keys.add(arguments.name, arguments.role, arguments.requests_per_minute, another=arguments.another)
-            print(
-                f"{key}\n\nThis is the key of {arguments.name} ({arguments.role}). It is shown this once: keep it now."
-            )
+            name, role, tenant = arguments.name, arguments.role, arguments.tenant
+            key = keys.add(name, role, arguments.requests_per_minute, tenant=tenant, another=arguments.another)
+            whose = f"{name} ({role}{f', of {tenant}' if tenant else ''})"
+            print(f"{key}\n\nThis is the key of {whose}. It is shown this once: keep it now.")
         elif arguments.command == "revoke":
             count = keys.revoke(arguments.name)
             print(f"revoked {count} key{'s' if count > 1 else ''}; a running service refuses them within seconds")

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serve.callers import Caller
 from serve.job_store import Event, JobStore
 from serve.metrics import Metrics, Stage
 from serve.schema import SegmentStatus, Video, VideoError
@@ -34,7 +33,7 @@ class Active:
 
     video: Video
     job: Job
-    owner: Caller
+    tenant: str  # whose it is
     store: JobStore
     metrics: Metrics
     deadline: float | None = None  # Unix seconds
@@ -49,6 +48,11 @@ class Active:
     _saved: int = 0  # events that the store has
     _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     _pending: asyncio.Task[None] | None = None  # a save that has not yet looked at the video
+
+    @property
+    def id(self) -> str:
+        """Of the video or draft."""
+        return self.video.id
 
     def restored(self, past: list[Event]) -> None:
         """Go on behind what the store has."""

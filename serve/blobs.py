@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from pyarrow import fs
@@ -19,6 +20,13 @@ class Blobs:
         else:
             self._files, self._root = fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
         self.folder = Path(self._root) if isinstance(self._files, fs.LocalFileSystem) else None
+
+    def below(self, folder: str) -> Blobs:
+        """The files in a folder of this place, as a place of its own."""
+        inner = copy.copy(self)
+        inner._root = f"{self._root}/{folder}"
+        inner.folder = self.folder / folder if self.folder else None
+        return inner
 
     def path(self, name: str) -> Path | None:
         """Where the file lies, if that is in a folder of this machine."""
@@ -53,6 +61,11 @@ class Blobs:
         selector = fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
         found = self._files.get_file_info(selector)
         return sorted(each.base_name for each in found if each.type == fs.FileType.Directory)
+
+    def size(self, folder: str) -> int:
+        """Bytes of the files in a folder."""
+        selector = fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
+        return sum(each.size or 0 for each in self._files.get_file_info(selector))
 
     def changed(self, folder: str) -> float:
         """When something in a folder was written last, in Unix seconds; 0 where nobody knows."""

@@ -13,6 +13,8 @@ from logging import getLogger
 from serve.blobs import Blobs
 from serve.job_files import FOLDER, JobFiles
 from serve.job_store import JobStore
+from serve.places import Places
+from serve.work import Job
 
 #: A folder without a row is left alone for so long: its job may be on the way into the database.
 GRACE_S = 3600.0
@@ -25,43 +27,51 @@ logger = getLogger("ray.serve")
 class Cleaner:
     """Removes files. Methods block."""
 
-    def __init__(self, store: JobStore, blobs: Blobs) -> None:
-        self._store, self._blobs = store, blobs
+    def __init__(self, store: JobStore, places: Places) -> None:
+        self._store, self._places = store, places
         self._looked_at: float | None = None
         self._warned = False
 
     def clean(self) -> None:
         """Remove what has expired; now and then, what no row names."""
-        for job_id in self._store.expired():
-            self._store.delete(job_id)
-            without_error(JobFiles(self._blobs, job_id).delete)
+        for job in self._store.expired():
+            self._store.delete(job.id)
+            without_error(self._files(job).delete)
+        for job in self._store.unmeasured():
+            self._store.measured(job.id, self._files(job).size())
         now = time.monotonic()
         if self._looked_at is None or now - self._looked_at > GRACE_S / 2:
             self.orphans()
             self._looked_at = now
 
+    def _files(self, job: Job) -> JobFiles:
+        return JobFiles(self._places.of(job.tenant), job.id)
+
     def orphans(self) -> list[str]:
         """Remove folders of jobs that the database does not know and nothing has touched for `GRACE_S`: their ids."""
-        there = self._blobs.folders(FOLDER)
+        return [job_id for blobs in self._places.all() for job_id in self._orphans(blobs)]
+
+    def _orphans(self, blobs: Blobs) -> list[str]:
+        there = blobs.folders(FOLDER)
         known = self._store.known(there)
         unknown = [job_id for job_id in there if job_id not in known]
-        if not self._is_own(bool(unknown)):
+        if not self._is_own(blobs, bool(unknown)):
             return []
         removed = []
         for job_id in unknown:
-            changed = self._blobs.changed(f"{FOLDER}/{job_id}")
+            changed = blobs.changed(f"{FOLDER}/{job_id}")
             if changed and time.time() - changed > GRACE_S:
                 logger.warning("%s: no row names its files: they are removed", job_id)
-                without_error(JobFiles(self._blobs, job_id).delete)
+                without_error(JobFiles(blobs, job_id).delete)
                 removed.append(job_id)
         return removed
 
-    def _is_own(self, unknown: bool) -> bool:
+    def _is_own(self, blobs: Blobs, unknown: bool) -> bool:
         """Whether the place is this database's: the first to know all folders there, or to find none, gets it."""
-        if self._blobs.exists(MARK):
-            own = self._blobs.read(MARK).decode() == self._store.identity()
+        if blobs.exists(MARK):
+            own = blobs.read(MARK).decode() == self._store.identity()
         elif own := not unknown:
-            self._blobs.write(MARK, self._store.identity().encode())
+            blobs.write(MARK, self._store.identity().encode())
         if not own and not self._warned:
             self._warned = True
             logger.warning("the videos' place is that of another database: folders that this one does not know stay")

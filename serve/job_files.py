@@ -164,6 +164,10 @@ class JobFiles:
         """The same as latents, if it has been encoded."""
         return self._array(GIVEN, "latents")
 
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return self._blobs.size(self._folder)
+
     def read(self, name: str) -> bytes:
         """One of the files. Raises FileNotFoundError."""
         return self._blobs.read(self._name(name))

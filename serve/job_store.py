@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Engine,
     Select,
     String,
@@ -27,11 +28,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from serve.callers import Caller
+from serve.database import create_tables
 from serve.schema import Video
 from serve.work import JOB, Job
 
 UNFINISHED = ("queued", "in_progress")
 _AT_ONCE = 500  # values in one query
+DAY_S = 86_400
 
 
 class Base(DeclarativeBase):
@@ -46,6 +49,7 @@ class _Row(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True, index=True)
     kind: Mapped[str] = mapped_column(String(8), index=True)
+    #: The tenant that it belongs to.
     owner: Mapped[str] = mapped_column(String(256), index=True)
     status: Mapped[str] = mapped_column(String(16), index=True)
     video: Mapped[dict] = mapped_column(JSON)
@@ -54,6 +58,16 @@ class _Row(Base):
     expires_at: Mapped[int | None] = mapped_column(index=True)
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     request_digest: Mapped[str] = mapped_column(String(64))
+    #: Of its files, once it is finished; None: nobody has looked yet.
+    stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class _UsageRow(Base):
+    __tablename__ = "usage"
+
+    owner: Mapped[str] = mapped_column(String(256), primary_key=True)
+    day: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # since 1970, UTC
+    segments: Mapped[int]  # accepted
 
 
 class _EventRow(Base):
@@ -70,6 +84,10 @@ class _IdentityRow(Base):
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # there is one row
     name: Mapped[str] = mapped_column(String(32))
+
+
+class DayUsedError(Exception):
+    """The owner's day has no room for so many segments more."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ class JobStore:
         self._engine = create_engine(url, pool_pre_ping=not sqlite)  # a file does not hang up
         if sqlite:
             event.listen(self._engine, "connect", _tune_sqlite)
-        Base.metadata.create_all(self._engine)
+        create_tables(self._engine, Base.metadata)
 
     @classmethod
     def in_folder(cls, folder: Path) -> JobStore:
@@ -119,8 +137,11 @@ class JobStore:
         """Give the connections back."""
         self._engine.dispose()
 
-    def add(self, new: Stored) -> Stored | None:
-        """Record a new job. If its owner has used its idempotency key already: the job that there is, instead."""
+    def add(self, new: Stored, segments: int = 0, per_day: int | None = None) -> Stored | None:
+        """Record a new job. If its owner has used its idempotency key already: the job that there is, instead.
+
+        `segments` are counted to the owner's day. Raises DayUsedError if these would be more than `per_day`.
+        """
         row = _Row(
             id=new.video.id,
             kind=new.video.object,
@@ -132,14 +153,51 @@ class JobStore:
             job=JOB.dump_python(new.job, mode="json"),
         )
         try:
+            self._open_day(new.owner)
             with Session(self._engine) as session, session.begin():
                 session.add(row)
+                session.flush()
+                _use(session, new.owner, segments, per_day)
         except IntegrityError:
             earlier = self.find(new.owner, new.idempotency_key)
             if earlier is None:
                 raise
             return earlier
         return None
+
+    def use(self, owner: str, segments: int, per_day: int | None) -> None:
+        """Count segments of something that is recorded already. Raises DayUsedError as `add` does."""
+        self._open_day(owner)
+        with Session(self._engine) as session, session.begin():
+            _use(session, owner, segments, per_day)
+
+    def used(self, owner: str) -> tuple[int, int]:
+        """Segments that an owner has had accepted today (UTC), and bytes of all that it keeps."""
+        with Session(self._engine) as session:
+            row = session.get(_UsageRow, (owner, _today()))
+            stored = select(func.sum(_Row.stored_bytes)).where(_Row.owner == owner)
+            return row.segments if row else 0, int(session.scalar(stored) or 0)
+
+    def measured(self, job_id: str, stored_bytes: int) -> None:
+        """So long are the files of a job."""
+        with Session(self._engine) as session, session.begin():
+            session.execute(update(_Row).where(_Row.id == job_id).values(stored_bytes=stored_bytes))
+
+    def unmeasured(self) -> list[Job]:
+        """Some finished jobs whose files nobody has measured: those of an earlier version."""
+        query = select(_Row.job).where(_Row.status == "completed", _Row.stored_bytes.is_(None)).limit(_AT_ONCE)
+        with Session(self._engine) as session:
+            return [JOB.validate_python(job) for job in session.scalars(query)]
+
+    def _open_day(self, owner: str) -> None:
+        """Make the row that today's segments are counted in."""
+        key = (owner, _today())
+        try:
+            with Session(self._engine) as session, session.begin():
+                if session.get(_UsageRow, key) is None:
+                    session.add(_UsageRow(owner=owner, day=key[1], segments=0))
+        except IntegrityError:  # another request made it just now
+            pass
 
     def find(self, owner: str, idempotency_key: str | None) -> Stored | None:
         """The job that an owner asked for with this key."""
@@ -225,11 +283,12 @@ class JobStore:
         with Session(self._engine) as session:
             return session.get_one(_IdentityRow, 1).name
 
-    def expired(self, now: float | None = None) -> list[str]:
-        """The ids of what may be removed."""
+    def expired(self, now: float | None = None) -> list[Job]:
+        """What may be removed."""
         with Session(self._engine) as session:
             past = _Row.expires_at <= (time.time() if now is None else now)
-            return list(session.scalars(select(_Row.id).where(past, _Row.status.not_in(UNFINISHED))))
+            rows = session.scalars(select(_Row.job).where(past, _Row.status.not_in(UNFINISHED)))
+            return [JOB.validate_python(job) for job in rows]
 
 
 def _state(video: Video) -> dict[str, Any]:
@@ -242,7 +301,20 @@ def _stored(row: _Row) -> Stored:
 
 
 def _seen_by(caller: Caller, query: Select[Any]) -> Select[Any]:
-    return query if caller.role == "admin" else query.where(_Row.owner == caller.name)
+    return query if caller.role == "admin" else query.where(_Row.owner == caller.owner)
+
+
+def _today() -> int:
+    return int(time.time() // DAY_S)
+
+
+def _use(session: Session, owner: str, segments: int, per_day: int | None) -> None:
+    # one statement: two requests at the same time cannot both take what is left
+    day = (_UsageRow.owner == owner) & (_UsageRow.day == _today())
+    room = day if per_day is None else day & (_UsageRow.segments + segments <= per_day)
+    counted = session.execute(update(_UsageRow).where(room).values(segments=_UsageRow.segments + segments))
+    if not counted.rowcount:  # type: ignore[attr-defined]
+        raise DayUsedError(owner)
 
 
 def _tune_sqlite(connection, _record) -> None:

@@ -22,15 +22,15 @@ from sqlalchemy import Engine, String, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from arlon_ray.config import ConfigError, ServeConfig
+from arlon_ray.config import TENANT_PATTERN, ConfigError, ServeConfig
 from serve.callers import Caller, Role
+from serve.database import create_tables
 
 #: How long a revoked key may go on working, for a key that has been looked up is believed so long.
 BELIEVED_S = 5.0
 #: `last_used_at` is written no more often.
 _USE_NOTED_S = 60.0
 _MOST_BELIEVED = 10_000
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@._+-]{0,63}", re.ASCII)
 _KEY = re.compile(r"arlon_([0-9a-f]{12})_[A-Za-z0-9_-]{43}", re.ASCII)
 
 logger = getLogger(__name__)
@@ -56,6 +56,7 @@ class _Row(_Base):
     last_used_at: Mapped[int | None]
     revoked_at: Mapped[int | None]
     requests_per_minute: Mapped[int | None]
+    tenant: Mapped[str | None] = mapped_column(String(64))
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class KeyInfo:
     last_used_at: int | None
     revoked_at: int | None
     requests_per_minute: int | None
+    tenant: str = ""
 
 
 class Keys:
@@ -84,30 +86,45 @@ class Keys:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        _Base.metadata.create_all(engine)
+        create_tables(engine, _Base.metadata)
 
     def add(
-        self, name: str, role: Role = "user", requests_per_minute: int | None = None, *, another: bool = False
+        self,
+        name: str,
+        role: Role = "user",
+        requests_per_minute: int | None = None,
+        *,
+        tenant: str = "",
+        another: bool = False,
     ) -> str:
         """Make a key and return it: it can never be read again.
 
-        A name has one key, or with `another` more of them, of one role: a new one can be handed out before the old one
-        is revoked. A name whose keys are all revoked may be used again, and owns what it owned. Raises KeyNameError.
+        A name has one key, or with `another` more of them, of one role and tenant: a new one can be handed out before
+        the old one is revoked. A name whose keys are all revoked may be used again, and owns what it owned. Without
+        `tenant` the name is a tenant of its own. Raises KeyNameError.
         """
-        if not _NAME.fullmatch(name):
-            raise KeyNameError(f"name {name!r}: expected up to 64 letters, digits and @._+-, a letter or digit first")
+        for what, given in (("name", name), *([("tenant", tenant)] if tenant else [])):
+            if not re.fullmatch(TENANT_PATTERN, given, re.ASCII):
+                expected = "expected up to 64 letters, digits and @._+-, a letter or digit first"
+                raise KeyNameError(f"{what} {given!r}: {expected}")
         prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         key = f"arlon_{prefix}_{secret}"
         with Session(self._engine) as session, session.begin():
-            roles = set(session.scalars(select(_Row.role).where(_Row.name == name, _Row.revoked_at.is_(None))))
-            if roles and not another:
+            works = _Row.revoked_at.is_(None)
+            there = session.execute(select(_Row.role, _Row.tenant).where(_Row.name == name, works)).all()
+            if there and not another:
                 raise KeyNameError(f"{name} has a key: revoke it first, or ask for another one beside it")
-            if roles - {role}:
-                raise KeyNameError(f"{name} is {roles.pop()}: a name has one role; revoke its keys first")
+            if {each.role for each in there} - {role}:
+                raise KeyNameError(f"{name} is {there[0].role}: a name has one role; revoke its keys first")
+            if {each.tenant or "" for each in there} - {tenant}:
+                belongs = f"of the tenant {there[0].tenant or name}"
+                raise KeyNameError(f"{name} is {belongs}: a name has one tenant; revoke its keys first")
+            if not tenant and session.scalar(select(_Row.number).where(_Row.tenant == name).limit(1)) is not None:
+                raise KeyNameError(f"{name} is a tenant's name: name the tenant {name} too, or choose another name")
             session.add(
                 _Row(
                     name=name, role=role, prefix=prefix, sha256=_hash(key), created_at=int(time.time()),
-                    requests_per_minute=requests_per_minute,
+                    requests_per_minute=requests_per_minute, tenant=tenant or None,
                 )
             )  # fmt: skip
         return key
@@ -125,7 +142,8 @@ class Keys:
             return None
         if time.time() - (row.last_used_at or 0) > _USE_NOTED_S:
             self._note_use(row.number)
-        return Known(Caller(row.name, "admin" if row.role == "admin" else "user"), row.requests_per_minute)
+        role: Role = "admin" if row.role == "admin" else "user"
+        return Known(Caller(row.name, role, row.tenant or ""), row.requests_per_minute)
 
     def _note_use(self, number: int) -> None:
         try:
@@ -140,7 +158,7 @@ class Keys:
             return [
                 KeyInfo(
                     row.name, "admin" if row.role == "admin" else "user", row.prefix, row.created_at,
-                    row.last_used_at, row.revoked_at, row.requests_per_minute,
+                    row.last_used_at, row.revoked_at, row.requests_per_minute, row.tenant or "",
                 )
                 for row in session.scalars(select(_Row).order_by(_Row.number))
             ]  # fmt: skip

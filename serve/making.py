@@ -7,11 +7,13 @@ import contextvars
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from arlon_ray.config import Config
 from serve.active import Active
@@ -23,9 +25,11 @@ from serve.job_store import JobStore, Stored
 from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
 from serve.orchestrator import Orchestrator, StageError
+from serve.places import Places
+from serve.quotas import OTHER, Quotas, label
 from serve.reader import VideoReader, unknown
 from serve.schema import RequestError, VideoError
-from serve.work import Stages
+from serve.work import Job, Stages
 
 T = TypeVar("T")
 
@@ -55,12 +59,13 @@ class VideoMaker(VideoReader):
         `bundle` is the fingerprint of the one that `stages` run.
         """
         self.metrics = metrics or Metrics()
-        super().__init__(store, blobs)
+        super().__init__(store, Places(blobs, config.serve.tenants))
         self._config, self._stages = config, stages
         self._count_tokens, self._bundle = count_tokens, bundle
-        self._waiting = FairQueue()
+        self._waiting: FairQueue[Active] = FairQueue(config.serve.tenant)
         self._running: dict[str, Active] = {}
-        self._arriving: Counter[str] = Counter()  # of each owner
+        self._arriving: Counter[str] = Counter()  # of each tenant
+        self._quotas = Quotas(config.serve, store, self.metrics)
         self._at_work: set[asyncio.Task[Any]] = set()
         self._mean_seconds = _FIRST_GUESS_S
         self._cleaning: asyncio.Task[None] | None = None
@@ -83,7 +88,7 @@ class VideoMaker(VideoReader):
             await self._fail(active, OTHER_MODEL)
             return False
         logger.warning("%s was begun with another bundle: it is made from nothing", video.id)
-        await asyncio.to_thread(self._files(video.id).forget_all)
+        await asyncio.to_thread(self._files(active.job).forget_all)
         for segment in video.segments:
             segment.status = "queued"
         video.progress = 0
@@ -109,7 +114,7 @@ class VideoMaker(VideoReader):
         await self._whole(self._delete(video_id, caller, kind))
 
     async def _delete(self, video_id: str, caller: Caller, kind: str) -> None:
-        await self.stored(video_id, caller, kind)
+        stored = await self.stored(video_id, caller, kind)
         # first, or a database that is away would leave a video that nobody works on
         if not await asyncio.to_thread(self._store.delete, video_id):
             raise unknown(video_id, kind)
@@ -120,16 +125,15 @@ class VideoMaker(VideoReader):
                 active.task.cancel()
                 await asyncio.wait({active.task})
             active.tell("deleted", ended=True)
-            self.metrics.finished("deleted")
+            self._note_end(active, "deleted")
             self._tell_positions()
-        await asyncio.to_thread(without_error, self._files(video_id).delete)
+        await asyncio.to_thread(without_error, self._files(stored.job).delete)
 
     def _find(self, video_id: str) -> Active | None:
         return self._waiting.get(video_id) or self._running.get(video_id)
 
-    def _active(self, stored: Stored, owner: Caller | None = None) -> Active:
-        owner = owner or Caller(stored.owner)
-        return Active(stored.video, stored.job, owner, self._store, self.metrics, stored.deadline)
+    def _active(self, stored: Stored) -> Active:
+        return Active(stored.video, stored.job, stored.owner, self._store, self.metrics, stored.deadline)
 
     def _enqueue(self, active: Active) -> None:
         self._waiting.add(active)
@@ -141,7 +145,12 @@ class VideoMaker(VideoReader):
     def _start_waiting(self) -> None:
         while len(self._waiting) and len(self._running) < self._config.serve.max_running:
             active = self._waiting.pop(self._running.values())
+            if active is None:  # all who wait have as many under way as they may
+                break
             self._running[active.video.id] = active
+            if active.video.started_at is None:
+                waited_s = time.time() - active.video.created_at
+                self.metrics.waited(label(self._config.serve, active.tenant), waited_s)
             # an empty context: Serve ties calls to the HTTP request in whose context they are made, and this work
             # outlives it
             active.task = asyncio.create_task(self._make(active), context=contextvars.Context())
@@ -150,8 +159,18 @@ class VideoMaker(VideoReader):
 
     def _tell_positions(self) -> None:
         self.metrics.queue(len(self._waiting), len(self._running))
+        queued, running = self._by_tenant(self._waiting), self._by_tenant(self._running.values())
+        for name in (*self._config.serve.tenants, OTHER):
+            self.metrics.tenant_queue(name, queued[name], running[name])
         for position, active in enumerate(self._waiting.order(self._running.values())):
             active.queued_at(position + len(self._running))
+
+    def _by_tenant(self, some: Iterable[Active]) -> Counter[str]:
+        return Counter(label(self._config.serve, active.tenant) for active in some)
+
+    def _note_end(self, active: Active, status: str) -> None:
+        self.metrics.finished(status)
+        self.metrics.tenant_finished(label(self._config.serve, active.tenant), status)
 
     def _ended(self, active: Active, task: asyncio.Task[None]) -> None:
         del self._running[active.video.id]
@@ -173,7 +192,7 @@ class VideoMaker(VideoReader):
         orchestrator = Orchestrator(
             active.job,
             self._stages,
-            self._files(video.id),
+            self._files(active.job),
             active,
             segment=config.segment,
             planned_ahead=config.serve.planned_ahead,
@@ -195,14 +214,22 @@ class VideoMaker(VideoReader):
             await self._fail(active, VideoError(code="internal_error", message=message))
         else:
             self._mean_seconds = 0.7 * self._mean_seconds + 0.3 * (time.time() - active.began)
+            await asyncio.to_thread(self._measure, active.job)
             await active.finish(None, self._expires_at())
-            self.metrics.finished("completed")
+            self._note_end(active, "completed")
+
+    def _measure(self, job: Job) -> None:
+        try:
+            self._store.measured(job.id, self._files(job).size())
+        except (OSError, SQLAlchemyError):  # the cleaner measures it later
+            logger.warning("%s: its files could not be measured", job.id, exc_info=True)
 
     async def _fail(self, active: Active, error: VideoError) -> None:
         await active.finish(error, self._expires_at())
         # the picture that it starts from stays: the video may be remixed
-        await asyncio.to_thread(without_error, self._files(active.video.id).forget_all)
+        await asyncio.to_thread(without_error, self._files(active.job).forget_all)
         self.metrics.failure(error.code)
+        self._note_end(active, "failed")
 
     def _expires_at(self) -> int | None:
         hours = self._config.serve.keep_hours
@@ -210,7 +237,7 @@ class VideoMaker(VideoReader):
 
     async def _clean(self) -> None:
         """Remove what nobody needs any more, now and then."""
-        cleaner = Cleaner(self._store, self._blobs)
+        cleaner = Cleaner(self._store, self._places)
         while True:
             try:
                 await asyncio.to_thread(cleaner.clean)
@@ -221,7 +248,7 @@ class VideoMaker(VideoReader):
     async def close(self) -> None:
         """Stop all work. What is unfinished goes on when the service starts again."""
         all_active = [*self._waiting, *self._running.values()]
-        self._waiting = FairQueue()
+        self._waiting = FairQueue(self._config.serve.tenant)
         tasks = {task for task in (self._cleaning, *(active.task for active in all_active)) if task}
         for task in tasks:
             task.cancel()

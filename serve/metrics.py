@@ -42,6 +42,11 @@ FIGURES: dict[str, Figure] = {
     "segment_seconds": Figure("histogram", "work of one stage on one segment", ("stage",), _SECONDS),
     "ar_tokens": Figure("counter", "tokens that the AR has made"),
     "batch_size": Figure("histogram", "segments, or plans, of one pass through the model", ("stage",), _SIZES),
+    "tenant_queue_length": Figure("gauge", "the same of each tenant that the configuration names", ("tenant",)),
+    "tenant_running": Figure("gauge", "the same of each tenant that the configuration names", ("tenant",)),
+    "tenant_finished": Figure("counter", "videos and drafts of a tenant by how they ended", ("tenant", "status")),
+    "tenant_refused": Figure("counter", "requests that were refused for a quota or a full queue", ("tenant", "code")),
+    "tenant_wait_seconds": Figure("histogram", "from the request to the turn", ("tenant",), _SECONDS),
     "requests": Figure("counter", "HTTP requests", ("method", "route", "status")),
     "request_seconds": Figure("histogram", "HTTP requests, to the end of the answer", ("method", "route"), _SHORT),
 }
@@ -155,9 +160,25 @@ class Metrics:
         self._to.count("finished", 1, {"status": status})
 
     def failure(self, code: str) -> None:
-        """A video or draft has failed; `code` is the one in its error."""
+        """Why a video or draft has failed: the code in its error."""
         self._to.count("failures", 1, {"code": code})
-        self.finished("failed")
+
+    def tenant_queue(self, tenant: str, queued: int, running: int) -> None:
+        """The same as `queue` of one tenant, or of all that the configuration does not name."""
+        self._to.set("tenant_queue_length", queued, {"tenant": tenant})
+        self._to.set("tenant_running", running, {"tenant": tenant})
+
+    def tenant_finished(self, tenant: str, status: str) -> None:
+        """The same as `finished`."""
+        self._to.count("tenant_finished", 1, {"tenant": tenant, "status": status})
+
+    def refused(self, tenant: str, code: str) -> None:
+        """A request of a tenant was refused; `code` is the one in its error."""
+        self._to.count("tenant_refused", 1, {"tenant": tenant, "code": code})
+
+    def waited(self, tenant: str, seconds: float) -> None:
+        """So long after its request a video of a tenant had its turn."""
+        self._to.observe("tenant_wait_seconds", seconds, {"tenant": tenant})
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """An HTTP request has been answered; `route` is the template, never a path that a client made up."""

@@ -12,18 +12,19 @@ from typing import BinaryIO
 
 from serve import pictures
 from serve.active import Active, pieces, told
-from serve.blobs import Blobs
 from serve.callers import LOCAL, Caller
 from serve.job_files import JobFiles
 from serve.job_store import Event, JobStore, Stored
+from serve.places import Places
 from serve.schema import DraftTokens, RequestError, SegmentPlan, Video
+from serve.work import Job
 
 
 class VideoReader(ABC):
     """Reads what the store and the files have, and what this process knows of a video that is being made."""
 
-    def __init__(self, store: JobStore, blobs: Blobs) -> None:
-        self._store, self._blobs = store, blobs
+    def __init__(self, store: JobStore, places: Places) -> None:
+        self._store, self._places = store, places
 
     @abstractmethod
     def _find(self, video_id: str) -> Active | None:
@@ -46,8 +47,8 @@ class VideoReader(ABC):
 
     async def tokens(self, draft_id: str, caller: Caller = LOCAL) -> DraftTokens:
         """The plan of a draft, as far as it is there. Raises RequestError (404)."""
-        await self.stored(draft_id, caller, "draft")
-        found = await asyncio.to_thread(lambda: list(self._files(draft_id).segments()))
+        files = self._files((await self.stored(draft_id, caller, "draft")).job)
+        found = await asyncio.to_thread(lambda: list(files.segments()))
         known = [(index, record.tokens) for index, record in found if record.tokens is not None]
         return DraftTokens(
             segments=[SegmentPlan(index=i, shape=list(t.shape), tokens=t.flatten().tolist()) for i, t in known]
@@ -61,7 +62,7 @@ class VideoReader(ABC):
         Raises RequestError: unknown (404), not finished or failed (409).
         """
         before = await self._finished(video_id, caller, kind)
-        files, name = self._files(video_id), pictures.FILES[variant]
+        files, name = self._files(before.job), pictures.FILES[variant]
         try:
             if variant != "video":
                 await asyncio.to_thread(pictures.draw, files, variant)
@@ -107,8 +108,8 @@ class VideoReader(ABC):
             return told(active, after)
         return _each(await asyncio.to_thread(self._store.events, video_id, after))
 
-    def _files(self, video_id: str) -> JobFiles:
-        return JobFiles(self._blobs, video_id)
+    def _files(self, job: Job) -> JobFiles:
+        return JobFiles(self._places.of(job.tenant), job.id)
 
     async def stored(self, job_id: str, caller: Caller, kind: str) -> Stored:
         """The job, if the caller may see it. Raises RequestError (404)."""

@@ -14,7 +14,7 @@ from serve import new_jobs
 from serve.callers import LOCAL, Caller
 from serve.cleaning import without_error
 from serve.job_files import JobFiles, SegmentRecord
-from serve.job_store import Stored
+from serve.job_store import DayUsedError, Stored
 from serve.making import OTHER_MODEL, VideoMaker
 from serve.reader import unknown
 from serve.schema import (
@@ -71,7 +71,7 @@ class VideoService(VideoMaker):
 
     def _take_over(self, source: Stored, files: JobFiles) -> None:
         """A draft's plan, and the picture it starts from. Raises RequestError (404) if it is gone."""
-        draft, taken = self._files(source.job.id), 0
+        draft, taken = self._files(source.job), 0
         for index, record in draft.segments():
             if record.tokens is not None:
                 files.write_segment(index, SegmentRecord(record.tokens))
@@ -86,7 +86,7 @@ class VideoService(VideoMaker):
         new = new_jobs.remixed(stored, request, self._config, self._count_tokens)
 
         def prepare(files: JobFiles) -> None:
-            files.write_picture(self._files(video_id).picture())
+            files.write_picture(self._files(stored.job).picture())
 
         return await self._whole(self._accept(new, _Asked(caller, request_id), prepare))
 
@@ -97,7 +97,7 @@ class VideoService(VideoMaker):
 
         def prepare(files: JobFiles) -> None:
             try:
-                files.go_on_from(self._files(stored.video.id))
+                files.go_on_from(self._files(stored.job))
             except FileNotFoundError:  # deleted meanwhile
                 raise unknown(stored.video.id, "video") from None
 
@@ -111,7 +111,13 @@ class VideoService(VideoMaker):
         async with self._rerolling:  # or two would find it finished
             stored = self._check_bundle(await self._finished(draft_id, caller, "draft"))
             video, job = new_jobs.rerolled(stored, index, request, self._config, self._count_tokens)
-            self._refuse_if_full(caller)
+            owner, segments = stored.owner, _to_make(video)
+            await self._quotas.check_stored(owner)
+            self._refuse_if_full(owner)
+            try:
+                await asyncio.to_thread(self._store.use, owner, segments, self._quotas.per_day(owner))
+            except DayUsedError:
+                raise self._quotas.day_used(owner, segments) from None
             active = self._active(replace(stored, video=video, job=job, deadline=None))
             active.restored(await asyncio.to_thread(self._store.events, draft_id))
             active.tell("segment.reset", index=index)
@@ -130,50 +136,52 @@ class VideoService(VideoMaker):
         """What the same caller asked for with the same key. Raises RequestError (409) if that was something else."""
         if asked.key is None:
             return None
-        earlier = await asyncio.to_thread(self._store.find, asked.caller.name, asked.key)
+        earlier = await asyncio.to_thread(self._store.find, asked.caller.owner, asked.key)
         return _same(earlier, asked) if earlier else None
 
     async def _accept(self, new: new_jobs.New, asked: _Asked, prepare: Callable[[JobFiles], None]) -> Video:
         """Write the job down, with what it starts from, and let it wait for its turn."""
-        self._refuse_if_full(asked.caller)
+        owner, place = asked.caller.owner, self._places.tenant(asked.caller)
+        await self._quotas.check_stored(owner)
+        self._refuse_if_full(owner)
         video, job = new
-        kept = Stored(
-            video,
-            replace(job, request_id=asked.request_id, bundle=self._bundle),
-            asked.caller.name,
-            asked.deadline,
-            asked.key,
-            asked.digest,
-        )
-        files, accepted = self._files(video.id), video.model_copy(deep=True)
-        self._arriving[asked.caller.name] += 1
+        job = replace(job, request_id=asked.request_id, bundle=self._bundle, tenant=place)
+        kept = Stored(video, job, owner, asked.deadline, asked.key, asked.digest)
+        files, accepted, segments = self._files(job), video.model_copy(deep=True), _to_make(video)
+        self._arriving[owner] += 1
         try:
             await asyncio.to_thread(prepare, files)
-            earlier = await asyncio.to_thread(self._store.add, kept)
-        except Exception:
+            earlier = await asyncio.to_thread(self._store.add, kept, segments, self._quotas.per_day(owner))
+        except Exception as error:
             await asyncio.to_thread(without_error, files.delete)
+            if isinstance(error, DayUsedError):
+                raise self._quotas.day_used(owner, segments) from None
             raise
         finally:
-            self._arriving[asked.caller.name] -= 1
+            self._arriving[owner] -= 1
         if earlier:
             await asyncio.to_thread(without_error, files.delete)
             return _same(earlier, asked)
-        self._enqueue(self._active(kept, asked.caller))
+        self._enqueue(self._active(kept))
         return accepted
 
-    def _refuse_if_full(self, caller: Caller) -> None:
-        settings = self._config.serve
+    def _refuse_if_full(self, owner: str) -> None:
+        settings, quota = self._config.serve, self._config.serve.tenant(owner)
         waiting = len(self._waiting) + self._arriving.total()
-        own = self._waiting.of(caller.name) + self._arriving[caller.name]
-        free = settings.max_running - len(self._running)
+        own = self._waiting.of(owner) + self._arriving[owner]
+        free = own_free = settings.max_running - len(self._running)
+        if quota.max_running is not None:
+            own_free = min(free, quota.max_running - sum(each.tenant == owner for each in self._running.values()))
         retry_after_s = max(1, math.ceil(self._mean_seconds / settings.max_running))
+        most = settings.max_queued_per_key if quota.max_queued is None else quota.max_queued
         if waiting >= settings.max_queued + free:
             message, code = f"{waiting} videos are waiting already, try again in {retry_after_s} s", "queue_full"
-        elif own >= settings.max_queued_per_key + free:
-            message, code = f"{own} videos of this key are waiting already", "too_many_queued"
+        elif own >= most + max(0, own_free):
+            name = "max_queued_per_key" if quota.max_queued is None else "max_queued"
+            message, code = f"{own} videos of {owner} are waiting already ({name} {most})", "too_many_queued"
         else:
             return
-        raise RequestError(message, code=code, status=429, retry_after_s=retry_after_s)
+        raise self._quotas.refusal(owner, message, code, retry_after_s=retry_after_s)
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,11 @@ def _same(earlier: Stored, asked: _Asked) -> Video:
         message = "this Idempotency-Key was used for another request"
         raise RequestError(message, param="Idempotency-Key", code="idempotency_conflict", status=409)
     return earlier.video
+
+
+def _to_make(video: Video) -> int:
+    """Segments of a video that are not there yet."""
+    return sum(segment.status != "completed" for segment in video.segments)
 
 
 def _deadline(request: PlanRequest) -> float | None:

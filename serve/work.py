@@ -44,6 +44,8 @@ class Job:
     bundle: str = ""
     #: Of the HTTP request that asked for it: it finds the job's lines in every deployment's log.
     request_id: str = ""
+    #: In whose place its files lie (`Places`); empty: in the one that is nobody's own.
+    tenant: str = ""
 
     @property
     def draft(self) -> bool:

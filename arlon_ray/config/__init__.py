@@ -34,12 +34,14 @@ from arlon_ray.config.run import (
     Solver,
     TrackingConfig,
 )
+from arlon_ray.config.tenants import TENANT_PATTERN, TenantConfig
 from arlon_ray.config.training import TrainingConfig
 from arlon_ray.config.vae import SpatialVaeConfig, TemporalVaeConfig, VaeConfig
 
 __all__ = [
     "GROUP_FRAMES",
     "GROUP_LATENTS",
+    "TENANT_PATTERN",
     "ArConfig",
     "ClusterConfig",
     "CodecConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "Solver",
     "SpatialVaeConfig",
     "TemporalVaeConfig",
+    "TenantConfig",
     "TextConfig",
     "TrackingConfig",
     "TrainingConfig",

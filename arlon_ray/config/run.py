@@ -17,6 +17,7 @@ from arlon_ray.config.models import (
     VideoConfig,
     VqvaeConfig,
 )
+from arlon_ray.config.tenants import TenantConfig, TenantName
 from arlon_ray.config.vae import VaeConfig
 from arlon_ray.precision import Weights
 
@@ -142,7 +143,11 @@ class ServeConfig(Section):
     max_running: int = Field(8, ge=1, description="videos made at the same time; the others wait")
     max_queued: int = Field(64, ge=1, description="videos waiting; more are refused with 429")
     planned_ahead: int = Field(2, ge=1, description="segments that the AR may be ahead of the DiT")
-    max_queued_per_key: int = Field(32, ge=1, description="videos of one key that may wait; more are refused with 429")
+    max_queued_per_key: int = Field(
+        32, ge=1, description="videos of one tenant (a key without one is its own) that may wait; more get a 429"
+    )
+    tenants: dict[TenantName, TenantConfig] = Field({}, description="share and quotas of some, by name")
+    tenant_default: TenantConfig = Field(TenantConfig(), description="of each tenant that `tenants` does not name")
     keep_hours: float | None = Field(None, gt=0, description="finished videos are removed after so long; null: never")
     database_url: str | None = Field(
         None, description="SQLAlchemy's address of the job store; null: SQLite beside the videos"
@@ -186,6 +191,16 @@ class ServeConfig(Section):
                 f"upload_memory_bytes={self.upload_memory_bytes} is below max_upload_bytes={self.max_upload_bytes}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_place_is_one_tenants(self) -> ServeConfig:
+        if self.tenant_default.data_dir is not None:
+            raise ValueError("tenant_default.data_dir: a place belongs to one tenant: set serve.tenants.NAME.data_dir")
+        return self
+
+    def tenant(self, name: str) -> TenantConfig:
+        """Share and quotas of a tenant. One that `tenants` names has nothing of `tenant_default`."""
+        return self.tenants.get(name, self.tenant_default)
 
 
 class TrackingConfig(Section):

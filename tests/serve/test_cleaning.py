@@ -15,6 +15,7 @@ from serve.blobs import Blobs
 from serve.callers import LOCAL
 from serve.cleaning import MARK, Cleaner
 from serve.job_store import JobStore
+from serve.places import Places
 from serve.schema import VideoRequest
 from serve.service import VideoService
 from tests.serve.play import serve_alone
@@ -31,7 +32,7 @@ def store(tmp_path: Path) -> JobStore:
 
 
 def test_what_no_row_names_goes_once_it_is_old(blobs: Blobs, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    cleaner = Cleaner(store, blobs)
+    cleaner = Cleaner(store, Places(blobs))
     assert cleaner.orphans() == []  # the place is this database's now
     for name in ("video_kept", "video_lost", "draft_lost"):
         blobs.write(f"videos/{name}/picture.safetensors", b"x")
@@ -45,13 +46,13 @@ def test_what_no_row_names_goes_once_it_is_old(blobs: Blobs, store: JobStore, mo
 
 def test_the_newest_file_counts(store: JobStore, tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
-    Cleaner(store, blobs).clean()
+    Cleaner(store, Places(blobs)).clean()
     for name in ("video_kept", "video_old", "video_new"):
         blobs.write(f"videos/{name}/a", b"x")
         blobs.write(f"videos/{name}/b", b"x")
         for path in ("a", ".") if name == "video_new" else ("a", "b", "."):
             os.utime(tmp_path / "videos" / name / path, (0, time.time() - 4000))
-    assert Cleaner(store, blobs).orphans() == ["video_old"]
+    assert Cleaner(store, Places(blobs)).orphans() == ["video_old"]
     assert blobs.folders("videos") == ["video_kept", "video_new"]
 
 
@@ -66,12 +67,13 @@ def test_another_database_removes_nothing(
     empty = JobStore.in_folder(tmp_path / "mistyped")
     blobs.write("videos/video_kept/a", b"x")
     with caplog.at_level(logging.WARNING, "ray.serve"):
-        assert Cleaner(empty, blobs).orphans() == []  # nobody has said yet whose it is, and it knows none of them
+        # nobody has said yet whose it is, and it knows none of them
+        assert Cleaner(empty, Places(blobs)).orphans() == []
     assert "another database" in caplog.text and not blobs.exists(MARK)
-    assert Cleaner(store, blobs).orphans() == []
+    assert Cleaner(store, Places(blobs)).orphans() == []
     assert blobs.read(MARK).decode() == store.identity() == JobStore.in_folder(tmp_path / "database").identity()
     empty.add(stored("video_its_own"))
-    assert Cleaner(empty, blobs).orphans() == [] and blobs.folders("videos") == ["video_kept"]
+    assert Cleaner(empty, Places(blobs)).orphans() == [] and blobs.folders("videos") == ["video_kept"]
 
 
 def test_two_databases_in_one_place_lose_nothing(
@@ -84,7 +86,7 @@ def test_two_databases_in_one_place_lose_nothing(
     for name in ("video_kept", "video_theirs"):
         blobs.write(f"videos/{name}/a", b"x")
     for each in (store, other):
-        assert Cleaner(each, blobs).orphans() == [] and not blobs.exists(MARK)
+        assert Cleaner(each, Places(blobs)).orphans() == [] and not blobs.exists(MARK)
     assert blobs.folders("videos") == ["video_kept", "video_theirs"]
 
 

@@ -32,18 +32,26 @@ def everything(metrics: Metrics) -> None:
     metrics.batch("dit", 4)
     metrics.finished("completed")
     metrics.failure("deadline_exceeded")
+    metrics.finished("failed")
+    metrics.tenant_queue("studio", 2, 1)
+    metrics.tenant_finished("studio", "completed")
+    metrics.refused("other", "queue_full")
+    metrics.waited("studio", 2.5)
     metrics.request("GET", "/v1/videos/{video_id}", 200, 0.01)
 
 
 def test_everything_said_is_recorded() -> None:
     recorder = MemoryRecorder()
     everything(Metrics(recorder))
-    assert recorder.gauges == {("queue_length",): 3, ("running",): 2}
+    tenants = {("tenant_queue_length", "studio"): 2, ("tenant_running", "studio"): 1}
+    assert recorder.gauges == {("queue_length",): 3, ("running",): 2, **tenants}
     assert recorder.counters == {
         ("ar_tokens",): 40,
         ("finished", "completed"): 1,
         ("finished", "failed"): 1,
         ("failures", "deadline_exceeded"): 1,
+        ("tenant_finished", "studio", "completed"): 1,
+        ("tenant_refused", "other", "queue_full"): 1,
         ("requests", "GET", "/v1/videos/{video_id}", "200"): 1,
     }
     assert recorder.values == {
@@ -52,6 +60,7 @@ def test_everything_said_is_recorded() -> None:
         ("segment_seconds", "dit"): [0.5],
         ("segment_seconds", "decode"): [0.5],
         ("batch_size", "dit"): [4],
+        ("tenant_wait_seconds", "studio"): [2.5],
         ("request_seconds", "GET", "/v1/videos/{video_id}"): [0.01],
     }
     assert {name for name, *_ in [*recorder.gauges, *recorder.counters, *recorder.values]} == set(FIGURES)
