@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from arlon_ray.artifact import whole_folder
+from arlon_ray.artifact import whole_folder, write_json
 from arlon_ray.training.state import SavedState
 
-PROGRESS_FILE = "progress.json"
+PROGRESS_FILE, CHECKSUM = "progress.json", "crc32"
 KEPT_CHECKPOINTS = 2
 
 
@@ -66,10 +67,22 @@ class FolderCheckpoints:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
 
+def write_progress(folder: Path, progress: Mapping[str, Any]) -> None:
+    """Note in a checkpoint how far the loop is. Raises OSError."""
+    write_json(folder / PROGRESS_FILE, {**progress, CHECKSUM: _checksum(progress)})
+
+
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What the loop noted in a checkpoint; empty if the folder is no whole checkpoint."""
+    """What the loop noted in a checkpoint; empty if the folder is no whole checkpoint, or the note is damaged."""
     try:
         progress = json.loads((folder / PROGRESS_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return progress if isinstance(progress, dict) else {}
+    if not isinstance(progress, dict):
+        return {}
+    wanted = progress.pop(CHECKSUM, None)  # checkpoints of earlier versions have none
+    return progress if wanted in (None, _checksum(progress)) else {}
+
+
+def _checksum(progress: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(progress, sort_keys=True).encode())

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from arlon_ray.artifact import Artifact, one_line, write_json
+from arlon_ray.artifact import Artifact, one_line
 from arlon_ray.precision import NOTE, falls_back, peak_flops_per_s
 from arlon_ray.training.best import BestCheckpoint
-from arlon_ray.training.checkpoints import PROGRESS_FILE, Checkpoints, FolderCheckpoints, read_progress
+from arlon_ray.training.checkpoints import Checkpoints, FolderCheckpoints, read_progress, write_progress
 from arlon_ray.training.engine import (
     TOKENS,
     Engine,
@@ -151,7 +151,7 @@ class _Run:
             self.engine.save(folder, self.step, self.average.pieces if self.average else ())
             if self.engine.rank == 0:
                 progress = {"step": self.step, "key": self.key, "world": self.engine.world, "window": window.__dict__}
-                write_json(folder / PROGRESS_FILE, progress)
+                write_progress(folder, progress)
 
         self.folder = self.checkpoints.write(self.step, fill, values, wait=wait)
         self.saved_step = self.step

@@ -141,6 +141,18 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     assert recorder.losses()[20] == whole.losses()[20]
 
 
+@pytest.mark.parametrize(("was", "becomes"), [('"steps"', '"stmps"'), ('"step": 15', '"step": 14')])
+def test_a_damaged_note_of_the_step_falls_back_too(tmp_path, was, becomes):
+    whole, _ = train(tmp_path / "whole")
+    train(tmp_path / "cut", interrupt_at=15)
+    note = tmp_path / "cut/checkpoints/step-00000015/progress.json"
+    assert was in note.read_text()
+    note.write_text(note.read_text().replace(was, becomes))
+    recorder, _ = train(tmp_path / "cut")
+    assert "going on after step 10" in recorder.lines[1]
+    assert recorder.losses()[20] == whole.losses()[20]
+
+
 def test_what_does_not_fit_is_not_half_loaded(tmp_path):
     train(tmp_path, MUON.model_copy(update={"ema_decay": 0.0}), interrupt_at=10)
     with pytest.raises(TrainingError, match=r"step-00000010 does not fit: .*average is not in .*; remove it") as error:
