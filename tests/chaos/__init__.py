@@ -1,0 +1,1 @@
+"""Faults on purpose: `python -m tests.chaos --output FOLDER` injects them, records them and writes what they did."""
