@@ -14,10 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from arlon_ray.artifact import ArtifactError
+from arlon_ray.artifact import ArtifactError, one_line
 from data_pipeline.manifest import DatasetManifest, TokenManifest, read_manifest
 from data_pipeline.parquet import open_parquet
-from data_pipeline.tokens import stack_latents
+from data_pipeline.tokens import stack_latents, stray_token
+
+#: What to do about a file that is damaged.
+AGAIN, RESTORE = "extract the tokens again", "copy the file again, or remove the dataset and preprocess again"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class LatentDataset:
                 file = open_parquet(path)
                 ids.append(file.read(columns=["clip_id"])["clip_id"].to_numpy())
             except (OSError, pa.ArrowInvalid, KeyError) as error:
-                raise ArtifactError(f"{path}: cannot be read: {error}") from None
+                raise ArtifactError(f"{path}: cannot be read: {one_line(error)}: {RESTORE}") from None
             for number in range(file.num_row_groups):
                 groups.append((path, number))
                 counts.append(file.metadata.row_group(number).num_rows)
@@ -124,17 +127,24 @@ class LatentDataset:
         """Decode one row group. Raises ArtifactError where a file is damaged or tokens do not belong to the latents."""
         path, group = self.buckets[bucket].groups[number]
         columns = ["clip_id", "caption", "fps", "given_frames", "text_embedding", "text_length"]
-        table = _read(path, group, columns + (["latent", "latent_shape"] if latents else []))
+        table = _read(path, group, columns + (["latent", "latent_shape"] if latents else []), RESTORE)
         width = self.manifest.text_dim
         texts = [np.frombuffer(raw, np.float16).reshape(-1, width) for raw in table["text_embedding"].to_pylist()]
         clip_ids = table["clip_id"].to_numpy()
         tokens: dict[str, NDArray[np.int32]] = {}
         if self.token_folder is not None:
             token_path = self.token_folder / token_file(path)
-            rows = _read(token_path, group, None)
+            rows = _read(token_path, group, None, AGAIN)
             if not np.array_equal(rows["clip_id"].to_numpy(), clip_ids):
-                raise ArtifactError(f"{token_path}: its clips are not those of {path}: extract the tokens again")
-            tokens = {name: _grids(rows, name) for name in ("fine", "coarse")}
+                raise ArtifactError(f"{token_path}: its clips are not those of {path}: {AGAIN}")
+            assert self.token_manifest is not None
+            sizes = {"fine": self.token_manifest.fine_codebook_size, "coarse": self.token_manifest.coarse_codebook_size}
+            for name, size in sizes.items():
+                if (stray := stray_token(rows, name, size)) is not None:
+                    raise ArtifactError(
+                        f"{token_path}: a {name} token is {stray}, but the codebook has {size}: {AGAIN}"
+                    )
+            tokens = {name: _grids(rows, name) for name in sizes}
         return RowGroup(
             clip_ids=clip_ids,
             captions=table["caption"].to_pylist(),
@@ -151,11 +161,11 @@ def token_file(latent_file: Path) -> str:
     return f"{latent_file.parent.name.removeprefix('bucket=')}-{latent_file.name}"
 
 
-def _read(path: Path, group: int, columns: list[str] | None) -> pa.Table:
+def _read(path: Path, group: int, columns: list[str] | None, advice: str) -> pa.Table:
     try:
         return open_parquet(path).read_row_group(group, columns=columns)
     except (OSError, pa.ArrowInvalid, IndexError) as error:
-        raise ArtifactError(f"{path}: row group {group} cannot be read: {error}") from None
+        raise ArtifactError(f"{path}: row group {group} cannot be read: {one_line(error)}: {advice}") from None
 
 
 def _grids(table: pa.Table, name: str) -> NDArray[np.int32]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -27,6 +28,13 @@ def stack_latents(table: pa.Table) -> NDArray[np.float16]:
         raise ValueError(f"latents of one bucket have the shapes {sorted(shapes)}: expected one")
     raw = b"".join(table["latent"].to_pylist())
     return np.frombuffer(raw, np.float16).reshape(len(table), *shapes.pop())
+
+
+def stray_token(table: pa.Table, name: str, codebook_size: int) -> int | None:
+    """A token of codec `name` in token rows that its codebook does not have, if there is one."""
+    range_ = pc.min_max(table[f"tokens_{name}"].combine_chunks().flatten())
+    least, most = range_["min"].as_py() or 0, range_["max"].as_py() or 0
+    return least if least < 0 else most if most >= codebook_size else None
 
 
 class TokenWriter:

@@ -30,6 +30,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.parquet import read_table
 from data_pipeline.schema import SCHEMA_VERSION
+from data_pipeline.tokens import stray_token
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
 from jobs.ray_session import connect
 
@@ -67,12 +68,11 @@ def run_extract_tokens(
         "coarse": codecs["coarse"].fingerprint,
     }
     there = finished_manifest(output, TokenManifest)
-    if there is not None and there.key == settings_key(settings):
+    files = [(path, output / token_file(path)) for path in sorted((dataset / "latents").glob("bucket=*/*.parquet"))]
+    if there is not None and there.key == settings_key(settings) and not _missing(files, sizes):
         return TokenSummary(output, there, skipped=True)
     _prepare(output, there, settings, overwrite)
-
-    files = [(path, output / token_file(path)) for path in sorted((dataset / "latents").glob("bucket=*/*.parquet"))]
-    missing = [(source, target) for source, target in files if not _belongs(target, source)]
+    missing = _missing(files, sizes)
     total = sum(pq.read_metadata(source).num_rows for source, _ in missing)
     with connect(config):
         # imported once Ray is there: it takes seconds, and bad input must not wait for it
@@ -104,11 +104,19 @@ def run_extract_tokens(
     return TokenSummary(output, result, skipped=False)
 
 
-def _belongs(tokens: Path, latents: Path) -> bool:
+def _missing(files: list[tuple[Path, Path]], sizes: dict[str, int]) -> list[tuple[Path, Path]]:
+    """The (latent file, token file) whose tokens are not there, or damaged."""
+    return [(latents, tokens) for latents, tokens in files if not _belongs(tokens, latents, sizes)]
+
+
+def _belongs(tokens: Path, latents: Path, sizes: dict[str, int]) -> bool:
     """Whether a token file is there, whole, and holds the clips of a latent file, in their order."""
     try:
-        return tokens.exists() and read_table(tokens)["clip_id"].equals(read_table(latents, ["clip_id"])["clip_id"])
-    except (OSError, pa.ArrowInvalid):
+        if not tokens.exists():
+            return False
+        table, clips = read_table(tokens), read_table(latents, ["clip_id"])["clip_id"]
+        return table["clip_id"].equals(clips) and all(stray_token(table, *each) is None for each in sizes.items())
+    except (OSError, pa.ArrowInvalid, KeyError):
         return False
 
 

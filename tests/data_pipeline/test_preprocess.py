@@ -152,6 +152,11 @@ def test_real_run_over_good_and_broken_files(
         tokens = run_extract_tokens(config, whole, artefacts / "fine", artefacts / "coarse", whole / "tokens")
         assert (tokens.manifest.rows, tokens.skipped) == (SAMPLES, False)
         assert run_extract_tokens(config, whole, artefacts / "fine", artefacts / "coarse", whole / "tokens").skipped
+        damaged = sorted((whole / "tokens").glob("*.parquet"))[0]
+        data = damaged.read_bytes()
+        damaged.write_bytes(data[: len(data) // 2])
+        assert not run_extract_tokens(config, whole, artefacts / "fine", artefacts / "coarse", whole / "tokens").skipped
+        assert damaged.read_bytes() == data
     with pytest.raises(ArtifactError, match=r"fine codec .* was trained on latents of VAE 000000000000…"):
         run_extract_tokens(config, whole, artefacts / "fine_of_another_vae", artefacts / "coarse", tmp_path / "t")
     swapped = artefacts / "coarse", artefacts / "fine"

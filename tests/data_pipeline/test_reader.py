@@ -7,6 +7,8 @@ import logging
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -164,6 +166,16 @@ def test_one_bit_that_has_changed_is_noticed(folder: Path, kind: str) -> None:
             assert str(damaged) in str(error) or "latents/" in str(error)
             noticed += 1
     assert noticed > 10
+
+
+def test_a_token_that_no_codebook_has_is_named(folder: Path) -> None:
+    path = folder / "tokens" / "34x16x16-part-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[5]["tokens_coarse"][1] = 512
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path, row_group_size=4)
+    with pytest.raises(ArtifactError, match="a coarse token is 512, but the codebook has 512: extract the tokens"):
+        everything(folder)
 
 
 def everything(folder: Path) -> list[str]:
