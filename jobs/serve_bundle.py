@@ -8,11 +8,10 @@ import socket
 import threading
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import override
 from jobs import command_line
 from jobs.ray_session import connect
 from serve.app import check_devices, serve_bundle
-from serve.settings import served_config
+from serve.settings import config_of
 
 EXAMPLE = """\
 serving {bundle} at {url}
@@ -60,9 +59,8 @@ def main() -> None:
     arguments = parse()
     path = command_line.existing(arguments.bundle, "--bundle")
     bundle = load_bundle(path)
-    config = served_config(bundle.config, arguments.config, arguments.overrides)
+    config = config_of(bundle, arguments.config, arguments.overrides)
     if not bundle.guided:
-        config = override(config, ["sampling.baseline=true"])
         print("this bundle is text-only: it is served without an AR", flush=True)
     check_devices(config)
     check_port(config.serve.host, config.serve.port)

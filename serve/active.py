@@ -58,13 +58,13 @@ class Active:
         """Go on behind what the store has."""
         self.past, self._saved = past, len(past)
 
-    async def save(self, job: Job | None = None) -> None:
-        """Write the state and the new events."""
+    async def save(self) -> None:
+        """Write the state, how it is made, and the new events."""
         # one after the other, or an older state might be written last; a copy, for the video changes meanwhile
         async with self._saving:
             self._pending = None
             new, video = self.past[self._saved :], self.video.model_copy(deep=True)
-            await asyncio.to_thread(self.store.save, video, new, job, self.deadline)
+            await asyncio.to_thread(self.store.save, video, new, self.job, self.deadline)
             self._saved += len(new)
 
     def save_soon(self) -> None:

@@ -23,6 +23,7 @@ from arlon_ray.config import Config
 from serve.active import as_text
 from serve.bodies import BODY, first_frame, read_video_request
 from serve.callers import Caller
+from serve.exchange import Exchange
 from serve.guard import Guard
 from serve.keys import KeyCheck
 from serve.page import mount_page
@@ -76,16 +77,23 @@ Key = Annotated[str | None, Header(min_length=1, max_length=255)]
 
 
 def build_api(
-    service: VideoService, config: Config, keys: KeyCheck | None = None, *, behind_proxy: bool = False
+    service: VideoService,
+    config: Config,
+    keys: KeyCheck | None = None,
+    *,
+    behind_proxy: bool = False,
+    exchange: Exchange | None = None,
 ) -> FastAPI:
     """The routes over `service`, which is started and closed with the application, and the page, behind a `Guard`.
 
+    With an `exchange`, that is what starts it.
     Without `keys` it is for this machine alone. `behind_proxy`: Ray Serve's, which puts its own request id on answers.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.start()
+        if exchange is None:
+            await service.start()
         yield
         await service.close()
 
@@ -96,21 +104,21 @@ def build_api(
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(SQLAlchemyError, _no_database)
     app.add_exception_handler(Exception, _broken)
-    app.include_router(_videos(service, config))
-    app.include_router(_drafts(service, config))
-    app.include_router(_about(service, config.name))
+    app.include_router(_videos(service))
+    app.include_router(_drafts(service))
+    app.include_router(_about(service, exchange))
     mount_page(app)
     app.add_middleware(Guard, config.serve, keys, service.metrics, echo_request_id=not behind_proxy)
     app.openapi = partial(_with_body, app)  # type: ignore[method-assign]
     return app
 
 
-def _videos(service: VideoService, config: Config) -> APIRouter:
+def _videos(service: VideoService) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.post("", openapi_extra=BODY)
     async def create(request: Request, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
-        asked, picture = await read_video_request(request, config)
+        asked, picture = await read_video_request(request, service.model.config)
         return await service.create(asked, who, picture, idempotency_key, request_id)
 
     @router.post("/extensions")
@@ -125,12 +133,12 @@ def _videos(service: VideoService, config: Config) -> APIRouter:
     return router
 
 
-def _drafts(service: VideoService, config: Config) -> APIRouter:
+def _drafts(service: VideoService) -> APIRouter:
     router = APIRouter(prefix="/v1/drafts", tags=["drafts"])
 
     @router.post("")
     async def create(asked: PlanRequest, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
-        picture = await first_frame(asked, config)
+        picture = await first_frame(asked, service.model.config)
         return await service.create(asked, who, picture, idempotency_key, request_id)
 
     @router.get("/{video_id}/tokens")
@@ -202,23 +210,27 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
         return VideoDeleted(id=video_id, object="video.deleted" if kind == "video" else "draft.deleted")
 
 
-def _about(service: VideoService, model: str) -> APIRouter:
+def _about(service: VideoService, exchange: Exchange | None) -> APIRouter:
     router = APIRouter(tags=["service"])
-    served = Model(id=model, created=int(time.time()))
+    since = int(time.time())
+
+    def served() -> Model:
+        return Model(id=service.model.config.name, created=since)
 
     @router.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[served])
+        return ModelList(data=[served()])
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Model:
-        if name != model:
-            raise RequestError(f"model must be {model!r}", param="model", code="model_not_found", status=404)
-        return served
+        if name != served().id:
+            raise RequestError(f"model must be {served().id!r}", param="model", code="model_not_found", status=404)
+        return served()
 
     @router.get("/healthz")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": model, **service.counts()}
+        bundle, change = service.model.bundle[:12], exchange.state if exchange else "none"
+        return {"status": "ok", "model": served().id, "bundle": bundle, "change": change, **service.counts()}
 
     return router
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from logging import WARNING, getLogger
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from arlon_ray.config import Config, ConfigError
 from serve.deployments import bind_stages
 from serve.ingress import bind_api
 from serve.keys import check_auth
+from serve.settings import as_served
 
 APP = "arlon"
 
@@ -33,9 +35,12 @@ def check_devices(config: Config) -> None:
             raise ConfigError(f"serve.{name}.num_gpus={settings.num_gpus:g}, but device=cpu: one of them must change")
 
 
-def build_app(config: Config, bundle: Bundle, data_dir: str | Path) -> serve.Application:
+def build_app(
+    config: Config, bundle: Bundle, data_dir: str | Path, configured: Callable[[Bundle], Config] | None = None
+) -> serve.Application:
     """The application that serves `bundle` with the settings of `config`; videos are kept in `data_dir`.
 
+    `configured` gives the configuration of a bundle that takes its place; by default with the settings of `config`.
     `config.serve.data_dir`, where it is set, goes before `data_dir`. Both paths must be readable wherever replicas run.
     Raises ConfigError as `check_devices` and `check_auth` do.
     """
@@ -46,7 +51,8 @@ def build_app(config: Config, bundle: Bundle, data_dir: str | Path) -> serve.App
         data = str(Path(data).expanduser().absolute())
     elif config.serve.database_url is None:
         raise ConfigError(f"serve.data_dir={data}: a database is no file of a bucket: set serve.database_url too")
-    return bind_api(config, data, bundle.fingerprint, bind_stages(config, str(bundle.path.expanduser().absolute())))
+    path = str(bundle.path.expanduser().absolute())
+    return bind_api(config, data, path, configured or partial(as_served, config), bind_stages(config, path))
 
 
 @contextmanager

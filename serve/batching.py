@@ -77,6 +77,7 @@ class BatchWorker(Generic[M]):
         self._line: deque[_Ticket[M]] = deque()
         self._active: dict[int, tuple[M, _Ticket[M]]] = {}
         self._changed = threading.Condition()
+        self._ended = False
         self._calls: deque[Callable[[], None]] = deque()
         #: How many members each step so far had, at most the last thousand.
         self.sizes: deque[int] = deque(maxlen=1000)
@@ -109,6 +110,12 @@ class BatchWorker(Generic[M]):
         if not self._thread.is_alive():
             raise RuntimeError("the thread that runs the model has died")
 
+    def close(self) -> None:
+        """End the thread. Nobody may wait for anything, or ask again."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
     def use(self, batch: Batch[M]) -> None:
         """Run this batch from now on."""
         self._batch = batch
@@ -132,7 +139,11 @@ class BatchWorker(Generic[M]):
         torch.set_num_threads(self._threads)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._calls or (self._batch and (self._line or self._active)))
+                self._changed.wait_for(
+                    lambda: self._ended or self._calls or (self._batch and (self._line or self._active))
+                )
+            if self._ended:
+                return
             while self._calls:
                 self._calls.popleft()()
             if self._batch is not None:

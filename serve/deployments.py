@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -18,13 +18,14 @@ import torch
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config, DeploymentConfig
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, given_picture
-from arlon_ray.generation.rendering import Denoising, DenoisingBatch
-from arlon_ray.generation.sampling import Sampling
+from arlon_ray.generation.rendering import DenoisingBatch
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
 from serve.batching import BatchWorker
+from serve.loaded import LoadedModels
 from serve.logs import LogSettings, log_stage, set_up_logging
 from serve.metrics import Metrics, Stage
 from serve.scaling import PAUSED, replicas_for_work
@@ -57,6 +58,39 @@ class _Worker:
         """Run in the thread. If the caller is cancelled, a call that has not begun never does."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(_timed, call, *arguments))
 
+    def check(self) -> None:
+        """A thread of a pool does not die."""
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=False)
+
+
+class _Planner(BatchWorker):
+    """The AR of one bundle, and its thread."""
+
+    def __init__(self, threads: int, max_batch: int, bundle: Bundle) -> None:
+        super().__init__(threads)
+        self.model = self.now(ArPlanner, bundle)
+        self.use(self.model.batch(max_batch))
+
+
+class _Renderer(BatchWorker):
+    """The DiT of one bundle, and its thread."""
+
+    def __init__(self, threads: int, max_batch: int, bundle: Bundle) -> None:
+        super().__init__(threads)
+        self.model = self.now(DiTRenderer, bundle)
+        self.use(DenoisingBatch(max_batch))
+
+
+class _Decoder(_Worker):
+    """The VAE of one bundle, and its thread."""
+
+    def __init__(self, threads: int, bundle: Bundle) -> None:
+        super().__init__(threads)
+        self.model = self.now(FrameDecoder, bundle)
+
 
 class _Reports:
     """What a stage says of its work, in the log and to Prometheus."""
@@ -81,9 +115,7 @@ class ArDeployment:
 
     def __init__(self, bundle: str, device: str, threads: int, max_batch: int, log: LogSettings | None = None) -> None:
         self._reports = _Reports("ar", log)
-        self._worker: BatchWorker[Sampling] = BatchWorker(threads)
-        self._planner = self._worker.now(ArPlanner.from_bundle, bundle, device)
-        self._worker.use(self._planner.batch(max_batch))
+        self._models = LoadedModels(partial(_Planner, threads, max_batch), device, bundle)
         self._paused = 0  # plans that wait until they may go on
 
     def record_autoscaling_stats(self) -> dict[str, int]:
@@ -104,23 +136,24 @@ class ArDeployment:
 
         `planned` are the tokens of the first segments, where those are there already: it goes on behind them.
         """
-        plan = self._planner.begin(job.prompts, job.seed, job.options, given=_own(given), planned=planned)
-        for index in range(len(planned), len(job.prompts)):
-            if not await self._may_go_on(permit, index):
-                return
-            made = await self._worker.run(plan.segment)
-            self._reports.segment(job, index, made.seconds, self._worker.sizes)
-            shared = self._planner.overlap_frames(index)
-            self._reports.metrics.tokens(made.value.tokens[shared:].size)
-            yield Timed(made.value.tokens, made.started, made.seconds)
+        async with self._models.of(job) as planner:
+            plan = planner.model.begin(job.prompts, job.seed, job.options, given=_own(given), planned=planned)
+            for index in range(len(planned), len(job.prompts)):
+                if not await self._may_go_on(permit, index):
+                    return
+                made = await planner.run(plan.segment)
+                self._reports.segment(job, index, made.seconds, planner.sizes)
+                shared = planner.model.overlap_frames(index)
+                self._reports.metrics.tokens(made.value.tokens[shared:].size)
+                yield Timed(made.value.tokens, made.started, made.seconds)
 
     def check_health(self) -> None:
         """What Serve asks for. Raises RuntimeError if nothing can be planned any more."""
-        self._worker.check()
+        self._models.check()
 
     def statistics(self) -> dict[str, int]:
         """How many requests have shared a step of late, at most."""
-        return {"largest_batch": max(self._worker.sizes, default=0)}
+        return {"largest_batch": _largest(self._models)}
 
 
 class DitDeployment:
@@ -131,9 +164,7 @@ class DitDeployment:
 
     def __init__(self, bundle: str, device: str, threads: int, max_batch: int, log: LogSettings | None = None) -> None:
         self._reports = _Reports("dit", log)
-        self._worker: BatchWorker[Denoising] = BatchWorker(threads)
-        self._renderer = self._worker.now(DiTRenderer.from_bundle, bundle, device)
-        self._worker.use(DenoisingBatch(max_batch))
+        self._models = LoadedModels(partial(_Renderer, threads, max_batch), device, bundle)
         self._counts = {"steps": 0, "segments": 0}
         self._news = StepNews()
 
@@ -153,26 +184,27 @@ class DitDeployment:
             if told is not None:
                 loop.call_soon_threadsafe(self._news.note, told, index, step + 1)
 
-        try:
-            rendered = await self._worker.run(
-                lambda: self._renderer.rendering(
-                    job.prompts[index], _own(tokens), _own(overlap), job.seed, index, job.options, on_step
+        async with self._models.of(job) as renderer:
+            try:
+                rendered = await renderer.run(
+                    lambda: renderer.model.rendering(
+                        job.prompts[index], _own(tokens), _own(overlap), job.seed, index, job.options, on_step
+                    )
                 )
-            )
-        finally:
-            if told is not None:
-                self._news.forget(told)
-        self._counts["segments"] += 1
-        self._reports.segment(job, index, rendered.seconds, self._worker.sizes)
+            finally:
+                if told is not None:
+                    self._news.forget(told)
+            self._counts["segments"] += 1
+            self._reports.segment(job, index, rendered.seconds, renderer.sizes)
         return Timed(rendered.value.latents, rendered.started, rendered.seconds)
 
     def check_health(self) -> None:
         """What Serve asks for. Raises RuntimeError if nothing can be rendered any more."""
-        self._worker.check()
+        self._models.check()
 
     def statistics(self) -> dict[str, int]:
         """Evaluations begun and segments rendered since this replica started; most that shared a step of late."""
-        return {**self._counts, "largest_batch": max(self._worker.sizes, default=0)}
+        return {**self._counts, "largest_batch": _largest(self._models)}
 
 
 class DecoderDeployment:
@@ -180,32 +212,37 @@ class DecoderDeployment:
 
     def __init__(self, bundle: str, device: str, threads: int, fps: float, log: LogSettings | None = None) -> None:
         self._reports = _Reports("decode", log)
-        self._worker = _Worker(threads)
+        self._models = LoadedModels(partial(_Decoder, threads), device, bundle)
         self._fps = fps
-        self._decoder = self._worker.now(FrameDecoder.from_bundle, bundle, device)
 
     async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
         """A fragment for `join_fragments` out of latents [C, n, h, w]."""
-        return await self._decoded(job, index, self._decoder.decode, latents, before)
+        return await self._decoded(job, index, FrameDecoder.decode, latents, before)
 
     async def preview(self, job: Job, index: int, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
         """The same out of the tokens [n, h', w'] of whole groups alone."""
-        return await self._decoded(job, index, self._decoder.preview, tokens, before)
+        return await self._decoded(job, index, FrameDecoder.preview, tokens, before)
 
     async def _decoded(
         self, job: Job, index: int, call: Callable[..., Any], what: Latents | Tokens, before: Frame | None
     ) -> Timed[Decoded]:
-        def decode() -> Decoded:
-            frames = call(_own(what), before, job.options.seam_frames)
+        def decode(decoder: FrameDecoder) -> Decoded:
+            frames = call(decoder, _own(what), before, job.options.seam_frames)
             return Decoded(encode_fragment(frames, self._fps), frames[-1].copy())
 
-        decoded = await self._worker.run(decode)
+        async with self._models.of(job) as decoder:
+            decoded = await decoder.run(decode, decoder.model)
         self._reports.segment(job, index, decoded.seconds)
         return decoded
 
     async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:
         """The latents [C, 1, h, w] of a picture uint8 [H, W, 3]."""
-        return await self._worker.run(lambda: given_picture(self._decoder.bundle, _own(picture)).latents)
+        async with self._models.of(job) as decoder:
+            return await decoder.run(lambda: given_picture(decoder.model.bundle, _own(picture)).latents)
+
+    def check_health(self) -> None:
+        """What Serve asks for."""
+        self._models.check()
 
 
 def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, serve.Application, serve.Application]:
@@ -236,6 +273,10 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
         bound(DitDeployment, DIT, config.serve.dit, config.serve.dit.max_batch),
         bound(DecoderDeployment, DECODER, config.serve.decoder, config.video.fps),
     )
+
+
+def _largest(models: Iterable[BatchWorker]) -> int:
+    return max((size for model in models for size in model.sizes), default=0)
 
 
 def _timed(call: Callable[..., T], *arguments: Any) -> Timed[T]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config
-from arlon_ray.models.text import load_token_counter
 from serve.api import build_api
 from serve.blobs import Blobs
+from serve.exchange import Exchange, LastServed, open_model
 from serve.handles import HandleStages
 from serve.job_store import JobStore
 from serve.keys import open_keys
@@ -27,7 +30,7 @@ class VideoAPI:
     """The ingress. It holds no model, only the text encoder's tokenizer.
 
     One replica, because the queue and the running jobs live in its memory. What it has accepted lives in the database:
-    a replica that takes its place goes on with it.
+    a replica that takes its place goes on with it. The bundle that it serves can be exchanged (`reconfigure`).
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class VideoAPI:
         config: Config,
         data: str,
         bundle: str,
+        configured: Callable[[Bundle], Config],
         ar: DeploymentHandle | None,
         dit: DeploymentHandle,
         decoder: DeploymentHandle,
@@ -46,11 +50,19 @@ class VideoAPI:
         set_up_logging(config.serve.log_format, config.serve.log_level)
         store = JobStore(url) if url else JobStore.in_folder(Path(data))
         self._keys = open_keys(config.serve, store.engine)
-        count_tokens = load_token_counter(config.text)
-        self._service = VideoService(config, store, self._stages, Blobs(data), count_tokens, bundle=bundle)
+        self._service = VideoService(config, store, self._stages, Blobs(data))
+        opened = partial(open_model, configured=configured, like=config)
+        self._exchange = Exchange(self._service, self._stages, LastServed(store.engine), opened, bundle)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._config, self._keys, behind_proxy=True)
+        return build_api(self._service, self._config, self._keys, behind_proxy=True, exchange=self._exchange)
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """What Serve calls before the first request, and when `user_config` in the file has changed: see `Exchange`.
+
+        It does not wait for the change: no request comes in meanwhile.
+        """
+        await self._exchange.want(user_config)
 
     async def may_plan(self, plan: str, index: int) -> bool:
         """Called by the AR's replicas; see `HandleStages.may_plan`."""
@@ -61,14 +73,21 @@ class VideoAPI:
         await self._stages.told(news)
 
 
-def bind_api(config: Config, data: str, bundle: str, stages: tuple[serve.Application | None, ...]) -> serve.Application:
-    """The ingress over the bound stages; `bundle` is the fingerprint of what they run."""
+def bind_api(
+    config: Config,
+    data: str,
+    bundle: str,
+    configured: Callable[[Bundle], Config],
+    stages: tuple[serve.Application | None, ...],
+) -> serve.Application:
+    """The ingress over the bound stages; `bundle` is the folder of the one that they begin with."""
     deployment = serve.deployment(
         name=API,
         num_replicas=1,
         # status requests and downloads, not work: the queue of jobs has its own bound
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.1},
+        user_config={"bundle": bundle},
         graceful_shutdown_timeout_s=5,
     )(VideoAPI)
-    return deployment.bind(config, data, bundle, *stages)
+    return deployment.bind(config, data, bundle, configured, *stages)

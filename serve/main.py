@@ -2,15 +2,15 @@
 
 # no postponed annotations: Serve looks at the type of `application`'s argument
 
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import override
 from serve.app import build_app
-from serve.settings import served_config
+from serve.settings import config_of
 
 
 class Arguments(BaseModel):
@@ -18,7 +18,7 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    bundle: str
+    bundle: str = Field(description="what it is built for; `user_config` of VideoAPI may name the one that is served")
     data: str = Field(description="where videos and the job store are kept: a folder, or a bucket")
     config: str | None = Field(None, description="preset or file whose device, sampling and serve are used")
     set: list[str] = Field([], description="overrides, as the jobs' --set has them")
@@ -27,8 +27,6 @@ class Arguments(BaseModel):
 def application(arguments: Arguments) -> serve.Application:
     """The application that serves a bundle. Raises ArtifactError and ConfigError."""
     bundle = load_bundle(Path(arguments.bundle).expanduser())
-    config = served_config(bundle.config, arguments.config, arguments.set)
-    if not bundle.guided:
-        config = override(config, ["sampling.baseline=true"])
+    configured = partial(config_of, source=arguments.config, overrides=arguments.set)
     bundle.check_text()
-    return build_app(config, bundle, arguments.data)
+    return build_app(configured(bundle), bundle, arguments.data, configured)

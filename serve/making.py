@@ -20,7 +20,9 @@ from serve.active import Active
 from serve.blobs import Blobs
 from serve.callers import LOCAL, Caller
 from serve.cleaning import Cleaner, without_error
+from serve.exchange import ServedModel, still_there
 from serve.fair_queue import FairQueue
+from serve.job_files import GIVEN
 from serve.job_store import JobStore, Stored
 from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
@@ -61,7 +63,7 @@ class VideoMaker(VideoReader):
         self.metrics = metrics or Metrics()
         super().__init__(store, Places(blobs, config.serve.tenants))
         self._config, self._stages = config, stages
-        self._count_tokens, self._bundle = count_tokens, bundle
+        self._serve_with(ServedModel(config, bundle, count_tokens=count_tokens))
         self._waiting: FairQueue[Active] = FairQueue(config.serve.tenant)
         self._running: dict[str, Active] = {}
         self._arriving: Counter[str] = Counter()  # of each tenant
@@ -77,24 +79,53 @@ class VideoMaker(VideoReader):
             active = self._active(stored)
             active.restored(await asyncio.to_thread(self._store.events, stored.video.id))
             active.began = float(stored.video.started_at or 0)
-            if stored.job.bundle == self._bundle or await self._begin_again(active):
-                self._enqueue(active)
+            if stored.job.bundle == self._bundle:
+                self._label(active)  # it may lie elsewhere now
+            elif _is_fresh(active) or not await self._has_its_bundle(active):
+                if _goes_on(active):
+                    await self._fail(active, OTHER_MODEL)
+                    continue
+                await self._begin_again(active)
+            self._enqueue(active)
         self._cleaning = asyncio.create_task(self._clean(), context=contextvars.Context())
 
-    async def _begin_again(self, active: Active) -> bool:
-        """Another bundle has begun it: all over, or, if it goes on from something of the other's, not at all."""
+    def _serve_with(self, model: ServedModel) -> None:
+        self.model, self._config = model, model.config
+        self._bundle, self._count_tokens = model.bundle, model.count_tokens
+
+    async def use(self, model: ServedModel) -> None:
+        """Serve another bundle, of videos of the same shape. What has begun goes on with the bundle that began it."""
+        self._serve_with(model)
+        fresh = [active for active in self._waiting if _is_fresh(active)]
+        encoded = await asyncio.to_thread(lambda: {each.id for each in fresh if self._files(each.job).exists(GIVEN)})
+        for active in fresh:
+            if active.id not in encoded and self._waiting.get(active.id) is active:
+                self._label(active)
+                active.save_soon()
+
+    def _label(self, active: Active) -> None:
+        """It is made by the bundle that is served."""
+        active.job = replace(active.job, bundle=self._bundle, bundle_path=self.model.path)
+        active.video.model, active.video.bundle = self._config.name, self._bundle[:12] or None
+
+    async def _has_its_bundle(self, active: Active) -> bool:
+        return await asyncio.to_thread(still_there, active.job, self._config)
+
+    async def _begin_again(self, active: Active) -> None:
+        """Another bundle has begun it, and is gone: all over, for the parts of one video are made by one bundle."""
         video = active.video
-        if video.draft_id or video.extended_from_video_id:
-            await self._fail(active, OTHER_MODEL)
-            return False
         logger.warning("%s was begun with another bundle: it is made from nothing", video.id)
         await asyncio.to_thread(self._files(active.job).forget_all)
+        active.job = replace(active.job, anew=())
+        self._label(active)
+        if video.started_at is not None:
+            active.tell("restarted", reason=OTHER_MODEL.code)
         for segment in video.segments:
-            segment.status = "queued"
+            if segment.status != "queued":
+                segment.status = "queued"
+                active.tell("segment.reset", index=segment.index)
         video.progress = 0
-        active.job = replace(active.job, bundle=self._bundle, anew=())
-        await active.save(active.job)
-        return True
+        await active.save()
 
     def counts(self) -> dict[str, int]:
         """How many videos wait and are being made."""
@@ -188,21 +219,12 @@ class VideoMaker(VideoReader):
             active.task.add_done_callback(partial(self._ended, active))
 
     async def _make(self, active: Active) -> None:
-        video, config = active.video, self._config
-        orchestrator = Orchestrator(
-            active.job,
-            self._stages,
-            self._files(active.job),
-            active,
-            segment=config.segment,
-            planned_ahead=config.serve.planned_ahead,
-        )
-        active.partial = orchestrator.partial
+        video = active.video
         REQUEST_ID.set(active.job.request_id)  # of the task alone: its lines are found by the id of the request
         try:
             left = None if active.deadline is None else active.deadline - time.time()
             async with asyncio.timeout(left):
-                await orchestrator.run()
+                await self._run(active)
         except TimeoutError:
             await self._fail(active, _LATE)
         except StageError as error:
@@ -217,6 +239,22 @@ class VideoMaker(VideoReader):
             await asyncio.to_thread(self._measure, active.job)
             await active.finish(None, self._expires_at())
             self._note_end(active, "completed")
+
+    async def _run(self, active: Active) -> None:
+        """Raises StageError; where the bundle that began it is gone, all is made again with the one that is served."""
+        while True:
+            config, files = self._config, self._files(active.job)
+            orchestrator = Orchestrator(
+                active.job, self._stages, files, active,
+                segment=config.segment, planned_ahead=config.serve.planned_ahead,
+            )  # fmt: skip
+            active.partial = orchestrator.partial
+            try:
+                return await orchestrator.run()
+            except StageError:
+                if active.job.bundle == self._bundle or _goes_on(active) or await self._has_its_bundle(active):
+                    raise
+                await self._begin_again(active)
 
     def _measure(self, job: Job) -> None:
         try:
@@ -269,3 +307,13 @@ class VideoMaker(VideoReader):
         self._at_work.discard(task)
         if not task.cancelled():
             task.exception()  # who asked may be gone, and nobody else wants to know
+
+
+def _goes_on(active: Active) -> bool:
+    """Whether it starts from something that its own bundle has made."""
+    return bool(active.video.draft_id or active.video.extended_from_video_id or active.job.anew)
+
+
+def _is_fresh(active: Active) -> bool:
+    """Whether it has not begun, and starts from nothing that a bundle has made."""
+    return active.video.started_at is None and not _goes_on(active)

@@ -47,6 +47,7 @@ FIGURES: dict[str, Figure] = {
     "tenant_finished": Figure("counter", "videos and drafts of a tenant by how they ended", ("tenant", "status")),
     "tenant_refused": Figure("counter", "requests that were refused for a quota or a full queue", ("tenant", "code")),
     "tenant_wait_seconds": Figure("histogram", "from the request to the turn", ("tenant",), _SECONDS),
+    "bundle_changes": Figure("counter", "bundles that were to be served, by what became of it", ("result",)),
     "requests": Figure("counter", "HTTP requests", ("method", "route", "status")),
     "request_seconds": Figure("histogram", "HTTP requests, to the end of the answer", ("method", "route"), _SHORT),
 }
@@ -179,6 +180,10 @@ class Metrics:
     def waited(self, tenant: str, seconds: float) -> None:
         """So long after its request a video of a tenant had its turn."""
         self._to.observe("tenant_wait_seconds", seconds, {"tenant": tenant})
+
+    def exchanged(self, result: str) -> None:
+        """Another bundle was to be served: "done" or "refused"."""
+        self._to.count("bundle_changes", 1, {"result": result})
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """An HTTP request has been answered; `route` is the template, never a path that a client made up."""

@@ -58,7 +58,7 @@ def extended(stored: Stored, request: ExtendRequest, config: Config, count_token
     video, job = _new(VIDEO, prompts, [stored.video.prompt, prompt], old.seed, old.options, config, stored.video.user)
     for segment in video.segments[: len(old.prompts)]:
         segment.status = "completed"
-    job = replace(job, plan_seeds=old.plan_seeds)
+    job = replace(job, plan_seeds=old.plan_seeds, bundle=old.bundle, bundle_path=old.bundle_path)
     return video.model_copy(update={"extended_from_video_id": stored.video.id}), job
 
 
@@ -74,7 +74,7 @@ def rendered(draft: Stored, request: VideoRequest, config: Config, count_tokens:
     video, job = _new(
         VIDEO, old.prompts, [draft.video.prompt], old.seed, options, config, request.user or draft.video.user
     )
-    job = replace(job, plan_seeds=old.plan_seeds)
+    job = replace(job, plan_seeds=old.plan_seeds, bundle=old.bundle, bundle_path=old.bundle_path)
     return video.model_copy(update={"draft_id": draft.video.id}), job
 
 

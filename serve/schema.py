@@ -183,6 +183,7 @@ class Video(BaseModel):
     id: str
     object: Literal["video", "draft"] = "video"
     model: str
+    bundle: str | None = Field(None, description="the beginning of the fingerprint of the bundle that makes it")
     status: Status = "queued"
     progress: int = Field(0, ge=0, le=100)
     created_at: int

@@ -121,7 +121,7 @@ class VideoService(VideoMaker):
             active = self._active(replace(stored, video=video, job=job, deadline=None))
             active.restored(await asyncio.to_thread(self._store.events, draft_id))
             active.tell("segment.reset", index=index)
-            await active.save(job)
+            await active.save()
         accepted = video.model_copy(deep=True)
         self._enqueue(active)
         return accepted
@@ -145,7 +145,10 @@ class VideoService(VideoMaker):
         await self._quotas.check_stored(owner)
         self._refuse_if_full(owner)
         video, job = new
-        job = replace(job, request_id=asked.request_id, bundle=self._bundle, tenant=place)
+        job = replace(job, request_id=asked.request_id, tenant=place)
+        if not job.bundle:  # else it goes on from what that has made
+            job = replace(job, bundle=self._bundle, bundle_path=self.model.path)
+        video.bundle = job.bundle[:12] or None
         kept = Stored(video, job, owner, asked.deadline, asked.key, asked.digest)
         files, accepted, segments = self._files(job), video.model_copy(deep=True), _to_make(video)
         self._arriving[owner] += 1

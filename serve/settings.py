@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from arlon_ray.config import Config, ConfigError, load_config
+from arlon_ray.bundle import Bundle
+from arlon_ray.config import Config, ConfigError, load_config, override
 
 #: What may differ from the bundle's own configuration; all else is what its weights were trained with.
 ADJUSTABLE = {"device", "sampling", "serve"}
@@ -30,3 +31,14 @@ def served_config(trained: Config, source: str | None, overrides: list[str]) -> 
             allowed = ", ".join(sorted(ADJUSTABLE))
             raise ConfigError(f"--set {name}: fixed by the bundle; what can be set here is {allowed}")
     return config
+
+
+def config_of(bundle: Bundle, source: str | None, overrides: list[str]) -> Config:
+    """`served_config` of a bundle; one that is text-only is served without an AR. Raises ConfigError."""
+    config = served_config(bundle.config, source, overrides)
+    return config if bundle.guided else override(config, ["sampling.baseline=true"])
+
+
+def as_served(config: Config, bundle: Bundle) -> Config:
+    """A bundle's configuration, to be served with device, sampling and serve of `config`."""
+    return bundle.config.model_copy(update={name: getattr(config, name) for name in ADJUSTABLE})

@@ -42,6 +42,8 @@ class Job:
     anew: tuple[int, ...] = ()
     #: The fingerprint of the bundle that makes it: what another one has begun, this one cannot go on with.
     bundle: str = ""
+    #: Its folder.
+    bundle_path: str = ""
     #: Of the HTTP request that asked for it: it finds the job's lines in every deployment's log.
     request_id: str = ""
     #: In whose place its files lie (`Places`); empty: in the one that is nobody's own.

@@ -157,7 +157,8 @@ async def test_a_plan_that_nobody_reads_any_more_leaves(ar: ArDeployment, genera
     with pytest.raises(asyncio.CancelledError):
         await first
     await asyncio.sleep(0.1)
-    assert not ar._worker._active and not ar._worker._line
+    (worker,) = ar._models
+    assert not worker._active and not worker._line
 
 
 @driven
@@ -184,9 +185,10 @@ async def test_one_that_fails_fails_alone(dit: DitDeployment, ar: ArDeployment, 
 async def test_an_error_of_the_step_itself_ends_all_and_the_next_goes_on(bundle: Path) -> None:
     """What is nobody's own: memory that is short, for one."""
     replica = DitDeployment(str(bundle), "cpu", 1, 2)
-    options = default_options(replica._renderer.config.sampling, steps=3)
+    (renderer,) = (each.model for each in replica._models)
+    options = default_options(renderer.config.sampling, steps=3)
     asked, tokens = Job("v", ("a",), 0, options), np.zeros((10, 4, 4), np.int32)
-    model = replica._renderer.dit
+    model = renderer.dit
     denoise, calls = model.denoise, []
 
     def short_of_memory(*arguments: object) -> object:
@@ -199,7 +201,7 @@ async def test_an_error_of_the_step_itself_ends_all_and_the_next_goes_on(bundle:
     both = await asyncio.gather(*(replica.render(asked, 0, tokens, None) for _ in range(2)), return_exceptions=True)
     assert [type(each) for each in both] == [MemoryError] * 2
     again = await replica.render(asked, 0, tokens, None)
-    alone = DiTRenderer(replica._renderer.bundle).render("a", tokens, None, 0, 0, options)
+    alone = DiTRenderer(renderer.bundle).render("a", tokens, None, 0, 0, options)
     assert np.array_equal(again.value, alone.latents)
 
 

@@ -32,6 +32,7 @@ def everything(metrics: Metrics) -> None:
     metrics.batch("dit", 4)
     metrics.finished("completed")
     metrics.failure("deadline_exceeded")
+    metrics.exchanged("refused")
     metrics.finished("failed")
     metrics.tenant_queue("studio", 2, 1)
     metrics.tenant_finished("studio", "completed")
@@ -50,6 +51,7 @@ def test_everything_said_is_recorded() -> None:
         ("finished", "completed"): 1,
         ("finished", "failed"): 1,
         ("failures", "deadline_exceeded"): 1,
+        ("bundle_changes", "refused"): 1,
         ("tenant_finished", "studio", "completed"): 1,
         ("tenant_refused", "other", "queue_full"): 1,
         ("requests", "GET", "/v1/videos/{video_id}", "200"): 1,
