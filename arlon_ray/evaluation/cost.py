@@ -40,6 +40,11 @@ def _peak(call: Callable[[], Any], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return most_bytes(call)
+
+
+def most_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that operations of `call` hold at once, on a CPU, or reckoned by shapes on the meta device."""
     with _Allocated() as allocated:
         call()
     return allocated.most

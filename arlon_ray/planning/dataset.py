@@ -33,7 +33,7 @@ class Videos:
 
 
 def clips_of(config: Config, seconds: float) -> list[int]:
-    """Lengths, in 17-frame groups, of the clips of a video without cuts: the longest bucket that fits, over and over."""
+    """Groups of 17 frames of each clip of a video without cuts: the longest bucket that fits, again and again."""
     frames, data = int(seconds * config.video.fps + 1e-6), config.data
     stride, start, clips = data.stride_groups, 0, list[int]()
     while fitting := [groups for groups in data.bucket_groups if start + groups * GROUP_FRAMES <= frames]:

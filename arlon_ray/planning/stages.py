@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from arlon_ray.config import Config, TrainingConfig
+from arlon_ray.config import Config, DitConfig, TrainingConfig
 from arlon_ray.planning import training
 from arlon_ray.planning.counts import TRAINING, codec_group, text_caption, vae_group
 from arlon_ray.planning.dataset import Videos, clips_of, latent_row_bytes, token_row_bytes
@@ -156,8 +156,9 @@ def plan_training(config: Config, stage: str, rows: Rows, cluster: Cluster, epoc
     trained, _ = training.parameters(config, stage)
     sent = training.sent_bytes(trained, workers, settings.zero_stage, settings.accumulation)
     within = workers <= cluster.gpus_per_node
-    # what the GPUs of a node send to others goes through its one connection
-    link = cluster.gpu.link if within else cluster.bandwidth / min(workers, cluster.gpus_per_node)
+    # a ring enters and leaves each node once: its GPUs share the node's connection, and use it for one worker's bytes
+    link = cluster.gpu.link if within else cluster.bandwidth
+    nodes = -(-workers // cluster.gpus_per_node)
     row = rows.latent_bytes + (0 if stage.startswith("vqvae") else rows.token_bytes)
     read = settings.batch_size * row
     parts = {
@@ -172,11 +173,10 @@ def plan_training(config: Config, stage: str, rows: Rows, cluster: Cluster, epoc
         notes.append(f"a batch of {settings.batch_size} keeps {workers} of {cluster.devices} devices busy")
     cores = workers * (config.cluster.cpus_per_worker if cluster.gpus else 1)
     stored = training.KEPT * training.checkpoint_bytes(config, stage) + 4.0 * trained
-    planned = _priced(
+    return _priced(
         f"train {stage}", cluster, hours, (workers if cluster.gpus else 0) * hours, cores * hours,
-        steps * (read + (0 if within else sent * workers)), stored, parts, tuple(notes),
+        steps * (read + (0 if within else sent * nodes)), stored, parts, tuple(notes),
     )  # fmt: skip
-    return planned
 
 
 def usable_workers(settings: TrainingConfig, devices: int) -> int:
@@ -205,7 +205,7 @@ def _measured(stage: str) -> str:
     return "codec" if stage.startswith("vqvae") else stage
 
 
-def _text_only(config: Config) -> object:
+def _text_only(config: Config) -> DitConfig:
     return config.dit.model_copy(update={"injection": config.dit.injection.model_copy(update={"enabled": False})})
 
 

@@ -67,10 +67,11 @@ class Probe:
     frozen: int = 0
 
 
-def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
+def plan_memory(config: Config, stage: str, workers: int, peak: tuple[int, int] | None = None) -> MemoryPlan:
     """The plan of a worker for `stage` (one of `PLANNED`), by its training settings.
 
-    Captions are taken to be as long as they may be. Raises ValueError for another stage.
+    Captions are taken to be as long as they may be. `peak` is `activations_at_peak` of a worker's batch, where that is
+    known: for a large model it takes most of the time. Raises ValueError for another stage.
     """
     training = training_of(config, stage)
     shared = training.sequence_parallel
@@ -85,7 +86,8 @@ def plan_memory(config: Config, stage: str, workers: int) -> MemoryPlan:
             for parameter in group["params"]
         )
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks_of(probe.model)), default=0)
-    return _plan(training, workers, counts, probe.frozen, muon, largest, _peak(config, stage, batch))
+    peak = peak or activations_at_peak(config, stage, batch)
+    return _plan(training, workers, counts, probe.frozen, muon, largest, peak)
 
 
 def step_flops(config: Config, stage: str) -> int:
@@ -126,7 +128,10 @@ def _plan(
     largest: int,
     peak: tuple[int, int],
 ) -> MemoryPlan:
-    """`counts`: parameters that train, and frozen ones; `largest`: those of the largest block; `peak`: see `_peak`."""
+    """`counts`: parameters that train, and frozen ones; `largest`: those of the largest block.
+
+    `peak`: `activations_at_peak`.
+    """
     trained, zero = counts[0], training.zero_stage
     share = -(-trained // workers)
     kept = 2 * (trained - muon) + muon
@@ -146,7 +151,7 @@ def _plan(
     )
 
 
-def _peak(config: Config, stage: str, batch: int) -> tuple[int, int]:
+def activations_at_peak(config: Config, stage: str, batch: int) -> tuple[int, int]:
     """What is alive at the peak of forward and backward beside parameters: activations, and gradients of all of them.
 
     Of a deep model it is reckoned from two shallow ones: layers are alike, and following all takes minutes.
