@@ -37,6 +37,7 @@ from serve.schema import (
     RemixRequest,
     RequestError,
     RerollRequest,
+    Usage,
     Video,
     VideoDeleted,
     VideoList,
@@ -226,6 +227,10 @@ def _about(service: VideoService, exchange: Exchange | None) -> APIRouter:
         if name != served().id:
             raise RequestError(f"model must be {served().id!r}", param="model", code="model_not_found", status=404)
         return served()
+
+    @router.get("/v1/usage")
+    async def usage(who: From) -> Usage:
+        return await service.usage(who)
 
     @router.get("/healthz")
     async def health() -> dict[str, Any]:

@@ -15,9 +15,11 @@ from ray.serve.schema import LoggingConfig
 
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config, ConfigError
+from serve.blobs import Blobs
 from serve.deployments import bind_stages
 from serve.ingress import bind_api
 from serve.keys import check_auth
+from serve.places import Places
 from serve.settings import as_served
 
 APP = "arlon"
@@ -51,6 +53,10 @@ def build_app(
         data = str(Path(data).expanduser().absolute())
     elif config.serve.database_url is None:
         raise ConfigError(f"serve.data_dir={data}: a database is no file of a bucket: set serve.database_url too")
+    try:
+        Places(Blobs(data), config.serve.tenants)
+    except ValueError as error:
+        raise ConfigError(f"serve.tenants: a data_dir cannot be opened: {' '.join(str(error).split())}") from None
     path = str(bundle.path.expanduser().absolute())
     return bind_api(config, data, path, configured or partial(as_served, config), bind_stages(config, path))
 

@@ -230,6 +230,24 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Quota(BaseModel):
+    """How much of something a tenant has, and may have; without `most` there is no limit but the service's."""
+
+    used: int
+    most: int | None
+
+
+class Usage(BaseModel):
+    """The answer to `GET /v1/usage`: what the caller's tenant has now, and may have. Days are those of UTC."""
+
+    object: Literal["usage"] = "usage"
+    tenant: str
+    queued: Quota
+    running: Quota
+    segments_today: Quota
+    stored_bytes: Quota
+
+
 class SegmentPlan(BaseModel):
     """The tokens of one segment, of shape [t', h', w'], in that order; those of the overlap included."""
 

@@ -20,9 +20,11 @@ from serve.reader import unknown
 from serve.schema import (
     ExtendRequest,
     PlanRequest,
+    Quota,
     RemixRequest,
     RequestError,
     RerollRequest,
+    Usage,
     Video,
     VideoRequest,
 )
@@ -168,15 +170,34 @@ class VideoService(VideoMaker):
         self._enqueue(self._active(kept))
         return accepted
 
+    async def usage(self, caller: Caller = LOCAL) -> Usage:
+        """What the caller's tenant has, and may have."""
+        owner, quota = caller.owner, self._config.serve.tenant(caller.owner)
+        segments, stored = await asyncio.to_thread(self._store.used, owner)
+        return Usage(
+            tenant=owner,
+            queued=Quota(used=self._waiting.of(owner) + self._arriving[owner], most=self._most_queued(owner)),
+            running=Quota(used=self._running_of(owner), most=quota.max_running),
+            segments_today=Quota(used=segments, most=quota.segments_per_day),
+            stored_bytes=Quota(used=stored, most=quota.max_stored_bytes),
+        )
+
+    def _running_of(self, owner: str) -> int:
+        return sum(each.tenant == owner for each in self._running.values())
+
+    def _most_queued(self, owner: str) -> int:
+        own = self._config.serve.tenant(owner).max_queued
+        return self._config.serve.max_queued_per_key if own is None else own
+
     def _refuse_if_full(self, owner: str) -> None:
         settings, quota = self._config.serve, self._config.serve.tenant(owner)
         waiting = len(self._waiting) + self._arriving.total()
         own = self._waiting.of(owner) + self._arriving[owner]
         free = own_free = settings.max_running - len(self._running)
         if quota.max_running is not None:
-            own_free = min(free, quota.max_running - sum(each.tenant == owner for each in self._running.values()))
+            own_free = min(free, quota.max_running - self._running_of(owner))
         retry_after_s = max(1, math.ceil(self._mean_seconds / settings.max_running))
-        most = settings.max_queued_per_key if quota.max_queued is None else quota.max_queued
+        most = self._most_queued(owner)
         if waiting >= settings.max_queued + free:
             message, code = f"{waiting} videos are waiting already, try again in {retry_after_s} s", "queue_full"
         elif own >= most + max(0, own_free):

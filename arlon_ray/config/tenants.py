@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
 from arlon_ray.config.base import Section
 
@@ -24,3 +25,10 @@ class TenantConfig(Section):
     data_dir: str | None = Field(
         None, description="where its files lie: a folder or a bucket; null: tenants/NAME in serve.data_dir"
     )
+
+    @field_validator("data_dir")
+    @classmethod
+    def _the_same_everywhere(cls, value: str | None) -> str | None:
+        if value is not None and "://" not in value and not Path(value).is_absolute():
+            raise ValueError(f"{value}: expected an absolute folder or an address such as s3://BUCKET/FOLDER")
+        return value
