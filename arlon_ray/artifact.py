@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from arlon_ray import __version__
+from arlon_ray import __version__, mirror
 
 WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "lineage.json"
 
@@ -110,8 +110,11 @@ def _read_sha256(path: Path) -> str:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends, and vanishes if it raises."""
-    target = Path(path)
+    """A new folder beside `path` that takes its place when the block ends, and vanishes if it raises.
+
+    Where `path` stands for a folder of a bucket (`mirror`), that is written as well. `path` may be its URI.
+    """
+    target = mirror.local(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
@@ -122,15 +125,17 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+        mirror.push(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write `value` as JSON so that a reader sees the old file or the new one, never half of it; also in a bucket."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)
+    mirror.push(path)
 
 
 def save_artifact(
@@ -155,7 +160,7 @@ def save_artifact(
         }
         save_file(stored, folder / WEIGHTS)
         lineage = record(folder, kind=kind, config=config, parents=parents, metrics=metrics, key=key)
-    return Artifact(Path(path), dict(config), lineage)
+    return Artifact(mirror.local(path), dict(config), lineage)
 
 
 def record(
@@ -182,11 +187,11 @@ def record(
 
 
 def load_artifact(path: str | Path, kind: str, *, verify: bool = True) -> Artifact:
-    """Open an artefact of `kind`; `verify` compares the weights with their recorded sha256.
+    """Open an artefact of `kind`, in a folder or a bucket; `verify` compares the weights with their recorded sha256.
 
     Raises ArtifactError where a part is missing, damaged, of another kind, or not what the lineage says.
     """
-    folder = Path(path)
+    folder = fetched(path)
     for name in (CONFIG, LINEAGE, WEIGHTS):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: not a {kind} artefact: {name} is missing")
@@ -203,6 +208,14 @@ def load_artifact(path: str | Path, kind: str, *, verify: bool = True) -> Artifa
             "the file was changed or cut short; copy or train it again"
         )
     return Artifact(folder, config, lineage)
+
+
+def fetched(path: str | Path) -> Path:
+    """A folder or file as it is in its bucket; others as they are. Raises ArtifactError where it cannot be reached."""
+    try:
+        return mirror.pull(mirror.local(path))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 class Uninitialised(TorchFunctionMode):

@@ -25,7 +25,17 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, one_line, read_object, whole_folder, write_json
+from arlon_ray import mirror
+from arlon_ray.artifact import (
+    Artifact,
+    ArtifactError,
+    fetched,
+    load_artifact,
+    one_line,
+    read_object,
+    whole_folder,
+    write_json,
+)
 from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.models.ar import ArTransformer, load_ar
 from arlon_ray.models.codec import LatentCodec, load_codec
@@ -75,14 +85,14 @@ def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path
         for name, artifact in artifacts.items():
             shutil.copytree(artifact.path, folder / PARTS[name][0], copy_function=_link)
         if config.text.path is not None:
-            shutil.copytree(config.text.path, folder / TEXT, copy_function=_link)
+            shutil.copytree(fetched(config.text.path), folder / TEXT, copy_function=_link)
         fingerprints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
         # how it is served is not what its weights were trained with: defaults stay those of the code that serves it
         serving = config.serve.model_dump(mode="json", exclude_defaults=True)
         recorded = {**config.model_dump(mode="json"), "serve": serving}
         manifest = {"config": recorded, "parts": fingerprints, "text": text}
         write_json(folder / MANIFEST, manifest)
-    return Path(path)
+    return mirror.local(path)
 
 
 def _link(source: str, target: str) -> None:
@@ -97,7 +107,7 @@ class Bundle:
     """An opened bundle. Lineage is verified when it is opened; each part is loaded when it is first asked for."""
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        self.path, self.device = Path(path), torch.device(device)
+        self.path, self.device = fetched(path), torch.device(device)
         manifest = _read_json(self.path / MANIFEST)
         try:
             config = Config.model_validate(manifest["config"])

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arlon_ray.artifact import ArtifactError
+from arlon_ray.artifact import ArtifactError, fetched
 from data_pipeline import schema
 from data_pipeline.parquet import read_table
 from data_pipeline.schema import REJECT, SEEN, SOURCE, Row
@@ -59,7 +59,7 @@ def read_collection(folder: Path) -> Collection:
     """The tables of a finished dataset. Raises ArtifactError where one is missing or damaged."""
     tables = []
     for name, expected in (("sources", SOURCE), ("manifest", SEEN), ("rejects", REJECT)):
-        path = folder / f"{name}.parquet"
+        path = fetched(folder / f"{name}.parquet")
         try:
             tables.append(read_table(path).cast(expected))
         except (OSError, pa.ArrowException, ValueError) as error:

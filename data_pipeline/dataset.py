@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError, one_line
 from data_pipeline.manifest import DatasetManifest, TokenManifest, read_manifest
 from data_pipeline.parquet import open_parquet
@@ -111,7 +112,7 @@ class LatentDataset:
         groups: list[tuple[Path, int]] = []
         counts: list[int] = []
         ids: list[NDArray[np.int64]] = []
-        for path in sorted((self.folder / "latents" / f"bucket={bucket}").glob("*.parquet")):
+        for path in mirror.glob(self.folder / "latents" / f"bucket={bucket}", "*.parquet"):
             try:
                 file = open_parquet(path)
                 ids.append(file.read(columns=["clip_id"])["clip_id"].to_numpy())

@@ -6,7 +6,6 @@ they are: appending to a dataset costs what the new clips cost.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from arlon_ray import mirror
 from arlon_ray.artifact import whole_folder, write_json
 from data_pipeline import schema
 from data_pipeline.collection import Collection
@@ -140,15 +140,14 @@ def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def publish(staging: Staging, output: Path) -> None:
     """Move what is ready into `output`, the manifest last; killed half-way, the next run goes on with it."""
-    (output / MANIFEST).unlink(missing_ok=True)
+    mirror.remove(output / MANIFEST)
     for path in sorted(staging.ready.glob("latents/*/*.parquet")):
-        target = output / path.relative_to(staging.ready)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        mirror.move(path, output / path.relative_to(staging.ready))
+    mirror.forget(output / "latents")
     for path in sorted(staging.ready.glob("*.*")):
         if path.name != MANIFEST:
-            os.replace(path, output / path.name)
-    os.replace(staging.ready / MANIFEST, output / MANIFEST)
+            mirror.move(path, output / path.name)
+    mirror.move(staging.ready / MANIFEST, output / MANIFEST)
     staging.remove()
 
 
@@ -165,7 +164,7 @@ def write_latents(
         bucket = place.name.removeprefix("bucket=")
         if bucket == schema.REJECTED_BUCKET:
             continue
-        parts = [int(path.stem.rpartition("-")[2]) for path in (there / place.name).glob("part-*.parquet")]
+        parts = [int(path.stem.rpartition("-")[2]) for path in mirror.glob(there / place.name, "part-*.parquet")]
         number = max(parts, default=-1) + 1
         for table in _sorted_pieces(staging.encoded_files(bucket), wanted):
             for first in range(0, len(table), row_group * FILE_ROW_GROUPS):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from arlon_ray.artifact import ArtifactError, write_json
+from arlon_ray.artifact import ArtifactError, fetched, write_json
 from data_pipeline.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def write_manifest(folder: Path, manifest: _Manifest) -> None:
 
 def read_manifest(folder: str | Path, kind: type[Kind]) -> Kind:
     """The manifest in `folder`. Raises ArtifactError if it is missing, damaged, or of another schema version."""
-    path = Path(folder) / MANIFEST
+    path = fetched(Path(folder) / MANIFEST)
     what = "dataset" if kind is DatasetManifest else "token set"
     if not path.is_file():
         raise ArtifactError(f"{folder}: not a finished {what}: {MANIFEST} is missing")

@@ -13,13 +13,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from arlon_ray import mirror
+
 #: How every file is written.
 WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 
 def open_parquet(path: str | Path) -> pq.ParquetFile:
-    """A file to read from. Raises OSError or ArrowInvalid, also later, where it is damaged."""
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    """A file to read from, here or in a bucket, of which only what is asked for is read.
+
+    Raises OSError or ArrowInvalid, also later, where it is damaged.
+    """
+    return pq.ParquetFile(mirror.readable(Path(path)), page_checksum_verification=True)
 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -28,10 +33,11 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
 
 
 def write_table(table: pa.Table, path: Path, row_group: int | None = None) -> None:
-    """Write a file that appears whole or not at all. Raises OSError."""
+    """Write a file that appears whole or not at all, here or in a bucket. Raises OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         pq.write_table(table, partial, row_group_size=row_group or 1 << 20, **WRITTEN)
         os.replace(partial, path)
+        mirror.push(path)
     finally:
         partial.unlink(missing_ok=True)

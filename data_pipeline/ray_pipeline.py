@@ -19,6 +19,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
+from arlon_ray import mirror
 from arlon_ray.config import Config, DataConfig, FilterConfig, VideoConfig
 from data_pipeline.captioners import ClipCaptioner
 from data_pipeline.clips import find_clips
@@ -177,8 +178,9 @@ def encode_clips(staging: Staging, clips: list[pa.Table], config: Config, vae: P
             num_gpus=data.encoder_gpus or None,
             **batch,
         )
+        files, place = mirror.filesystem(staging.encoded)
         encoded.write_parquet(
-            str(staging.encoded), partition_cols=["bucket"], ray_remote_args={"num_cpus": WRITE_CPUS}, **WRITTEN
+            place, filesystem=files, partition_cols=["bucket"], ray_remote_args={"num_cpus": WRITE_CPUS}, **WRITTEN
         )
 
 

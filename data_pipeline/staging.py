@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from arlon_ray.artifact import write_json
+from arlon_ray import mirror
+from arlon_ray.artifact import fetched, write_json
 from data_pipeline.parquet import open_parquet, read_table, write_table
 from data_pipeline.schema import CLIP, REJECT
 
@@ -34,7 +35,7 @@ class Staging:
     """Paths of one run's work folder, and its settings."""
 
     def __init__(self, output: Path) -> None:
-        self.root = output / WORK
+        self.root = fetched(output / WORK)
         self.found, self.encoded = self.root / "found", self.root / "encoded"
         self.ready = self.root / "ready"
         self.clips, self.rejects = self.root / "clips.parquet", self.root / "rejects.parquet"
@@ -58,12 +59,12 @@ class Staging:
     def search_again(self, settings: dict[str, Any]) -> None:
         """The input is another one: forget which clips there are, keep what is found and encoded of those files."""
         for path in (self.clips, self.rejects):
-            path.unlink(missing_ok=True)
+            mirror.remove(path)
         write_json(self.root / "settings.json", settings)
 
     def remove(self) -> None:
         """Remove the work folder."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        mirror.remove(self.root)
 
     def read_found(self, key: str) -> Found | None:
         """What was found in the files that `key` stands for; None if they were not searched yet."""
@@ -74,6 +75,7 @@ class Staging:
 
     def write_found(self, key: str, found: Found) -> None:
         """Note what was found in some files."""
+        self.found.mkdir(parents=True, exist_ok=True)
         write_table(found[1], self._rejects_of(key))
         write_table(found[0], self.found / f"{key}.parquet")
 
@@ -110,6 +112,7 @@ class Staging:
     def encoded_files(self, bucket: str = "*", *, remove_broken: bool = False) -> list[Path]:
         """Whole files that the encoders wrote, for one bucket or all."""
         whole = []
+        mirror.pull(self.encoded)
         for path in sorted(self.encoded.glob(f"bucket={bucket}/*.parquet")):
             try:
                 if remove_broken:
@@ -125,6 +128,8 @@ class Staging:
 
     def encoded_rows(self) -> int:
         """Rows that the encoders have written so far, rejected ones included."""
+        with suppress(OSError):  # of the bucket: the next look may be luckier
+            mirror.pull(self.encoded)
         for path in self.encoded.glob("bucket=*/*.parquet"):
             if path not in self._counted:
                 try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -18,29 +17,18 @@ import pyarrow as pa
 from pyarrow import fs
 
 from arlon_ray.artifact import ArtifactError
+from arlon_ray.mirror import is_remote, opened
 
 #: Bytes that one request to a remote file fetches at least.
 REQUEST_BYTES = 1 << 20
 
 
-def is_remote(location: str | Path) -> bool:
-    """Whether a location is a URI; `file://` and Windows drives are not asked for."""
-    return re.match(r"[a-z][a-z0-9+.-]+://", str(location)) is not None
-
-
-@cache
-def _filesystem(scheme: str, netloc: str, query: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(urlunsplit((scheme, netloc, "/", query, "")))
-
-
 def _remote(location: str) -> tuple[fs.FileSystem, str]:
     """(file system, path on it) of a URI. Raises ArtifactError for one that pyarrow cannot use."""
-    parts = urlsplit(location)
     try:
-        system, root = _filesystem(parts.scheme, parts.netloc, parts.query)
+        return opened(location)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ArtifactError(f"{location}: not a location that can be opened: {error}") from None
-    return system, (root.rstrip("/") + unquote(parts.path)).rstrip("/")
 
 
 def child(location: str, name: str) -> str:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from arlon_ray import mirror
 from arlon_ray.models.codec import load_codec
 from data_pipeline.parquet import WRITTEN, open_parquet
 from data_pipeline.schema import TOKEN, Row
@@ -51,13 +52,15 @@ class TokenWriter:
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         written = 0
         try:
-            source = open_parquet(row["latents"])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = open_parquet(Path(row["latents"]))
             with pq.ParquetWriter(partial, TOKEN, **WRITTEN) as writer:
                 for group in range(source.num_row_groups):
                     table = source.read_row_group(group, columns=["clip_id", "latent", "latent_shape"])
                     writer.write_table(self.extract(table), row_group_size=len(table))
                     written += len(table)
             os.replace(partial, target)
+            mirror.push(target)
         finally:
             partial.unlink(missing_ok=True)
         return {**row, "rows": written}

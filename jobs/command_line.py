@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from arlon_ray.artifact import ArtifactError
+from arlon_ray import mirror
+from arlon_ray.artifact import ArtifactError, one_line
 from arlon_ray.config import Config, ConfigError, load_config, preset_names
 from arlon_ray.heap import keep_freed_memory
 from arlon_ray.training.loop import StoppedError, TrainingError
@@ -43,7 +44,9 @@ def parser(
         result.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override, repeatable"
         )
-    result.add_argument("--output", default=output, metavar="PATH", help=f"where results go (default: {output})")
+    result.add_argument(
+        "--output", default=output, metavar="PATH", help=f"where results go, here or in a bucket (default: {output})"
+    )
     return result
 
 
@@ -53,7 +56,14 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
-    """--output as an absolute path (a submitted job's working directory is temporary), created and writable."""
+    """--output as an absolute path (a submitted job's working directory is temporary), created and writable.
+
+    Of one in a bucket the path that stands for it (`arlon_ray.mirror`).
+    """
+    if mirror.is_remote(arguments.output):
+        folder = mirror.local(arguments.output)
+        check_bucket(folder)
+        return folder
     folder = Path(arguments.output).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,13 +74,26 @@ def output_folder(arguments: argparse.Namespace) -> Path:
     return folder
 
 
+def check_bucket(folder: Path) -> None:
+    """Raises InputError if nothing can be written to a folder of a bucket."""
+    try:
+        mirror.check_writable(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output {folder}: cannot be written to: {one_line(error)}") from None
+
+
 def existing(path: str, flag: str) -> Path:
-    """`path` as an absolute path. Raises InputError that names `flag` if there is nothing."""
+    """`path`, which may be a URI, as an absolute path. Raises InputError that names `flag` if there is nothing."""
     if not path.strip():
         raise InputError(f"{flag}: empty; expected a path")
-    found = Path(path).expanduser().absolute()
-    if not found.exists():
-        raise InputError(f"{flag} {found}: not found")
+    found = mirror.local(path).expanduser().absolute()
+    try:
+        if not mirror.exists(found):
+            raise InputError(f"{flag} {found}: not found")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{flag} {path}: cannot be reached: {one_line(error)}") from None
     return found
 
 
@@ -106,13 +129,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ConfigError, ArtifactError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mirror.named(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except StoppedError as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        print(f"stopped: {mirror.named(str(stopped))}", file=sys.stderr)
         raise SystemExit(os.EX_TEMPFAIL) from None
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mirror.named(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception as error:
         # also where a worker met it: Ray's error quotes the cause

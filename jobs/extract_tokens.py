@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from arlon_ray.artifact import Artifact, ArtifactError, load_artifact, write_json
+from arlon_ray import mirror
+from arlon_ray.artifact import Artifact, ArtifactError, fetched, load_artifact, write_json
 from arlon_ray.config import Config
 from arlon_ray.models.codec import load_codec
 from data_pipeline.dataset import LatentDataset, token_file
@@ -28,7 +28,7 @@ from data_pipeline.manifest import (
     settings_key,
     write_manifest,
 )
-from data_pipeline.parquet import read_table
+from data_pipeline.parquet import open_parquet, read_table
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.tokens import stray_token
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
@@ -68,12 +68,13 @@ def run_extract_tokens(
         "coarse": codecs["coarse"].fingerprint,
     }
     there = finished_manifest(output, TokenManifest)
-    files = [(path, output / token_file(path)) for path in sorted((dataset / "latents").glob("bucket=*/*.parquet"))]
+    latents = mirror.glob(dataset / "latents", "bucket=*/*.parquet")
+    files = [(path, output / token_file(path)) for path in latents]
     if there is not None and there.key == settings_key(settings) and not _missing(files, sizes):
         return TokenSummary(output, there, skipped=True)
     _prepare(output, there, settings, overwrite)
     missing = _missing(files, sizes)
-    total = sum(pq.read_metadata(source).num_rows for source, _ in missing)
+    total = sum(open_parquet(source).metadata.num_rows for source, _ in missing)
     with connect(config):
         # imported once Ray is there: it takes seconds, and bad input must not wait for it
         from data_pipeline.ray_pipeline import extract_all_tokens
@@ -86,7 +87,7 @@ def run_extract_tokens(
         settings=settings,
         fingerprint=settings_key(settings),
         vae_fingerprint=manifest.vae_fingerprint,
-        rows=sum(pq.read_metadata(target).num_rows for _, target in files),
+        rows=sum(open_parquet(target).metadata.num_rows for _, target in files),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         dataset_fingerprint=manifest.fingerprint,
         fine_fingerprint=codecs["fine"].fingerprint,
@@ -99,7 +100,7 @@ def run_extract_tokens(
             f"{dataset}: {result.rows} latent rows, but {manifest.rows} in its manifest: preprocess again"
         )
     write_manifest(output, result)
-    (output / SETTINGS).unlink(missing_ok=True)
+    mirror.remove(output / SETTINGS)
     LatentDataset(dataset, tokens=output)
     return TokenSummary(output, result, skipped=False)
 
@@ -112,7 +113,7 @@ def _missing(files: list[tuple[Path, Path]], sizes: dict[str, int]) -> list[tupl
 def _belongs(tokens: Path, latents: Path, sizes: dict[str, int]) -> bool:
     """Whether a token file is there, whole, and holds the clips of a latent file, in their order."""
     try:
-        if not tokens.exists():
+        if not mirror.exists(tokens):
             return False
         table, clips = read_table(tokens), read_table(latents, ["clip_id"])["clip_id"]
         return table["clip_id"].equals(clips) and all(stray_token(table, *each) is None for each in sizes.items())
@@ -139,7 +140,7 @@ def _check_codec(name: str, artifact: Artifact, dataset: Path, manifest: Dataset
 
 def _prepare(output: Path, there: TokenManifest | None, settings: dict[str, Any], overwrite: bool) -> None:
     """Make `output` ready to go on with these settings. Raises InputError if it was begun with others."""
-    marker = output / SETTINGS
+    marker = fetched(output / SETTINGS)
     other = there.settings if there is not None else None
     if other is None and marker.exists():
         try:
@@ -148,7 +149,7 @@ def _prepare(output: Path, there: TokenManifest | None, settings: dict[str, Any]
             other = None
     if other is not None and _but_clips(other) == _but_clips(settings):
         # the same run, or a dataset that has grown since: files of clips that are still there stay
-        (output / MANIFEST).unlink(missing_ok=True)
+        mirror.remove(output / MANIFEST)
         write_json(marker, settings)
         return
     if other is not None and not overwrite:
@@ -156,10 +157,9 @@ def _prepare(output: Path, there: TokenManifest | None, settings: dict[str, Any]
             f"{output}: holds tokens made otherwise: {differences(other, settings)}; "
             "choose another --output, or --overwrite it"
         )
-    if output.exists():
-        # only what this job writes: the folder may be the user's own
-        for path in [output / MANIFEST, *output.glob("*.parquet")]:
-            path.unlink(missing_ok=True)
+    # only what this job writes: the folder may be the user's own
+    for path in [output / MANIFEST, *mirror.glob(output, "*.parquet")]:
+        mirror.remove(path)
     output.mkdir(parents=True, exist_ok=True)
     write_json(marker, settings)
 
@@ -183,8 +183,9 @@ def main() -> None:
     output = output_folder(arguments) if arguments.output else dataset / "tokens"
     summary = run_extract_tokens(config, dataset, fine, coarse, output, overwrite=arguments.overwrite)
     manifest = summary.manifest
+    where = mirror.named(str(summary.folder))
     print(
-        f"{summary.folder}: {'was there already' if summary.skipped else 'done'}, tokens of {manifest.rows} clips "
+        f"{where}: {'was there already' if summary.skipped else 'done'}, tokens of {manifest.rows} clips "
         f"(codebooks {manifest.fine_codebook_size} fine, {manifest.coarse_codebook_size} coarse)"
     )
 

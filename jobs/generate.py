@@ -14,7 +14,8 @@ from typing import get_args
 import torch
 from pydantic import ValidationError
 
-from arlon_ray.artifact import one_line
+from arlon_ray import mirror
+from arlon_ray.artifact import fetched, one_line
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_FRAMES, Config, Solver
 from arlon_ray.generation import (
@@ -32,7 +33,7 @@ from arlon_ray.generation import (
 from arlon_ray.generation.video import GrowingVideo, encode_fragment
 from data_pipeline.decode import Clip, fit
 from data_pipeline.footage import FootageError, read_picture
-from jobs.command_line import BOX, InputError, existing, parser, run
+from jobs.command_line import BOX, InputError, check_bucket, existing, parser, run
 from jobs.storyboards import add_flags, read_scenes, segment_texts
 
 #: Frames of a clip that goes before the video which are held at a time.
@@ -110,7 +111,7 @@ def read_ends(bundle: Bundle, image: str | None, video: str | None, until: str |
 
 @contextmanager
 def _named(flag: str, text: str) -> Iterator[Path]:
-    path = existing(text, flag)
+    path = fetched(existing(text, flag))
     try:
         yield path
     except (FootageError, ValueError, RuntimeError, OSError) as error:
@@ -132,7 +133,9 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def check_output(path: Path) -> None:
-    """Raises InputError if no file can be written there. Creates nothing."""
+    """Raises InputError if no file can be written there. Creates nothing, but for the folder in front of a bucket."""
+    if mirror.origin(path):
+        check_bucket(path.parent)
     if os.path.isdir(path):
         raise InputError(f"--output {path}: is a folder; expected the name of an mp4")
     above = next(folder for folder in path.parents if os.path.exists(folder))
@@ -171,7 +174,7 @@ def main() -> None:
     if arguments.image and arguments.video:
         raise InputError("--image and --video exclude each other: a video starts from one of them")
     scenes = read_scenes(arguments)
-    path = Path(arguments.output).expanduser().absolute()
+    path = mirror.local(arguments.output).expanduser().absolute()
     check_output(path)
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
     texts = segment_texts(arguments, scenes, bundle.config)
@@ -196,7 +199,8 @@ def main() -> None:
     if arguments.trace:
         timeline.write(Path(arguments.trace))
     seconds = time.perf_counter() - timeline.begin
-    print(f"{path}: {frames} frames ({frames / bundle.config.video.fps:.4g} s) in {seconds:.1f} s")
+    mirror.push(path)
+    print(f"{mirror.named(str(path))}: {frames} frames ({frames / bundle.config.video.fps:.4g} s) in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ Parts that were not trained on each other are refused. With --dit-base alone the
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from arlon_ray import mirror
 from arlon_ray.bundle import PARTS, save_bundle
 from arlon_ray.models.text import text_identity
-from jobs.command_line import InputError, existing, parser, read_config, run, vae_folder
+from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
 
 
 def main() -> None:
@@ -32,8 +31,9 @@ def main() -> None:
     parts = {name: existing(path, f"--{name.replace('_', '-')}") for name, path in given.items() if path is not None}
     if not parts:
         raise InputError("no parts: expected --codec-fine, --codec-coarse, --ar and --dit, or --dit-base, or all")
-    output = Path(arguments.output).expanduser().absolute()
-    print(save_bundle(output, config, {"vae": vae_folder(arguments.vae, config), **parts}, text_identity(config.text)))
+    parts["vae"] = vae_folder(arguments.vae, config)
+    bundle = save_bundle(output_folder(arguments), config, parts, text_identity(config.text))
+    print(mirror.named(str(bundle)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError, load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, config_fingerprint
@@ -79,14 +80,15 @@ class Pipeline:
         key = config_fingerprint(self.config)
         with connect(self.config), self.tracking.pipeline("pipeline", key=key):
             bundle = self.train()
-            self.serve(bundle)
+            if mirror.origin(self.output) is None:
+                self.serve(bundle)
         print(f"\n{self.ledger.table()}\n\n{self.next_commands(bundle)}", flush=True)
 
     def train(self) -> Path:
         """Videos to a bundle."""
         config, output, stage = self.config, self.output, self.ledger.stage
         rendered = output / "videos"
-        videos = self.source or str(rendered)
+        videos = self.source or mirror.origin(rendered) or str(rendered)
         if self.source is None:
             stage(
                 "sample videos",
@@ -189,6 +191,9 @@ class Pipeline:
 
     def next_commands(self, bundle: Path) -> str:
         """What to try next."""
+        if mirror.origin(self.output):  # what serves it may be another machine
+            where = mirror.named(str(bundle))
+            return f"next:\n  python jobs/generate.py --bundle {where!r} --prompt {DEMO_PROMPTS[0]!r} --segments 6"
         here = Path(os.path.relpath(self.output))
         prompt = DEMO_PROMPTS[0]
         return "\n".join([

@@ -5,11 +5,11 @@ Interrupt it at will and run it again: it goes on. Run it again on an input that
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError, load_artifact
 from arlon_ray.config import Config, FilterConfig
 from arlon_ray.models.text import text_identity
@@ -180,9 +180,8 @@ def _refuse_other_settings(output: Path, staging: Staging, settings: dict[str, A
 
 def _clear(output: Path) -> None:
     # the manifest goes first: without it nothing takes what is left for a finished dataset
-    (output / MANIFEST).unlink(missing_ok=True)
-    for name in ("latents", "tokens", WORK):
-        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (MANIFEST, "latents", "tokens", WORK):
+        mirror.remove(output / name)
 
 
 def _finish(
@@ -250,7 +249,8 @@ def main() -> None:
     manifest = summary.manifest
     state = "was there already" if summary.skipped else "done"
     buckets = ", ".join(f"{name}: {rows}" for name, rows in manifest.buckets.items())
-    print(f"{summary.folder}: {state}, {manifest.rows} clips ({buckets}), {manifest.rejects} rejects")
+    where = mirror.named(str(summary.folder))
+    print(f"{where}: {state}, {manifest.rows} clips ({buckets}), {manifest.rejects} rejects")
 
 
 if __name__ == "__main__":

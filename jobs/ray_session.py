@@ -12,6 +12,7 @@ from pathlib import Path
 
 from arlon_ray.config import Config
 from arlon_ray.heap import heap_environment
+from jobs.versions import check_nodes
 
 #: Ray Train's workers hold their CPUs while Ray Data or Serve need some: with fewer than this, one waits for the other
 #: for ever. On a box with two cores they are logical: the threads share the cores.
@@ -106,6 +107,8 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
         )
         _own = True
     try:
+        if not _own:
+            check_nodes()
         yield
     finally:
         _own = False

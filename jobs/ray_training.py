@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import threading
 import uuid
@@ -12,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from arlon_ray import mirror
 from arlon_ray.artifact import Artifact, load_artifact, write_json
 from arlon_ray.config import Config, TrainingConfig
 from arlon_ray.training.checkpoints import KEPT_CHECKPOINTS
@@ -112,7 +112,7 @@ def train_stage(
         if tracked:
             tracked.artifact(artifact)
     if not keep_checkpoints:
-        shutil.rmtree(storage_folder(output), ignore_errors=True)
+        mirror.remove(storage_folder(output))
     return artifact
 
 
@@ -130,9 +130,10 @@ def _check_resources(name: str, config: Config, reader: JournalReader) -> None:
 
 def _refuse_other_settings(folder: Path, settings: Mapping[str, Any], output: Path) -> None:
     """Raises InputError if a training with other settings, of which there is a checkpoint, is to become `output`."""
-    for other in folder.parent.glob("*"):
-        if other != folder and any(other.glob("step-*")):
-            theirs = json.loads((other / SETTINGS_FILE).read_text()) if (other / SETTINGS_FILE).exists() else {}
+    for other in mirror.glob(folder.parent, "*"):
+        if other != folder and mirror.glob(other, "step-*"):
+            note = other / SETTINGS_FILE
+            theirs = json.loads(mirror.read(note)) if mirror.exists(note) else {}
             raise InputError(
                 f"{output}: a training with other settings is under way there: {differences(theirs, dict(settings))}; "
                 f"go on with those, choose another --output, or remove {folder.parent}"
@@ -160,6 +161,7 @@ def _fit(name: str, task: dict[str, Any], config: Config, reader: JournalReader)
     log = folder / "error.log"
     with suppress(OSError):
         log.write_text(str(error))
+        mirror.push(log)
     noted = FailureNote(folder, task["attempt"]).read()
     raise TrainingError(noted or f"{name}: {_in_one_line(error)}; details: {log}") from None
 
@@ -201,7 +203,7 @@ def _stopping_on_sigterm(name: str, file: Path, reader: JournalReader) -> Iterat
 
     def stop(*_: object) -> None:
         nonlocal too_early
-        file.touch()
+        write_json(file, {})
         if not reader.heard:
             too_early = True
             raise KeyboardInterrupt  # no other error gets through Ray's waiting
@@ -215,7 +217,7 @@ def _stopping_on_sigterm(name: str, file: Path, reader: JournalReader) -> Iterat
         raise StoppedError(f"{name}: stopped before it began; the same command begins again") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-        file.unlink(missing_ok=True)
+        mirror.remove(file)
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -234,6 +236,7 @@ def _trainer(task: dict[str, Any], config: Config) -> Any:
     from ray.train.torch import TorchTrainer
 
     cluster, folder = config.cluster, Path(task["folder"])
+    files, place = mirror.filesystem(folder.parent)
     workers = (cluster.num_workers, cluster.max_workers) if cluster.max_workers else cluster.num_workers
     return TorchTrainer(
         train_worker,
@@ -246,7 +249,8 @@ def _trainer(task: dict[str, Any], config: Config) -> Any:
         # mypy sees the class of Ray Train v1 behind this name
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=folder.name,
-            storage_path=str(folder.parent),
+            storage_path=place,
+            storage_filesystem=files,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             worker_runtime_env={"env_vars": worker_environment(config)},
@@ -293,4 +297,5 @@ def train_worker(task: dict[str, Any]) -> None:
         checkpoints.settle()
         raise
     if result.artifact:
+        mirror.forget(folder)
         reporter.done(result.artifact.lineage.kind)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from arlon_ray import mirror
 from arlon_ray.config import FilterConfig
 from data_pipeline.collection import Collection, read_collection
 from data_pipeline.finish import described, make_ready, publish, reject_duplicates, report_of
@@ -33,7 +34,7 @@ def run_refilter(filters: FilterConfig, dataset: Path, output: Path) -> DatasetM
     that was not measured, leaves nothing, or where `output` holds a dataset; ArtifactError where `dataset` is none.
     """
     there = read_manifest(dataset, DatasetManifest)
-    if (output / MANIFEST).exists():
+    if mirror.exists(output / MANIFEST):
         raise InputError(f"{output}: holds a dataset already: choose another --output")
     strict = _with_its_own(filters, there)
     before = read_collection(dataset)
@@ -97,7 +98,7 @@ def _with_its_own(filters: FilterConfig, there: DatasetManifest) -> FilterConfig
 
 def _write_parts(source: Path, target: Path, ids: np.ndarray) -> None:
     """Copy the rows of these clips, part by part, in row groups of the same size."""
-    for path in sorted(source.glob("bucket=*/*.parquet")):
+    for path in mirror.glob(source, "bucket=*/*.parquet"):
         file = open_parquet(path)
         table = file.read()
         chosen = table.filter(pa.array(np.isin(table["clip_id"].to_numpy(), ids)))

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from arlon_ray import mirror
 from arlon_ray.config import Config
 from data_pipeline.progress import Progress
 from data_pipeline.synthetic import remove_samples_from, write_sample
@@ -30,7 +31,7 @@ def run_render_samples(config: Config, folder: Path, *, count: int | None = None
     Default: `data.sample_videos` and `seed` of the configuration.
     """
     total = config.data.sample_videos if count is None else count
-    folder.mkdir(parents=True, exist_ok=True)
+    mirror.pull(folder).mkdir(parents=True, exist_ok=True)
     remove_samples_from(folder, total)
     work = partial(render_chunk, folder=folder, seed=config.seed if seed is None else seed, config=config)
     chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
@@ -46,6 +47,7 @@ def run_render_samples(config: Config, folder: Path, *, count: int | None = None
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    mirror.push(folder)
     return rendered
 
 
@@ -63,7 +65,9 @@ def main() -> None:
     folder = output_folder(arguments)
     rendered = run_render_samples(config, folder, count=arguments.count, seed=arguments.seed)
     total = config.data.sample_videos if arguments.count is None else arguments.count
-    print(f"{folder}: {total} videos ({rendered} rendered now, {total - rendered} were there already)")
+    print(
+        f"{mirror.named(str(folder))}: {total} videos ({rendered} rendered now, {total - rendered} were there already)"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import socket
 import threading
 
 from arlon_ray.bundle import load_bundle
+from arlon_ray.mirror import is_remote
 from jobs import command_line
 from jobs.ray_session import connect
 from serve.app import check_devices, serve_bundle
@@ -64,6 +65,11 @@ def main() -> None:
         print("this bundle is text-only: it is served without an AR", flush=True)
     check_devices(config)
     check_port(config.serve.host, config.serve.port)
+    if is_remote(arguments.output):
+        raise command_line.InputError(
+            f"--output {arguments.output}: the service keeps a database there: name a folder, or set serve.data_dir to "
+            "the bucket and serve.database_url to a database"
+        )
     data = command_line.output_folder(arguments)
     # a wrong text encoder would otherwise show as replicas that never start
     bundle.check_text()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from arlon_ray import mirror
 from arlon_ray.artifact import Artifact, finished, load_artifact
 from arlon_ray.config import Config, TrainingConfig, config_fingerprint, effective_settings
 from arlon_ray.opensora.importing import DIT_FIELDS
@@ -46,7 +47,8 @@ class StageOutcome:
 def report(outcome: StageOutcome) -> None:
     """Say on the screen what a stage ended with and where it is."""
     figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.artifact.lineage.metrics.items())
-    print(f"{'nothing to do, it is there' if outcome.skipped else 'done'}: {outcome.artifact.path}  {figures}")
+    where = mirror.named(str(outcome.artifact.path))
+    print(f"{'nothing to do, it is there' if outcome.skipped else 'done'}: {where}  {figures}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from arlon_ray import __version__
+from arlon_ray import __version__, mirror
 from arlon_ray.artifact import Artifact, write_json
 from arlon_ray.config import Config, TrainingConfig, flat
 from arlon_ray.training.loop import StoppedError
@@ -40,8 +40,8 @@ class Tracking:
     """The tracking of one job. `root` is the output folder; `announce` says once what does not work."""
 
     def __init__(self, config: Config, root: Path, announce: Callable[[str], None] | None = None) -> None:
-        self.config, self.root = config, root.absolute()
-        self.uri = tracking_uri(config, root)
+        self.config, self.root = config, mirror.aside(root.absolute())
+        self.uri = tracking_uri(config, self.root)
         self.parent_run: str | None = None
         self._announce = announce or (lambda text: print(text, file=sys.stderr, flush=True))
         self._client: Any = None

@@ -3,12 +3,12 @@
 # no postponed annotations: Serve looks at the type of `application`'s argument
 
 from functools import partial
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from arlon_ray.bundle import load_bundle
+from arlon_ray.mirror import local
 from serve.app import build_app
 from serve.settings import config_of
 
@@ -26,7 +26,7 @@ class Arguments(BaseModel):
 
 def application(arguments: Arguments) -> serve.Application:
     """The application that serves a bundle. Raises ArtifactError and ConfigError."""
-    bundle = load_bundle(Path(arguments.bundle).expanduser())
+    bundle = load_bundle(local(arguments.bundle).expanduser())
     configured = partial(config_of, source=arguments.config, overrides=arguments.set)
     bundle.check_text()
     return build_app(configured(bundle), bundle, arguments.data, configured)

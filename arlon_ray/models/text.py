@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from arlon_ray.artifact import ArtifactError, load_artifact, one_line, read_object, sha256_of
+from arlon_ray.artifact import ArtifactError, fetched, load_artifact, one_line, read_object, sha256_of
 from arlon_ray.config import TextConfig
 from arlon_ray.models.captions import clean_caption, with_scores
 from arlon_ray.models.minilm import WordPieces, load_minilm
@@ -167,7 +167,7 @@ def _minilm_weights(config: TextConfig) -> Path:
 
 def _minilm_folder(config: TextConfig) -> Path:
     if config.path is not None:
-        return Path(config.path)
+        return fetched(config.path)
     # the package's own __init__ imports sentence-transformers, which takes seconds: only its folder is wanted
     spec = find_spec(MINILM_PACKAGE)
     if spec is None or spec.origin is None:
@@ -196,7 +196,7 @@ def _t5_folder(config: TextConfig) -> Path:
             "text.path is not set: import T5 with jobs/import_opensora.py --text PATH|HUB --output DIR, "
             "then --set text.path=DIR/text"
         )
-    return Path(config.path)
+    return fetched(config.path)
 
 
 def _quiet() -> None:

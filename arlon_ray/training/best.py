@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from arlon_ray import mirror
 from arlon_ray.artifact import whole_folder, write_json
 from arlon_ray.training.checkpoints import is_whole, read_progress
 
@@ -36,7 +37,7 @@ class BestCheckpoint:
     def read(self) -> Best | None:
         """What is kept; None where nothing of this run is, or not whole."""
         try:
-            best = Best(**json.loads((self.folder / NOTE_FILE).read_text()))
+            best = Best(**json.loads((mirror.pull(self.folder) / NOTE_FILE).read_text()))
         except (OSError, ValueError, TypeError):
             return None
         ours = best.figure == self.figure and read_progress(self.folder).get("key") == self.key

@@ -12,6 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
     return checksum
 
 
+STATE_FILES = "state-*-of-*.safetensors"
+
+
+def is_complete(names: Iterable[str]) -> bool:
+    """Whether the files of all workers are among these names."""
+    ours = [name for name in names if fnmatch(name, STATE_FILES)]
+    return bool(ours) and len(ours) == _world_of(ours[0])
+
+
+def _world_of(name: str) -> int:
+    return int(name.removesuffix(".safetensors").rpartition("-")[2])
+
+
 class SavedState:
     """What all workers wrote into a folder. Raises ValueError if a file is missing, SafetensorError if one is cut."""
 
@@ -94,8 +108,8 @@ class SavedState:
         self.folder = folder
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         self._files: list[tuple[Path, Any]] = []
-        paths = sorted(folder.glob("state-*-of-*.safetensors"))
-        world = int(paths[0].stem.rpartition("-")[2]) if paths else 1
+        paths = sorted(folder.glob(STATE_FILES))
+        world = _world_of(paths[0].name) if paths else 1
         if len(paths) != world:
             raise ValueError(f"{len(paths)} of {world} files of the workers' state are there")
         self.steps = 0
