@@ -32,7 +32,7 @@ from jobs.command_line import InputError, existing, parser, read_config, run
 from jobs.plan_tables import memory_tables, print_plan
 
 #: What a letter behind a number says, and units that may follow.
-FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "p": 1e15}
+FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 UNITS = ("b/s", "bytes", "bits", "/s", "b")
 NUMBER = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([a-zA-Z/]*)")
 HOURS_A_MONTH = 730
