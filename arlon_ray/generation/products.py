@@ -118,6 +118,8 @@ def _of_onednn(packed: Tensor) -> Product:
     alone, with_added = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
 
     def product(x: Tensor, added: Tensor | None = None) -> Tensor:
+        if len(x) == 1:  # with AVX-512 one row of many inputs is summed in another order than several
+            return product(x.expand(2, -1), None if added is None else added.expand(2, -1))[:1]
         if added is None:
             return alone(x, packed, None, "none", [], "")
         return with_added(x, added, packed, None, "add")
