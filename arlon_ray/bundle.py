@@ -17,7 +17,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +44,7 @@ from arlon_ray.models.dit import STDiT3, load_dit
 from arlon_ray.models.quantised import quantise
 from arlon_ray.models.text import TextEncoder, load_text_encoder, text_identity
 from arlon_ray.models.vae import VideoVAE, load_vae
+from arlon_ray.offload import Offload, Turns
 from arlon_ray.precision import NOTE, arithmetic, falls_back
 
 log = logging.getLogger(__name__)
@@ -104,10 +106,15 @@ def _link(source: str, target: str) -> None:
 
 
 class Bundle:
-    """An opened bundle. Lineage is verified when it is opened; each part is loaded when it is first asked for."""
+    """An opened bundle. Lineage is verified when it is opened; each part is loaded when it is first asked for.
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        self.path, self.device = fetched(path), torch.device(device)
+    `offload`: which parts are not on the device, or only while they work: whoever uses one does so within `at_work`.
+    (The fine codec, which is small, is always there.)
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu", offload: Offload = "none") -> None:
+        self.path, self.device, self.offload = fetched(path), torch.device(device), offload
+        self.turns = Turns(self.device)
         manifest = _read_json(self.path / MANIFEST)
         try:
             config = Config.model_validate(manifest["config"])
@@ -150,13 +157,19 @@ class Bundle:
     @cached_property
     def vae(self) -> VideoVAE:
         """The video VAE."""
-        return load_vae(self.path / PARTS["vae"][0], self.device, bounds=self.config.vae)
+        return self._waiting(load_vae(self.path / PARTS["vae"][0], self._home, bounds=self.config.vae))
 
     @cached_property
     def text(self) -> TextEncoder:
         """The text encoder. Raises ArtifactError as `check_text` does."""
         self.check_text()
-        return load_text_encoder(self.config.text, self.device)
+        if self.offload in ("text", "all"):
+            encoder = load_text_encoder(self.config.text, "cpu")
+        else:
+            encoder = load_text_encoder(self.config.text, self._home, self.device)
+            encoder.at_work = partial(self.at_work, self._waiting(encoder.model))
+        encoder.values_to = self.device
+        return encoder
 
     def check_text(self) -> None:
         """Raises ArtifactError if the text encoder that is here is not the one that was trained with. Loads nothing."""
@@ -189,10 +202,29 @@ class Bundle:
     def _loaded(self, load: Callable[[Path, torch.device, torch.dtype], M], name: str) -> M:
         """A part in the precision that the configuration asks for."""
         if self.config.precision != "int8":
-            return load(self._part(name), self.device, self._dtype)
+            return self._waiting(load(self._part(name), self._home, self._dtype))
         # the device never holds it whole
         quantise(model := load(self._part(name), torch.device("cpu"), self._dtype))
-        return model.to(self.device)
+        return self._waiting(model.to(self._home))
+
+    @property
+    def offloads_idle(self) -> bool:
+        """Whether parts are on the device only while they work."""
+        return self.offload in ("idle", "all")
+
+    @property
+    def _home(self) -> torch.device:
+        """Where a part is when it is loaded."""
+        return torch.device("cpu") if self.offloads_idle else self.device
+
+    def _waiting(self, model: M) -> M:
+        if self.offloads_idle:
+            self.turns.waits(model)
+        return model
+
+    def at_work(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Within it a part of this bundle is on its device; see `Turns.at_work`."""
+        return self.turns.at_work(part)
 
     def _part(self, name: str) -> Path:
         """Raises ArtifactError if the bundle is text-only and the part belongs to guidance."""
@@ -201,9 +233,9 @@ class Bundle:
         return self.path / PARTS[name][0]
 
 
-def load_bundle(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
+def load_bundle(path: str | Path, device: str | torch.device = "cpu", offload: Offload = "none") -> Bundle:
     """Open a bundle. Raises ArtifactError, in one line, if a part is missing, damaged, or of another lineage."""
-    return Bundle(path, device)
+    return Bundle(path, device, offload)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ training    forward and backward of STDiT3-XL/2 in bf16: MFU at 240p and 720p, c
 sampling    a step with text and token guidance beside Open-Sora's formulas with the same weights, and its memory
 videos      whole videos of the `small` preset (157 M): text alone with 30 steps, guided by the AR with 6
 loading     STDiT3-XL/2 from an artefact
+offload     memory and time of a video whose idle parts wait in the CPU's memory, beside all on the GPU
 attention   torch's kernels at these sizes
 ar          `benchmarks.ar_decoding`, in a process of its own
 
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_attention import attention_kernels
+from benchmarks.gpu_offload import offloaded
 from benchmarks.gpu_sampling import loading, steps, whole_videos, xl2
 from benchmarks.gpu_training import measured_ceilings, training_speed
 from benchmarks.machine import machine
@@ -44,7 +46,7 @@ TRAININGS = [
     ("bf16", True, "240p"), ("bf16", True, "720p"), ("bf16", False, "240p"), ("autocast", True, "240p"),
     ("bf16", False, "720p"), ("autocast", True, "720p"),
 ]  # fmt: skip
-CASES = ("ceilings", "training", "sampling", "videos", "loading", "attention", "ar")
+CASES = ("ceilings", "training", "sampling", "videos", "loading", "offload", "attention", "ar")
 #: What a case took on an H100, roughly, in seconds: it is not begun with less left.
 LEAST_S = 8.0
 
@@ -151,6 +153,7 @@ def main() -> None:
         "sampling": lambda: sampling(report, device, small),
         "videos": lambda: videos(report, device, small),
         "loading": lambda: report.case("loading", lambda: loading(xl2(small), device)),
+        "offload": lambda: report.case("offload", lambda: offloaded(device, small)),
         "attention": lambda: report.case("attention", lambda: attention_kernels(device, small)),
         "ar": lambda: autoregression(report, device, small),
     }

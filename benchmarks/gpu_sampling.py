@@ -28,6 +28,7 @@ from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.dit import STDiT3, load_dit
 from arlon_ray.models.text import TextEmbedding
 from arlon_ray.models.vae import build_vae
+from arlon_ray.offload import Offload, Turns
 from arlon_ray.precision import arithmetic
 from arlon_ray.training.engine import compile_blocks
 from benchmarks.gpu_training import clean
@@ -197,7 +198,7 @@ class RandomText:
         return TextEmbedding(values, mask.expand(len(captions), -1))
 
 
-def random_bundle(config: Config, device: str) -> Bundle:
+def random_bundle(config: Config, device: str, offload: Offload = "none") -> Bundle:
     """A bundle of models with random weights that lie on no disk."""
     dtype = arithmetic(config.precision, device)
     channels = config.vae.latent_channels
@@ -216,7 +217,11 @@ def random_bundle(config: Config, device: str) -> Bundle:
     bundle = Bundle.__new__(Bundle)
     bundle.config, bundle.device, bundle.path = config, torch.device(device), Path("random")
     bundle.artifacts = {"dit": None}  # type: ignore[dict-item]
+    bundle.offload, bundle.turns = offload, Turns(bundle.device)
     parts: dict[str, Any] = {name: model.eval().requires_grad_(False) for name, model in models.items()}
+    if bundle.offloads_idle:
+        for name in ("vae", "ar", "dit"):
+            bundle.turns.waits(parts[name].cpu())
     vars(bundle).update(parts, baseline=parts["dit"], text=RandomText(config, device))
     return bundle
 

@@ -31,6 +31,7 @@ from arlon_ray.generation import (
     given_picture,
 )
 from arlon_ray.generation.video import GrowingVideo, encode_fragment
+from arlon_ray.offload import Offload
 from data_pipeline.decode import Clip, fit
 from data_pipeline.footage import FootageError, read_picture
 from jobs.command_line import BOX, InputError, check_bucket, existing, parser, run
@@ -125,11 +126,18 @@ def device_of(config: Config) -> str:
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def open_bundle(path: Path) -> Bundle:
-    """The bundle, on the device that its own configuration asks for."""
+def open_bundle(path: Path, offload: Offload = "none") -> Bundle:
+    """The bundle, on the device that its own configuration asks for.
+
+    Raises InputError if that is the CPU, and something is to be offloaded.
+    """
     bundle = load_bundle(path)
     device = device_of(bundle.config)
-    return bundle if device == "cpu" else load_bundle(path, device)
+    if device == "cpu" and offload != "none":
+        raise InputError(
+            f"--offload {offload}: frees a GPU's memory, but this bundle computes on the CPU: leave it out"
+        )
+    return bundle if device == "cpu" else load_bundle(path, device, offload)
 
 
 def check_output(path: Path) -> None:
@@ -169,6 +177,13 @@ def main() -> None:
     flags.add_argument("--until", metavar="FILE", help="a clip to lead up to: shown behind the new frames")
     flags.add_argument("--baseline", action="store_true", help="the text-only DiT, without the AR's tokens")
     flags.add_argument("--project", metavar="DIR", help="keep what each segment was made of, for jobs/edit.py")
+    flags.add_argument(
+        "--offload",
+        choices=get_args(Offload),
+        default="none",
+        help="for a small GPU: text: the text encoder computes on the CPU; idle: parts are on the GPU only while they "
+        "work; all: both",
+    )
     flags.add_argument("--trace", metavar="FILE", help="write who worked when, for ui.perfetto.dev")
     arguments = flags.parse_args()
     if arguments.image and arguments.video:
@@ -176,7 +191,7 @@ def main() -> None:
     scenes = read_scenes(arguments)
     path = mirror.local(arguments.output).expanduser().absolute()
     check_output(path)
-    bundle = open_bundle(existing(arguments.bundle, "--bundle"))
+    bundle = open_bundle(existing(arguments.bundle, "--bundle"), arguments.offload)
     texts = segment_texts(arguments, scenes, bundle.config)
     try:
         options = default_options(

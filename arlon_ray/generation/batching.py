@@ -66,3 +66,5 @@ def run_alone(batch: Batch[M], request: Generator[M, Any, Result]) -> Result:
     except StopIteration as ended:
         result: Result = ended.value
         return result
+    finally:
+        request.close()

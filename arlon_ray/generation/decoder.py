@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from arlon_ray.generation import native
 from arlon_ray.generation.fused import FusedTrunk, agrees, fused_trunk
+from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.products import Norm, Products
@@ -26,6 +27,8 @@ from arlon_ray.models.ar import ArTransformer, KeyValueCache
 
 #: On a device whose host does not know how far a row is, so many positions at a time are attended to.
 BUCKET = 256
+#: Captured steps that are kept: what changes a step is how many members there are, and how far they are (`BUCKET`).
+GRAPHS = 64
 
 
 class Choice(NamedTuple):
@@ -284,11 +287,14 @@ Work = Callable[[], None]
 
 
 class Graphs:
-    """Works on buffers that do not move, captured as CUDA graphs, one a key: what is done first, is done plainly."""
+    """Works on buffers that do not move, captured as CUDA graphs, one a key: what is done first, is done plainly.
 
-    def __init__(self, device: torch.device) -> None:
+    A graph takes memory: those of the `most` keys that came last are kept, the others captured again when they come.
+    """
+
+    def __init__(self, device: torch.device, most: int = GRAPHS) -> None:
         self._device, self._seen = device, set[object]()
-        self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
+        self._graphs: Latest[object, torch.cuda.CUDAGraph] = Latest(most)
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: object, work: Work) -> None:
@@ -297,7 +303,8 @@ class Graphs:
             self._seen.add(key)
             work()
             return
-        if key not in self._graphs:
+        graph = self._graphs.get(key)
+        if graph is None:
             graph = torch.cuda.CUDAGraph()
             # other threads may use the device meanwhile
             with (
@@ -305,5 +312,7 @@ class Graphs:
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
             ):
                 work()
-            self._graphs[key] = graph
-        self._graphs[key].replay()
+            if len(self._graphs) == self._graphs.most:
+                torch.cuda.synchronize(self._device)  # the one that makes room may still be at work
+            self._graphs.put(key, graph)
+        graph.replay()

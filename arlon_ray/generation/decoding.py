@@ -31,7 +31,8 @@ class FrameDecoder:
         """
         if not np.isfinite(latents).all():
             raise ValueError(f"{int((~np.isfinite(latents)).sum())} of {latents.size} latents are not finite")
-        video = self.vae.decode(torch.from_numpy(latents)[None].to(self.bundle.device))[0]
+        with self.bundle.at_work(self.vae):
+            video = self.vae.decode(torch.from_numpy(latents)[None].to(self.bundle.device))[0]
         frames = ((video + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
         return blend_seams(frames, before, seam_frames)
 

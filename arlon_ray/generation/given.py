@@ -48,4 +48,5 @@ def _encode(bundle: Bundle, frames: np.ndarray) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.shape[1:] != (*size, 3):
         raise ValueError(f"frames of {frames.dtype} {list(frames.shape)}: expected uint8 [T, {size[0]}, {size[1]}, 3]")
     pixels = torch.from_numpy(frames).to(bundle.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-    return bundle.vae.encode(pixels)[0].float().cpu().numpy()
+    with bundle.at_work(bundle.vae):
+        return bundle.vae.encode(pixels)[0].float().cpu().numpy()

@@ -95,9 +95,10 @@ class ArPlanner:
         return Plan(self, prompts, seed, options, on_token, given, planned)
 
     def batch(self, most: int = 1) -> SamplingBatch:
-        """What plans of at most so many videos share. Its memory is taken at once."""
+        """What plans of at most so many videos share. Its memory is taken at once, if it is held while it is idle."""
         t, h, w = self.model.block_grid((self.config.ar_window_groups * self.group_grid[0], *self.group_grid[1:]))
-        return SamplingBatch(self.model, self.config.text.max_tokens + t * h * w, most)
+        positions = self.config.text.max_tokens + t * h * w
+        return SamplingBatch(self.model, positions, most, held=not self.bundle.offloads_idle)
 
     def _alone(self, request: Generator[Sampling, Any, T]) -> T:
         """`run_alone` in a batch that is kept for the next time: weights laid out, graphs captured."""
@@ -206,9 +207,9 @@ class ArPlanner:
             others = [other for other in heard if other != prompt] if options.ar_contrast else []
             away = (others or [options.negative_prompt])[-1]
             against = self.text.encode([away]) if away else None
-            window = yield Sampling(
-                self.text.encode([prompt]), window, grid, options, generator, on_token, against, times[:until]
-            )
+            text = self.text.encode([prompt])
+            with self.bundle.at_work(self.model):
+                window = yield Sampling(text, window, grid, options, generator, on_token, against, times[:until])
             heard.append(prompt)
         return window[sink:]
 

@@ -19,6 +19,7 @@ from arlon_ray.diffusion.rectified_flow import add_noise, schedule, time_ratio
 from arlon_ray.diffusion.solvers import FlowPath
 from arlon_ray.generation.batching import Member, run_alone
 from arlon_ray.generation.guidance import GuidedVelocity, StepCache, Together, guided_velocity, velocities
+from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import SegmentText
@@ -105,7 +106,7 @@ class DenoisingBatch:
 
     def __init__(self, most: int = 1) -> None:
         self.most, self.members = most, list[Denoising]()
-        self._together: dict[tuple[GuidedVelocity, ...], Together] = {}
+        self._together: Latest[tuple[GuidedVelocity, ...], Together] = Latest(_KEPT)
 
     def has_room(self) -> bool:
         """See Batch."""
@@ -134,10 +135,7 @@ class DenoisingBatch:
             kinds.setdefault((*field.kind(), reuse), []).append((member, field, late))
         for same in kinds.values():
             members, fields, lates = zip(*same, strict=True)
-            together = self._together.pop(fields, None) or Together(fields)
-            self._together[fields] = together  # the latest last
-            if len(self._together) > _KEPT:
-                del self._together[next(iter(self._together))]
+            together = self._together.get(fields) or self._together.put(fields, Together(fields))
             paths = [member.path for member in members]
             velocity = velocities(together, [p.x for p in paths], [p.time_B for p in paths], lates)
             for member, its in zip(members, velocity, strict=True):
@@ -219,8 +217,6 @@ class DiTRenderer:
             raise ValueError(f"cache_layers={options.cache_layers}: expected at most {depth - 1} of {depth} layers")
         text, shares = self._encoded(prompt, behind)
         negative = self.text.encode([options.negative_prompt]) if options.negative_prompt else None
-        fps = self.config.video.fps
-        field = guided_velocity(model, shape, text, coarse, noisy, fps, size, options, shares, negative)
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
         ratio = time_ratio(*size, shape[0], self.config.dit.time_base_pixels) * self.config.dit.time_scale
@@ -231,7 +227,10 @@ class DiTRenderer:
             noise = add_noise(coarse, noise, noise.new_full((1,), times[0]))
         path = FlowPath(noise, times, (noisy, given), options.solver)
         cache = StepCache(options.cache_layers, options.cache_every)
-        return (yield Denoising(index, field, path, slice(kept, segment.latents), cache, on_step))
+        fps, new = self.config.video.fps, slice(kept, segment.latents)
+        with self.bundle.at_work(model):
+            field = guided_velocity(model, shape, text, coarse, noisy, fps, size, options, shares, negative)
+            return (yield Denoising(index, field, path, new, cache, on_step))
 
     def _encoded(self, text: SegmentText, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Embeddings [V, L, E] and mask [V, L] of a segment's texts, and their shares of each latent frame.

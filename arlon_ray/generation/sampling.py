@@ -73,7 +73,7 @@ class SamplingBatch:
 
     Members' rows lie one behind the other; where one leaves, those behind it move up. On a GPU the host runs a few
     steps ahead: what `on_token` says holds for the step that it was asked before, and numbers that are not finite are
-    noticed when their member ends.
+    noticed when their member ends. `held`: what it has on the device stays there while it has no members.
     """
 
     def __init__(
@@ -83,14 +83,20 @@ class SamplingBatch:
         most: int = 1,
         by_index: bool | None = None,
         fused: bool | None = None,
+        held: bool = True,
     ) -> None:
-        self.model, self.most, self.positions = model, most, positions
-        self.decoder = Decoder(model, positions, most, by_index, fused)
+        self.model, self.most, self.positions, self._held = model, most, positions, held
+        self._make = partial(Decoder, model, positions, most, by_index, fused)
         self.members: list[Sampling] = []
-        cuda = self.decoder.device.type == "cuda"
-        self._graphs = Graphs(self.decoder.device) if cuda and self.decoder.by_index else None
         self._ahead: deque[torch.cuda.Event] = deque()
         self._arranged = False
+        if held:
+            self._take_memory()
+
+    def _take_memory(self) -> None:
+        self.decoder = self._make()
+        cuda = self.decoder.device.type == "cuda"
+        self._graphs = Graphs(self.decoder.device) if cuda and self.decoder.by_index else None
 
     @property
     def rows(self) -> int:
@@ -104,7 +110,7 @@ class SamplingBatch:
     @torch.no_grad()
     def join(self, member: Sampling) -> None:
         """See Batch. Runs the text and the context, by themselves."""
-        model, decoder = self.model, self.decoder
+        model = self.model
         text, mask = member.text
         if member.rows > 1:
             other = member.against or model.without_text(text, mask, torch.ones_like(mask[:, 0]))
@@ -117,6 +123,9 @@ class SamplingBatch:
         if blocks.shape[1] == member.total:
             member.end(member.context)
             return
+        if not self._held and not self.members:
+            self._take_memory()
+        decoder = self.decoder
         x, attention = model.embed(text, mask, blocks.expand(len(text), -1, -1), grid, member.times)
         member.filled = x.shape[1]
         rotary = model.rotary(length, grid, length + member.total, x.device, member.times)
@@ -157,6 +166,9 @@ class SamplingBatch:
                 tensor[begin : until - width] = tensor[begin + width : until].clone()
         self.members.remove(member)
         self._arranged = False
+        if not self._held and not self.members:  # with the weights that they have laid out, or read
+            self._ahead.clear()
+            del self.decoder, self._graphs
 
     def step(self) -> list[Sampling]:
         """See Batch: a block for each member, then the transformer on those that have more to come."""

@@ -6,6 +6,7 @@ Legend: B captions, L tokens (always `max_tokens`, padded), D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +39,13 @@ class TextEncoder:
 
     def __init__(self, config: TextConfig, model: Any, tokenizer: Any, identity: str) -> None:
         self.config, self.model, self.tokenizer, self.identity = config, model, tokenizer, identity
+        #: What its work is done within, and where its values go (None: they stay where the model is).
+        self.at_work: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.values_to: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the model is now."""
         return next(self.model.parameters()).device
 
     def count_tokens(self, text: str) -> int:
@@ -56,6 +60,11 @@ class TextEncoder:
         limit = self.config.max_tokens
         texts = [_prepared(caption, self.config) for caption in captions]
         ids = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        with self.at_work():
+            values, mask = self._encoded(ids, limit)
+        return TextEmbedding(values.to(self.values_to), mask.to(self.values_to))
+
+    def _encoded(self, ids: Sequence[list[int]], limit: int) -> TextEmbedding:
         values = torch.zeros(len(ids), limit, self.config.dim, device=self.device)
         mask = torch.zeros(len(ids), limit, dtype=torch.bool, device=self.device)
         for rows in self._together([len(tokens) for tokens in ids]):
@@ -77,12 +86,15 @@ class TextEncoder:
         return [[row for row, its in enumerate(lengths) if its == length] for length in sorted(set(lengths))]
 
 
-def load_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
+def load_text_encoder(
+    config: TextConfig, device: str | torch.device = "cpu", computes_on: str | torch.device | None = None
+) -> TextEncoder:
     """The encoder that `config` names. Raises ArtifactError if it is not there, changed, or of another width.
 
     Its weights are float32 on a CPU that has no bf16 (`arlon_ray.precision`), which takes twice the memory.
+    `computes_on`: the device that decides so, where that is another one than it is loaded to.
     """
-    dtype = arithmetic(config.precision, device)
+    dtype = arithmetic(config.precision, computes_on or device)
     encoder = _load_minilm(config) if config.kind == "minilm" else _load_t5(config, dtype)
     if config.layers is not None:
         _keep_layers(encoder, config.layers)
