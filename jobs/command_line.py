@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,9 +124,18 @@ def vae_folder(flag: str | None, config: Config) -> Path:
 
 def run(main: Callable[[], None]) -> None:
     """Run a job. Exit codes: 2 and one line for bad input, 1 and one line for a training that broke or a full disk, 130
-    for Ctrl-C, 75 (EX_TEMPFAIL: try again) where SIGTERM stopped a training.
+    for Ctrl-C, 75 (EX_TEMPFAIL: try again) where SIGTERM stopped it, or another job works on the same output.
     """
     keep_freed_memory()
+    asked_to_end = False
+
+    def stop(number: int, _: object) -> None:
+        nonlocal asked_to_end
+        asked_to_end = True
+        signal.signal(number, signal.SIG_DFL)  # whoever sends it again wants no clean end
+        raise KeyboardInterrupt  # no other error gets through Ray's waiting
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except (ConfigError, ArtifactError, InputError) as error:
@@ -146,5 +156,8 @@ def run(main: Callable[[], None]) -> None:
         )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
+        if asked_to_end:
+            print("stopped: nothing is lost, run the same command again to go on", file=sys.stderr)
+            raise SystemExit(os.EX_TEMPFAIL) from None
         print("\ninterrupted: nothing is lost, run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

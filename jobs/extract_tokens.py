@@ -32,6 +32,7 @@ from data_pipeline.parquet import open_parquet, read_table
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.tokens import stray_token
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
+from jobs.holding import holding
 from jobs.ray_session import connect
 
 #: The settings of a run that is under way; the finished folder has them in its manifest.
@@ -53,8 +54,14 @@ def run_extract_tokens(
     """Write the tokens of `dataset` to `output`; nothing to do where they are there already.
 
     Raises ArtifactError where a codec is missing, does not fit the latents, or was trained on another VAE's; InputError
-    where `output` holds tokens that were made otherwise (unless `overwrite`). All of that before Ray starts.
+    where `output` holds tokens that were made otherwise (unless `overwrite`); BusyError while another job makes
+    `output`. All of that before Ray starts.
     """
+    with holding(output, "tokens"):
+        return _extracted(config, dataset, fine, coarse, output, overwrite)
+
+
+def _extracted(config: Config, dataset: Path, fine: Path, coarse: Path, output: Path, overwrite: bool) -> TokenSummary:
     manifest = read_manifest(dataset, DatasetManifest)
     codecs = {name: load_artifact(path, "codec") for name, path in (("fine", fine), ("coarse", coarse))}
     sizes = {}

@@ -21,6 +21,7 @@ from data_pipeline.sources import find_videos
 from jobs.command_line import InputError, collection, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
 from jobs.gates import Gates, check_ar, check_codec
+from jobs.holding import holding
 from jobs.preprocess import run_preprocess
 from jobs.ray_session import connect
 from jobs.ray_training import check_workers
@@ -75,10 +76,10 @@ class Pipeline:
             check_workers(name, training, config)
 
     def run(self) -> None:
-        """All stages, in one Ray session and under one MLflow run."""
+        """All stages, in one Ray session and under one MLflow run. Raises BusyError while another job does the same."""
         self.check()
         key = config_fingerprint(self.config)
-        with connect(self.config), self.tracking.pipeline("pipeline", key=key):
+        with holding(self.output, "pipeline"), connect(self.config), self.tracking.pipeline("pipeline", key=key):
             bundle = self.train()
             if mirror.origin(self.output) is None:
                 self.serve(bundle)
@@ -180,11 +181,12 @@ class Pipeline:
         return save_bundle(path, self.config, parts, identity)
 
     def serve(self, bundle: Path) -> None:
-        """Serve the bundle, ask it for a long video over HTTP, and save what comes back."""
+        """Serve the bundle, ask it for a long video over HTTP, and save what comes back; unless that is there."""
         self.ledger.stage(
             "serve",
             lambda: serve_demo(self.config, bundle, self.output),
             lambda result: (
+                f"{'(there already)  ' if result.skipped else ''}"
                 f"{result.seconds_per_video:.1f} s for {result.frames} frames, AR share {result.ar_share:.0%}"
             ),
         )

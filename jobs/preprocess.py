@@ -31,6 +31,7 @@ from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.sources import SourceFile, find_sources
 from data_pipeline.staging import WORK, Staging
 from jobs.command_line import InputError, collection, existing, output_folder, parser, read_config, run, vae_folder
+from jobs.holding import holding
 from jobs.ray_session import connect
 
 #: Clips of one part of the work, which is a task of Ray's; more where there would be more parts than Ray handles well.
@@ -89,7 +90,8 @@ def run_preprocess(
     `vae` is the VAE artefact (default: `vae.init` of the configuration). `retry_rejects` tries the failures of a
     dataset again, and nothing that is in it. Raises InputError where there are no videos, or where `output` holds a
     dataset that was made with other settings (unless `overwrite`); ArtifactError where the VAE, the text encoder or the
-    captioner cannot be used, or where the input lacks what the dataset was made of. All of that before Ray starts.
+    captioner cannot be used, or where the input lacks what the dataset was made of; BusyError while another job makes
+    `output`. All of that before Ray starts.
     """
     vae_path = vae_folder(str(vae) if vae else None, config)
     text = text_identity(config.text)
@@ -100,6 +102,19 @@ def run_preprocess(
     sources = find_sources(source, config.data)
     if not sources:
         raise InputError(f"--input {source}: no video files (.mp4, .mkv, .webm, …)")
+    with holding(output, "dataset"):
+        return _made(config, sources, output, settings, vae_path, overwrite, retry_rejects)
+
+
+def _made(
+    config: Config,
+    sources: list[SourceFile],
+    output: Path,
+    settings: dict[str, Any],
+    vae_path: Path,
+    overwrite: bool,
+    retry_rejects: bool,
+) -> DatasetSummary:
     staging = Staging(output)
     _refuse_other_settings(output, staging, settings, overwrite)
     if (staging.ready / MANIFEST).is_file():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +94,7 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
     if ray.is_initialized():
         yield
         return
+    before = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=worker_output, logging_level=logging.WARNING)
     else:
@@ -106,6 +109,8 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
             configure_logging=True,
         )
         _own = True
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's own ends the process with another exit code
     try:
         if not _own:
             check_nodes()

@@ -20,6 +20,7 @@ from arlon_ray.training.loop import Reporter, StoppedError, TrainingError, run_s
 from arlon_ray.training.reporting import ConsoleReporter
 from data_pipeline.manifest import differences
 from jobs.command_line import InputError
+from jobs.holding import holding
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_metrics import RayMetrics
@@ -83,37 +84,38 @@ def train_stage(
     `arguments` are small and picklable: paths and settings, no data. A run of the same `key` goes on from its last
     checkpoint. `parents` (role → fingerprint) are for the tracking; `settings`, flat, are what `key` stands for;
     `flops`, of a step over all workers, are for figures. Raises InputError before Ray starts, TrainingError (one line)
-    when training ends in an error, StoppedError after SIGTERM.
+    when training ends in an error, StoppedError after SIGTERM, BusyError while another job makes `output`.
     """
     check_workers(name, training, config)
     output = output.absolute()
-    folder = storage_folder(output) / f"{name}-{key[:16]}"
-    _refuse_other_settings(folder, settings or {}, output)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SETTINGS_FILE, dict(settings or {}))
-    run = tracking.stage(name, key=key, training=training, parents=parents or {}) if tracking else nullcontext()
-    with run as tracked, connect(config):
-        console = [ConsoleReporter(name, training.steps)] if reporters is None else list(reporters)
-        reader = JournalReader(folder, [*console, *([tracked] if tracked else []), RayMetrics(name)])
-        _check_resources(name, config, reader)
-        task = {
-            "stage_factory": stage_factory,
-            "arguments": dict(arguments),
-            "output": str(output),
-            "folder": str(folder),
-            "key": key,
-            "attempt": uuid.uuid4().hex,
-            "threads": threads_per_worker(config),
-            "flops": flops,
-        }
-        _fit(name, task, config, reader)
-        assert reader.artifact_kind is not None, "rank 0 ended without an artefact"
-        artifact = load_artifact(output, reader.artifact_kind)
-        if tracked:
-            tracked.artifact(artifact)
-    if not keep_checkpoints:
-        mirror.remove(storage_folder(output))
-    return artifact
+    with holding(output.parent, output.name):
+        folder = storage_folder(output) / f"{name}-{key[:16]}"
+        _refuse_other_settings(folder, settings or {}, output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS_FILE, dict(settings or {}))
+        run = tracking.stage(name, key=key, training=training, parents=parents or {}) if tracking else nullcontext()
+        with run as tracked, connect(config):
+            console = [ConsoleReporter(name, training.steps)] if reporters is None else list(reporters)
+            reader = JournalReader(folder, [*console, *([tracked] if tracked else []), RayMetrics(name)])
+            _check_resources(name, config, reader)
+            task = {
+                "stage_factory": stage_factory,
+                "arguments": dict(arguments),
+                "output": str(output),
+                "folder": str(folder),
+                "key": key,
+                "attempt": uuid.uuid4().hex,
+                "threads": threads_per_worker(config),
+                "flops": flops,
+            }
+            _fit(name, task, config, reader)
+            assert reader.artifact_kind is not None, "rank 0 ended without an artefact"
+            artifact = load_artifact(output, reader.artifact_kind)
+            if tracked:
+                tracked.artifact(artifact)
+        if not keep_checkpoints:
+            mirror.remove(storage_folder(output))
+        return artifact
 
 
 def _check_resources(name: str, config: Config, reader: JournalReader) -> None:

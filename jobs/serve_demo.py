@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from arlon_ray.artifact import ArtifactError, read_object, write_json
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import Config
+from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.generation.video import contact_sheet, read_video
 from jobs.ray_session import connect
 from serve.app import serve_bundle
 
 DEMO_PROMPTS = ("A red circle moves to the right.", "A red circle moves to the left.")
 DEMO_SEGMENTS = 6
+FILES = ("demo.mp4", "demo.png", "baseline.mp4", "baseline.png")
+RECORD = "demo.json"  # what they were made with
 TIMEOUT_S = 600.0
 
 
@@ -28,13 +31,21 @@ class DemoResult:
     frames: int
     seconds_per_video: float
     ar_share: float
+    skipped: bool = False
 
 
 def serve_demo(config: Config, bundle: Path, output: Path) -> DemoResult:
     """Write demo.mp4, its contact sheet demo.png, and the text-only baseline.mp4 (and .png) into `output`.
 
-    Raises RuntimeError if a video fails.
+    What this bundle has made there with these settings stays: nothing is served then. Raises RuntimeError if a video
+    fails.
     """
+    made_with = {
+        "bundle": load_bundle(bundle).fingerprint,
+        "settings": config_fingerprint(config.sampling, config.serve),
+    }
+    if there := _there(output, made_with):
+        return there
     serve_config = config.serve.model_copy(update={"port": free_port(config.serve.host)})
     with (
         connect(config),
@@ -46,11 +57,22 @@ def serve_demo(config: Config, bundle: Path, output: Path) -> DemoResult:
         _make(client, output / "baseline.mp4", baseline=True)
     times = video["timings"]
     work = {part: sum(row[f"{part}_s"] or 0.0 for row in times) for part in ("ar", "dit", "decode")}
-    return DemoResult(
+    result = DemoResult(
         frames=sum(segment["frames"] for segment in video["segments"]),
         seconds_per_video=seconds,
         ar_share=work["ar"] / max(sum(work.values()), 1e-9),
     )
+    write_json(output / RECORD, {**made_with, "result": asdict(result)})
+    return result
+
+
+def _there(output: Path, made_with: dict[str, str]) -> DemoResult | None:
+    try:
+        found = read_object(output / RECORD)
+        result = DemoResult(**{**found.pop("result"), "skipped": True})
+    except (ArtifactError, KeyError, TypeError):
+        return None
+    return result if found == made_with and all((output / name).is_file() for name in FILES) else None
 
 
 def _make(client: httpx.Client, path: Path, baseline: bool) -> tuple[dict[str, Any], float]:
