@@ -7,6 +7,8 @@ had been acknowledged was lost, or a result differed from that of a run that nob
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,10 +20,10 @@ from tests.chaos.world import World
 
 #: Of one hundred faults, how many are of each kind. A target is disturbed by all of its own in one go.
 TARGETS: dict[str, dict[str, int]] = {
-    files.TARGET: {"latent shard": 8, "token row": 8, "checkpoint": 8, "served segment": 6, "stage artefact": 4},
+    files.TARGET: {"latent shard": 14, "token row": 16, "checkpoint": 16, "served segment": 12, "stage artefact": 10},
     preprocess.TARGET: {
-        preprocess.WORKER: 5,
-        preprocess.DRIVER: 3,
+        preprocess.WORKER: 4,
+        preprocess.DRIVER: 2,
         preprocess.NODE: 2,
         preprocess.PART: 2,
         preprocess.DISK: 1,
@@ -37,6 +39,12 @@ TARGETS: dict[str, dict[str, int]] = {
         serving.ALL: 1,
     },
     hosts.TARGET: hosts.KINDS,
+}
+#: Ray's patience with processes that get little of the machine: a node that is slow is no fault of ours.
+PATIENT = {
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_health_check_failure_threshold": "10",
+    "RAY_agent_register_timeout_ms": "300000",
 }
 RUNNERS: dict[str, Callable[[list[Order], World], Iterable[Fault]]] = {
     files.TARGET: files.inject_all,
@@ -56,6 +64,8 @@ def main() -> int:
     flags.add_argument("--only", nargs="+", choices=sorted(TARGETS), metavar="TARGET", help=", ".join(TARGETS))
     flags.add_argument("--docs", type=Path, help="a Markdown page whose table is written anew")
     arguments = flags.parse_args()
+    os.environ.update(PATIENT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended too
     output = arguments.output.absolute()
     record, world = Record(output / "faults.jsonl", arguments.seed), World(output / "world")
     for target, kinds in TARGETS.items():

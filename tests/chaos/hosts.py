@@ -5,6 +5,7 @@ Their programs are started again when they end, as systemd or Kubernetes would. 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -35,6 +36,13 @@ HEAD, NODE, CUT, CUT_TRAINING = (
 KINDS = {HEAD: 3, NODE: 2, CUT: 1, CUT_TRAINING: 1}
 CUT_S = 30.0
 NETWORK, REDIS_PORT, GCS_PORT, HTTP_PORT = "10.214.0", 6390, 6379, 8000
+#: With ports that are given a node need not wait until its agents have chosen some.
+PORTS = [
+    "--dashboard-agent-grpc-port=52365",
+    "--dashboard-agent-listen-port=52366",
+    "--runtime-env-agent-port=52367",
+    "--metrics-export-port=52368",
+]
 #: Seconds before a program that has ended is started again.
 RESTART_S = 2.0
 
@@ -50,7 +58,7 @@ class RayHost:
 
     def _keep(self) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        where = [f"--node-ip-address={self.host.address}", "--object-store-memory=134217728", *self._flags]
+        where = [f"--node-ip-address={self.host.address}", "--object-store-memory=134217728", *PORTS, *self._flags]
         env = {
             **os.environ, "PYTHONPATH": str(ROOT), "RAY_REDIS_ADDRESS": f"{NETWORK}.254:{REDIS_PORT}",
             "RAY_external_storage_namespace": "chaos",
@@ -105,7 +113,7 @@ def three_hosts(folder: Path) -> Iterator[list[RayHost]]:
         raise RuntimeError(reason)
     folder.mkdir(parents=True, exist_ok=True)
     with hosts(3, "chaos", NETWORK) as made, redis(folder), ExitStack() as running:
-        flags = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", "--dashboard-host=0.0.0.0"]
+        flags = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", "--include-dashboard=false"]
         found = []
         for number, host in enumerate(made):
             mine = flags if not number else [f"--address={made[0].address}:{GCS_PORT}", "--num-cpus=2"]
@@ -147,32 +155,45 @@ def _serve(orders: Sequence[Order], world: World, found: Sequence[RayHost], data
                 threading.Timer(CUT_S, workers[1].host.restore).start()
 
         yield serving.strike(client, order, client.accept(), expected, injected)
-    _run_on(head.host, ["ray.serve.scripts", "shutdown", "-a", f"http://{head.host.address}:8265", "-y"])
+    _on_ray(head.host, "from ray import serve; serve.shutdown()")
+
+
+#: What `serve deploy` has the dashboard do, which takes a dozen processes of its own.
+DEPLOY = """
+import json, sys
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+described = ServeDeploySchema.model_validate(json.loads(sys.argv[1]))
+serve.start(proxy_location=described.proxy_location, http_options=described.http_options.model_dump())
+_get_global_client().deploy_apps(described, _blocking=True)
+"""
 
 
 def _deploy(head: Host, bundle: Path, data: Path) -> None:
-    """`serve deploy` with a proxy on every host."""
+    """serve/config.yaml with keys, and with a proxy on every host."""
     described = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     described["proxy_location"] = "EveryNode"
     described["http_options"] = {"host": "0.0.0.0", "port": HTTP_PORT}
     (application,) = described["applications"]
     sets = ["serve.host=0.0.0.0", "serve.auth=on", "serve.max_running=1", "serve.requests_per_minute=1000000"]
     application["args"] = {"bundle": str(bundle), "data": str(data), "set": sets}
-    file = data.parent / "serve.yaml"
-    file.write_text(yaml.safe_dump(described))
     end = time.monotonic() + PATIENCE_S
     while True:
         try:
-            _run_on(head, ["ray.serve.scripts", "deploy", "-a", f"http://{head.address}:8265", str(file)])
+            _on_ray(head, DEPLOY, json.dumps(described))
             return
         except subprocess.CalledProcessError as error:
             if time.monotonic() > end:
                 raise RuntimeError(error.stdout) from None
-            time.sleep(2)  # the head is on its way
+            time.sleep(2)  # the hosts are on their way
 
 
-def _run_on(host: Host, module: Sequence[str]) -> None:
-    host.run([sys.executable, "-m", *module], env={**os.environ, "PYTHONPATH": str(ROOT)})
+def _on_ray(head: Host, program: str, *arguments: str) -> None:
+    """A Python program on the head, connected to its Ray. Raises CalledProcessError."""
+    connected = f"import ray; ray.init(address='{head.address}:{GCS_PORT}', log_to_driver=False)\n{program}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    head.run([sys.executable, "-c", connected, *arguments], env=env, timeout_s=PATIENCE_S)
 
 
 def _train(order: Order, world: World, found: Sequence[RayHost]) -> Fault:
@@ -198,23 +219,14 @@ def _cut(training: Training, order: Order, host: Host) -> Fault:
     """At a random step; until the training is further than it was, or has ended."""
     program, moment = training.program, 15 + order.numbers.randrange(STEPS // 2)
     program.until(lambda: training.step() >= moment)
-    step, lines, printed, begin = (
-        training.step(),
-        len(training.events("line")),
-        len(program.printed()),
-        time.monotonic(),
-    )
+    step, printed, begin = training.step(), len(program.printed()), time.monotonic()
     host.cut()
     time.sleep(CUT_S)
     host.restore()
     program.until(lambda: training.step() > step or not program.running())
     seconds = time.monotonic() - begin
     program.end()
-    again = [
-        step - int(event["text"].split("after step ")[1].split()[0])
-        for event in training.events("line")[lines:]
-        if "going on after step" in event["text"]
-    ]
+    again = [step - went_on for went_on in training.went_on(printed)]
     return Fault(
         order.target, order.kind, order.number, f"after step {step} of {STEPS}",
         told(program.printed()[printed:]), seconds, f"{again[0]} steps" if again else "",

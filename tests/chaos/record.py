@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,10 +56,10 @@ class Record:
 
     def left(self, target: str, kinds: dict[str, int]) -> list[Order]:
         """The faults of a target that are not recorded yet, in an order that depends on the seed alone."""
-        done = Counter(fault.kind for fault in self.faults if fault.target == target)
+        done = {(fault.kind, fault.number) for fault in self.faults if fault.target == target}
         orders = list(self._orders(target, kinds))
         random.Random(f"{self._seed}/{target}").shuffle(orders)
-        return [order for order in orders if order.number >= done[order.kind]]
+        return [order for order in orders if (order.kind, order.number) not in done]
 
     def _orders(self, target: str, kinds: dict[str, int]) -> Iterator[Order]:
         for kind, count in kinds.items():
