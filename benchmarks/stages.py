@@ -3,12 +3,14 @@
 `python -m benchmarks.stages --output benchmarks/results/stages_cpu.json` measures every stage at several sizes of
 model, resolution and length, fits the four rates of `arlon_ray.planning.rates` to them, and predicts the sizes that the
 fit has not seen. One thread; CPU seconds of this process, the least of rounds in which all sizes take turns, so that
-what else the machine does counts little. `jobs/plan.py --rates FILE` plans with what was found.
+what else the machine does counts little. Stages that are in FILE already and are not asked for stay there.
+`jobs/plan.py --rates FILE` plans with what was found.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from dataclasses import asdict
@@ -78,6 +80,8 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     found: dict[str, Any] = {"device": arguments.device, "machine": machine(), "stages": {}}
+    if arguments.output and arguments.output.exists():
+        found["stages"] = json.loads(arguments.output.read_text())["stages"]
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.stages:
             found["stages"][name] = stage(name, Path(folder), arguments.rounds, arguments.device)
