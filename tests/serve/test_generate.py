@@ -83,7 +83,9 @@ def test_a_parent_without_write_permission_is_refused(tmp_path: Path, monkeypatc
 def test_the_device_is_the_bundles(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     plain = generate.load_bundle
-    monkeypatch.setattr(generate, "load_bundle", lambda path, device="cpu": asked.append(device) or plain(path))
+    monkeypatch.setattr(
+        generate, "load_bundle", lambda path, device="cpu", _="none": asked.append(device) or plain(path)
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     generate.open_bundle(bundle)
     assert asked[-1] == "cuda"
@@ -91,6 +93,8 @@ def test_the_device_is_the_bundles(bundle: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     generate.open_bundle(bundle)
     assert asked[-1] == "cpu"
+    with pytest.raises(InputError, match="--offload idle: frees a GPU's memory, but this bundle computes on the CPU"):
+        generate.open_bundle(bundle, "idle")
     with pytest.raises(InputError, match="no GPU"):
         generate.device_of(small_config("device=cuda"))
 
