@@ -54,6 +54,11 @@ class Active:
         """Of the video or draft."""
         return self.video.id
 
+    @property
+    def segments(self) -> int:
+        """How long it is."""
+        return len(self.job.prompts)
+
     def restored(self, past: list[Event]) -> None:
         """Go on behind what the store has."""
         self.past, self._saved = past, len(past)

@@ -20,16 +20,20 @@ class Queued(Protocol):
     def tenant(self) -> str:
         """Whose it is."""
 
+    @property
+    def segments(self) -> int:
+        """How long it is."""
+
 
 Q = TypeVar("Q", bound=Queued)
 
 
 class FairQueue(Generic[Q]):
-    """Turns go to the tenant that has the fewest videos under way for its weight.
+    """Turns go to the tenant that has had the fewest segments for its weight.
 
-    Between equals to the one that has had the fewest turns for its weight (start-time fair queueing, Goyal et al.
-    1996: who had nothing to do meanwhile saves up no turns), then to the one whose last turn is longest ago. A tenant
-    with `max_running` of them under way has to wait. Its own videos are made in the order they came.
+    That is start-time fair queueing (Goyal et al. 1996): who asked for nothing meanwhile has saved up nothing, and is
+    next. Between equals to the one with the fewest videos under way for its weight, then to the one whose last turn is
+    longest ago. A tenant with `max_running` of them under way waits. Its own videos are made in the order they came.
     """
 
     def __init__(self, tenant: Callable[[str], TenantConfig] = lambda _: TenantConfig()) -> None:
@@ -70,7 +74,7 @@ class FairQueue(Generic[Q]):
         if not free:
             return None
         first = min(free, key=lambda name: self._rank(name, under_way, self._turns))
-        self._turns.take(first, self._tenant(first).weight)
+        self._turns.take(first, heads[first].segments / self._tenant(first).weight)
         return self._waiting.pop(heads[first].id)
 
     def order(self, running: Iterable[Q]) -> list[Q]:
@@ -84,7 +88,7 @@ class FairQueue(Generic[Q]):
             first = min(waiting, key=lambda name: (self._full(name, under_way), *self._rank(name, under_way, turns)))
             ordered.append(waiting[first].pop(0))
             under_way[first] += 1
-            turns.take(first, self._tenant(first).weight)
+            turns.take(first, ordered[-1].segments / self._tenant(first).weight)
             if not waiting[first]:
                 del waiting[first]
         return ordered
@@ -94,11 +98,11 @@ class FairQueue(Generic[Q]):
         return most is not None and under_way[name] >= most
 
     def _rank(self, name: str, under_way: Counter[str], turns: _Turns) -> tuple[float, float, int]:
-        return (under_way[name] / self._tenant(name).weight, turns.start(name), turns.last[name])
+        return (turns.start(name), under_way[name] / self._tenant(name).weight, turns.last[name])
 
 
 class _Turns:
-    """Who has had turns: virtual times, which go on by 1 / weight with each turn of a tenant."""
+    """Who has had turns: virtual times, which go on by segments / weight with each turn of a tenant."""
 
     def __init__(self) -> None:
         self.now = 0.0  # the start of the last turn
@@ -116,9 +120,9 @@ class _Turns:
         """When the next turn of one would begin."""
         return max(self.now, self.ends.get(name, 0.0))
 
-    def take(self, name: str, weight: float) -> None:
+    def take(self, name: str, cost: float) -> None:
         """It has a turn."""
         self.now = self.start(name)
-        self.ends[name] = self.now + 1.0 / weight
+        self.ends[name] = self.now + cost
         self.count += 1
         self.last[name] = self.count

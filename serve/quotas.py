@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from typing import NamedTuple
 
 from arlon_ray.config import ServeConfig
 from serve.job_store import DAY_S, JobStore
@@ -12,6 +13,38 @@ from serve.metrics import Metrics
 from serve.schema import RequestError
 
 OTHER = "other"
+
+
+class Refusal(NamedTuple):
+    """Why a request is refused."""
+
+    message: str
+    code: str
+
+
+def queue_refusal(
+    settings: ServeConfig, tenant: str, waiting: int, own_waiting: int, running: int, own_running: int
+) -> Refusal | None:
+    """Why nothing more of a tenant may wait, when so many do and so many are being made, in all and of its own."""
+    quota, free = settings.tenant(tenant), settings.max_running - running
+    own_free = free if quota.max_running is None else max(0, min(free, quota.max_running - own_running))
+    if waiting >= settings.max_queued + free:
+        return Refusal(f"{waiting} videos are waiting already (max_queued {settings.max_queued})", "queue_full")
+    name, most = most_queued(settings, tenant)
+    if own_waiting >= most + own_free:
+        return Refusal(f"{own_waiting} videos of {tenant} are waiting already ({name} {most})", "too_many_queued")
+    return None
+
+
+def most_queued(settings: ServeConfig, tenant: str) -> tuple[str, int]:
+    """Which setting says how many of a tenant may wait, and how many it says."""
+    own = settings.tenant(tenant).max_queued
+    return ("max_queued_per_key", settings.max_queued_per_key) if own is None else ("max_queued", own)
+
+
+def retry_after(settings: ServeConfig, mean_video_s: float) -> int:
+    """Seconds after which a queue that is full may have room, if a video takes so long."""
+    return max(1, math.ceil(mean_video_s / settings.max_running))
 
 
 def label(settings: ServeConfig, tenant: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from serve.cleaning import without_error
 from serve.job_files import JobFiles, SegmentRecord
 from serve.job_store import DayUsedError, Stored
 from serve.making import OTHER_MODEL, VideoMaker
+from serve.quotas import most_queued, queue_refusal, retry_after
 from serve.reader import unknown
 from serve.schema import (
     ExtendRequest,
@@ -176,7 +176,9 @@ class VideoService(VideoMaker):
         segments, stored = await asyncio.to_thread(self._store.used, owner)
         return Usage(
             tenant=owner,
-            queued=Quota(used=self._waiting.of(owner) + self._arriving[owner], most=self._most_queued(owner)),
+            queued=Quota(
+                used=self._waiting.of(owner) + self._arriving[owner], most=most_queued(self._config.serve, owner)[1]
+            ),
             running=Quota(used=self._running_of(owner), most=quota.max_running),
             segments_today=Quota(used=segments, most=quota.segments_per_day),
             stored_bytes=Quota(used=stored, most=quota.max_stored_bytes),
@@ -185,27 +187,13 @@ class VideoService(VideoMaker):
     def _running_of(self, owner: str) -> int:
         return sum(each.tenant == owner for each in self._running.values())
 
-    def _most_queued(self, owner: str) -> int:
-        own = self._config.serve.tenant(owner).max_queued
-        return self._config.serve.max_queued_per_key if own is None else own
-
     def _refuse_if_full(self, owner: str) -> None:
-        settings, quota = self._config.serve, self._config.serve.tenant(owner)
-        waiting = len(self._waiting) + self._arriving.total()
+        settings, waiting = self._config.serve, len(self._waiting) + self._arriving.total()
         own = self._waiting.of(owner) + self._arriving[owner]
-        free = own_free = settings.max_running - len(self._running)
-        if quota.max_running is not None:
-            own_free = min(free, quota.max_running - self._running_of(owner))
-        retry_after_s = max(1, math.ceil(self._mean_seconds / settings.max_running))
-        most = self._most_queued(owner)
-        if waiting >= settings.max_queued + free:
-            message, code = f"{waiting} videos are waiting already, try again in {retry_after_s} s", "queue_full"
-        elif own >= most + max(0, own_free):
-            name = "max_queued_per_key" if quota.max_queued is None else "max_queued"
-            message, code = f"{own} videos of {owner} are waiting already ({name} {most})", "too_many_queued"
-        else:
-            return
-        raise self._quotas.refusal(owner, message, code, retry_after_s=retry_after_s)
+        refusal = queue_refusal(settings, owner, waiting, own, len(self._running), self._running_of(owner))
+        if refusal:
+            retry_after_s = retry_after(settings, self._mean_seconds)
+            raise self._quotas.refusal(owner, refusal.message, refusal.code, retry_after_s=retry_after_s)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,12 @@ import httpx
 import pytest
 from sqlalchemy import create_engine, inspect, text
 
+from arlon_ray.bundle import load_bundle
 from arlon_ray.config import ConfigError, TenantConfig, load_config
+from jobs.ray_session import connect
+from jobs.serve_demo import free_port
 from serve.api import build_api
+from serve.app import serve_bundle
 from serve.blobs import Blobs
 from serve.callers import LOCAL, Caller
 from serve.cleaning import MARK, Cleaner
@@ -24,6 +28,7 @@ from serve.metrics import MemoryRecorder, Metrics
 from serve.places import Places
 from serve.schema import ExtendRequest, PlanRequest, RequestError, RerollRequest, VideoReference, VideoRequest
 from serve.service import VideoService
+from tests.bundles import make_random_bundle
 from tests.postgres import postgres
 from tests.serve.play import serve_alone
 from tests.serve.stages import FakeStages, small_config
@@ -36,6 +41,7 @@ ANN, BEN, EVE = Caller("ann", tenant="studio"), Caller("ben", tenant="studio"), 
 class Waiting:
     id: str
     tenant: str
+    segments: int = 1
 
 
 def turns(queue: FairQueue[Waiting], running: list[Waiting], count: int) -> str:
@@ -65,6 +71,14 @@ def test_turns_are_shared_by_weight() -> None:
     running = [Waiting("x", "a"), Waiting("y", "a")]
     assert turns(filled("a", "b", a=TenantConfig(weight=3)), [*running, Waiting("z", "b")], 1) == "a"
     assert turns(filled("a", "b", a=TenantConfig(weight=3)), [*running, *running], 1) == "b"
+
+
+def test_long_videos_are_more_than_short_ones() -> None:
+    """Of four segments each: as many turns as there is work."""
+    queue = filled("b")
+    for number in range(3):
+        queue.add(Waiting(f"a{number}", "a", segments=4))
+    assert turns(queue, [], 10) == "babbbabbbb"
 
 
 def test_who_was_away_has_saved_up_no_turns() -> None:
@@ -308,3 +322,46 @@ def check_migration(url: str, folder: Path) -> None:
     assert again.used("me") == (0, 5)  # measured behind what had been made before
     again.close()
     JobStore(url).close()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_flood_through_ray_keeps_another_tenant_waiting_for_one_video(tmp_path: Path) -> None:
+    """One video at a time; the flood was there first, of two keys of one tenant."""
+    each = [
+        f"serve.{stage}.{setting}"
+        for stage in ("ar", "dit", "decoder")
+        for setting in ("max_replicas=1", "num_cpus=0.1")
+    ]
+    port = f"serve.port={free_port()}"
+    bundle = load_bundle(make_random_bundle(tmp_path / "b", port, "serve.auth=on", "serve.max_running=1", *each))
+    data = tmp_path / "data"
+    keys = Keys(JobStore.in_folder(data).engine)
+    ann, ben, eve = (
+        {"authorization": f"Bearer {keys.add(name, tenant=tenant)}"}
+        for name, tenant in (("ann", "flood"), ("ben", "flood"), ("eve", ""))
+    )
+    with connect(bundle.config), serve_bundle(bundle.config, bundle, data) as url, httpx.Client(base_url=url) as client:
+
+        def ask(who: dict[str, str]) -> str:
+            answer = client.post("/v1/videos", json={"prompt": "a", "num_segments": 4}, headers=who)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["id"]
+
+        def ended(name: str, who: dict[str, str]) -> dict[str, Any]:
+            client.get(f"/v1/videos/{name}/events", headers=who, timeout=600)
+            return client.get(f"/v1/videos/{name}", headers=who).json()
+
+        ended(ask(ann), ann)  # what is compiled and loaded by the first is
+        flood = [ask(who) for _ in range(5) for who in (ann, ben)]
+        few = ended(ask(eve), eve)
+        made = [ended(name, ann) for name in flood]
+    assert {video["status"] for video in (few, *made)} == {"completed"}
+    # times of the service are whole seconds
+    one_video_s = max(video["completed_at"] - video["started_at"] for video in made) + 1
+    waited_s = few["started_at"] - few["created_at"]
+    before = sum(video["started_at"] < few["started_at"] for video in made)
+    print(f"waited {waited_s} s behind {before} of {len(made)}; a video takes up to {one_video_s} s")
+    under_way = sum(video["started_at"] <= few["created_at"] for video in made)
+    assert before <= under_way + 1 and waited_s <= 2 * one_video_s
+    assert max(video["completed_at"] for video in made) - few["completed_at"] > waited_s
