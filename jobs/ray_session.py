@@ -11,9 +11,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from arlon_ray.config import Config
 from arlon_ray.heap import heap_environment
+from arlon_ray.training.loop import StoppedError
 from jobs.versions import check_nodes
 
 #: Ray Train's workers hold their CPUs while Ray Data or Serve need some: with fewer than this, one waits for the other
@@ -23,6 +25,9 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 #: Passed on to workers from the driver's environment.
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR")
+
+#: What Ray says, of all its processes, where a node is not there in time.
+NOT_STARTED = "timed out during startup"
 
 #: Whether this process started the Ray that runs (see `is_own`).
 _own = False
@@ -98,7 +103,7 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=worker_output, logging_level=logging.WARNING)
     else:
-        ray.init(
+        _start(
             # Not an address of a cluster that some earlier command noted on this machine.
             address="local",
             num_cpus=local_cpus(config),
@@ -118,6 +123,21 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
     finally:
         _own = False
         ray.shutdown()
+
+
+def _start(**options: Any) -> None:
+    """A Ray of our own. Raises StoppedError where this machine is too busy for it."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if NOT_STARTED not in str(error):
+            raise
+        raise StoppedError(
+            "Ray did not start within its 30 seconds: this machine is too busy; run the same command again when it is "
+            "less so"
+        ) from None
 
 
 def _set_environment() -> None:
