@@ -101,11 +101,17 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
         return
     before = signal.getsignal(signal.SIGTERM)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=worker_output, logging_level=logging.WARNING)
+        ray.init(
+            address="auto",
+            namespace=config.tracking.tenant,
+            log_to_driver=worker_output,
+            logging_level=logging.WARNING,
+        )
     else:
         _start(
             # Not an address of a cluster that some earlier command noted on this machine.
             address="local",
+            namespace=config.tracking.tenant,
             num_cpus=local_cpus(config),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=dashboard,

@@ -93,6 +93,8 @@ class Tracking:
     def _run(self, name: str, *, key: str, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
         note = f"{name}-{key[:32]}"
         tags = {**tags, "key": key, "code_version": __version__, **_source_tags()}
+        if self.config.tracking.tenant:
+            tags["tenant"] = self.config.tracking.tenant
         _, run_id = self.attempt(lambda client: self._open(client, note, name, tags))
         run = TrackedRun(self, run_id)
         status = "FAILED"

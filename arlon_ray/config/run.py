@@ -17,7 +17,7 @@ from arlon_ray.config.models import (
     VideoConfig,
     VqvaeConfig,
 )
-from arlon_ray.config.tenants import TenantConfig, TenantName
+from arlon_ray.config.tenants import TENANT_PATTERN, TenantConfig, TenantName
 from arlon_ray.config.vae import VaeConfig
 from arlon_ray.precision import Weights
 
@@ -208,6 +208,9 @@ class TrackingConfig(Section):
 
     uri: str | None = None
     experiment: str = "arlon-ray"
+    tenant: str | None = Field(
+        None, pattern=TENANT_PATTERN, description="whose runs these are: a tag of each, and the namespace in Ray"
+    )
     register_models: bool = Field(
         True, description="finished artefacts are uploaded and registered as EXPERIMENT-STAGE, with the alias `newest`"
     )

@@ -33,6 +33,14 @@ def only_run(root):
     return client, run
 
 
+def test_a_run_says_whose_it_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = load_config("tiny", ["tracking.tenant=studio"])
+    with Tracking(config, tmp_path).stage("s", key="k", training=TRAINING, parents={}):
+        pass
+    assert only_run(tmp_path)[1].data.tags["tenant"] == "studio"
+
+
 def test_interrupted_run_goes_on_without_repeated_steps(config, tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),
