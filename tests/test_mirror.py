@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
 from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError, finished, load_artifact, save_artifact, whole_folder, write_json
+from jobs.command_line import InputError, existing, output_folder
 from tests.s3 import s3_server
 
 Node = Callable[[str], Path]
@@ -131,6 +134,24 @@ def test_moving_within_the_bucket(nodes: tuple[Node, Node]) -> None:
     mirror.move(one("work") / "a.json", one("ready") / "b.json")
     assert mirror.pull(two("ready") / "b.json").read_text() == "{}\n"
     assert not mirror.exists(two("work") / "a.json")
+
+
+def test_a_job_with_wrong_keys_ends_in_one_line(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server looks at keys from the moment that it is told to."""
+    monkeypatch.setenv("ARLON_MIRROR", str(tmp_path))
+    address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
+    output = f"s3://bkt/run{options}"
+    switch = f"http://{address}/moto-api/reset-auth"
+    httpx.post(switch, content=b"0").raise_for_status()
+    try:
+        with pytest.raises(InputError, match=r"cannot be written to.*AWS Error") as raised:
+            output_folder(argparse.Namespace(output=output))
+        with pytest.raises(InputError, match=r"--dataset s3.*cannot be reached.*AWS Error"):
+            existing(output, "--dataset")
+    finally:
+        httpx.post(switch, content=b"inf").raise_for_status()
+    assert mirror.named(str(raised.value)).startswith(f"--output {output}: ")
+    assert output_folder(argparse.Namespace(output=output)) == mirror.local(output)
 
 
 def test_a_bucket_that_is_not_there(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""Hosts that share nothing but the code: network namespaces with names, folders and memory of their own, and a Ray."""
+"""Hosts that share nothing but the code: namespaces of network, names, mounts and processes, and a Ray over them.
+
+Processes too: a driver looks for its node among all raylets that it sees, and takes the head's if that is one.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from tests.namespaces import Host, hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
-GCS_PORT, STARTS = 6379, 4
+GCS_PORT, STARTS = 6379, 10
 
 
 class SeparateHost:
-    """A host whose `folder`, /dev/shm and name are its own, though all of them have the same path to theirs.
+    """A host whose `folder`, /dev/shm, name and processes are its own; the path of `folder` is the same on all.
 
     `outside` is where the folder lies for this process.
     """
@@ -35,16 +38,19 @@ class SeparateHost:
             f"hostname {name} && mount --bind {outside} {folder} && mount --bind {names} /etc/hosts "
             "&& mount -t tmpfs tmpfs /dev/shm && echo ready && exec sleep infinity"
         )
-        command = ["unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", script]
+        separate = ["--mount", "--propagation", "private", "--uts", "--pid", "--fork", "--mount-proc"]
+        command = ["unshare", *separate, "sh", "-c", script]
         self._holder = host.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self._holder.stdout is not None and self._holder.stderr is not None
         if self._holder.stdout.readline() != "ready\n":
             raise OSError(self._holder.stderr.read())
+        self._first = psutil.Process(self._holder.pid).children()[0]
         (outside / "home").mkdir()
 
     def inside(self, command: Sequence[str]) -> list[str]:
         """What runs `command` on this host."""
-        return ["nsenter", f"--target={self._holder.pid}", "--mount", "--uts", "--net", f"--wd={ROOT}", "--", *command]
+        spaces = ["--mount", "--uts", "--net", "--pid"]
+        return ["nsenter", f"--target={self._first.pid}", *spaces, f"--wd={ROOT}", "--", *command]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -82,8 +88,8 @@ class SeparateHost:
         assert done.returncode == 0, done.stderr
 
     def close(self) -> None:
-        """End it."""
-        self._holder.kill()
+        """End all that runs there."""
+        self._first.kill()
         self._holder.wait()
 
 
