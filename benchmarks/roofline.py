@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,30 +73,23 @@ class Roof:
         return min(self.flops_per_s, intensity * self.bytes_per_s)
 
 
-def cpu_roof(threads: int, side: int = 512, mib: int = 64, runs: int = 100) -> Roof:
-    """Products of float32 matrices and copies, the best of `runs`; short ones, which others seldom interrupt."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    try:
-        a, b = torch.randn(2, side, side)
-        source = torch.ones(mib * 2**18)
-        target = torch.empty_like(source)
-        product, copy = best(lambda: a @ b, runs, clock), best(lambda: target.copy_(source), runs, clock)
-    finally:
-        torch.set_num_threads(before)
-    named = f"{threads} thread{'s' if threads > 1 else ''}"
-    return Roof(named, 2 * side**3 / product, 2 * source.nbytes / copy)
+def cpu_roof(side: int = 512, mib: int = 64, runs: int = 100) -> Roof:
+    """Products of float32 matrices and copies on one thread, the best of `runs`."""
+    a, b = torch.randn(2, side, side)
+    source = torch.ones(mib * 2**18)
+    target = torch.empty_like(source)
+    product, copy = best(lambda: a @ b, runs), best(lambda: target.copy_(source), runs)
+    return Roof("measured", 2 * side**3 / product, 2 * source.nbytes / copy)
 
 
-def best(work: Callable[[], Any], runs: int, clock: Callable[[], float] = time.thread_time) -> float:
-    """Seconds of the fastest of so many runs, behind one to warm up."""
+def best(work: Callable[[], Any], runs: int) -> float:
+    """This thread's seconds of the fastest of so many runs, behind one to warm up."""
     work()
     seconds = []
     for _ in range(runs):
-        begin = clock()
+        begin = time.thread_time()
         work()
-        seconds.append(clock() - begin)
+        seconds.append(time.thread_time() - begin)
     return min(seconds)
 
 
@@ -234,7 +226,13 @@ def _short(value: float) -> str:
 def main() -> None:
     """Command line."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--sizes", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
+    flags.add_argument(
+        "--sizes",
+        nargs="*",
+        choices=("tiny", "small"),
+        default=["tiny", "small"],
+        help="presets measured on this CPU; none: the GPU's panel alone",
+    )
     flags.add_argument("--runs", type=int, default=15, help="of each; the best one counts")
     flags.add_argument("--gpu", default=RESULTS / "gpu_h100.json", type=Path, metavar="FILE", help="of benchmarks.gpu")
     flags.add_argument("--output", required=True, type=Path, metavar="PNG")
@@ -243,15 +241,15 @@ def main() -> None:
         flags.error(f"--gpu {arguments.gpu}: there is no such file; python -m benchmarks.gpu writes one")
     gpu = json.loads(arguments.gpu.read_text())
     torch.set_num_threads(1)
-    cpu = [*cpu_points(arguments.sizes, arguments.runs)]
-    roofs = [cpu_roof(threads) for threads in dict.fromkeys((1, os.cpu_count() or 1))]
     ceilings = gpu["cases"]["ceilings"]
     gpu_roofs = [
         Roof("measured", ceilings["matmul_tflops_per_s"] * 1e12, ceilings["copy_gb_per_s"] * 1e9),
         Roof("data sheet", ceilings["peak_tflops_per_s"] * 1e12, H100_BYTES_PER_S),
     ]
-    name = f"{machine()['cpu']}, float32, one thread"
-    panels = [(name, roofs, cpu), (f"{gpu['machine']['gpu']}, bf16", gpu_roofs, [*gpu_points(gpu)])]
+    panels = [(f"{gpu['machine']['gpu']}, bf16", gpu_roofs, [*gpu_points(gpu)])]
+    if arguments.sizes:
+        points = [*cpu_points(arguments.sizes, arguments.runs)]
+        panels.insert(0, (f"{machine()['cpu']}, float32, one thread", [cpu_roof()], points))
     for title, its_roofs, points in panels:
         print(title, *(f"  {roof}" for roof in its_roofs), sep="\n")
         for point in points:
