@@ -148,3 +148,60 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         (("--config=tiny", "--replicas=dit=3-2"), "min_replicas=3 is above max_replicas=2"),
     ):
         assert says in call(*wrong, code=2)
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def cpu_models(together: dict[str, Any], times: float = 1.0) -> dict[str, StageModel]:
+    """Out of the CPU seconds that the real service took for its requests, one by one and all at once."""
+    names = {"ar": "ArPlanner", "dit": "DiTRenderer", "decoder": "FrameDecoder"}
+    alone, shared = (together["cpu_s"][way] for way in ("one_by_one", "at_once"))
+    requests, segments = together["requests"], together["requests"] * together["segments"]
+    return {
+        stage: StageModel(
+            times * alone[name] / segments, batch_cost=(requests * shared[name] / alone[name] - 1) / (requests - 1)
+        )
+        for stage, name in names.items()
+    }
+
+
+def test_eight_at_once_as_the_real_service_made_them() -> None:
+    """benchmarks/results/serve_together.json, a quiet machine of two cores: stages by their CPU seconds, what goes by
+    between them by the requests one by one; the seconds of eight at once are predicted.
+    """
+    together = json.loads((RESULTS / "serve_together.json").read_text())["together"]
+    models, segments = cpu_models(together), (together["segments"],)
+    one_s = statistics.median(together["one_by_one"]) / together["requests"]
+
+    def last_s(clients: int, hop_s: float) -> float:
+        load = Load("a", clients=clients, segments=segments)
+        return simulated(settings(), load, stages=models, duration_s=0.001, hop_s=hop_s, cores=2).now
+
+    hop_s = (one_s - last_s(1, 0.0)) / (segments[0] + 2)
+    assert last_s(1, hop_s) == pytest.approx(one_s)
+    assert last_s(together["requests"], hop_s) == pytest.approx(statistics.median(together["at_once"]), rel=0.2)
+
+
+def test_fifty_clients_as_the_real_service_bore_them() -> None:
+    """benchmarks/results/serve_load.json, three minutes, when the bundle said max_running 2, on a machine at work: how
+    slow that was is fitted to the throughput; times and refusals are predicted.
+    """
+    real = json.loads((RESULTS / "serve_load.json").read_text())["load"]
+    together = json.loads((RESULTS / "serve_together.json").read_text())["together"]
+
+    def found(times: float) -> dict[str, Any]:
+        load = Load("a", clients=real["clients"], segments=(2,))
+        models = cpu_models(together, times)
+        run = simulated(settings("max_running=2"), load, stages=models, duration_s=180, cores=2)
+        return figures(run)["tenants"]["a"]
+
+    low, high = 1.0, 10.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if found(middle)["segments_per_s"] > real["segments_per_s"] else (low, middle)
+    its = found(low)
+    assert its["segments_per_s"] == pytest.approx(real["segments_per_s"], rel=0.02)
+    assert its["latency_s"]["p50"] == pytest.approx(real["latency_s"]["p50"], rel=0.2)
+    assert its["first_segment_s"]["p50"] == pytest.approx(real["first_segment_s"]["p50"], rel=0.2)
+    assert its["refused_429"]["too_many_queued"] == pytest.approx(real["refused_429"], rel=0.2)
