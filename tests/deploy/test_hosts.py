@@ -121,7 +121,7 @@ def test_the_pipeline_runs_over_hosts_that_share_no_folder(place: Place, tmp_pat
     place.job(2, "train_dit", dataset=uri("dataset"), output=uri("dit"), **codecs)
     trainers = where_they_ran(place, "RayTrainWorker")
     assert len(trainers) > 1 and f"{NETWORK}.1" not in trainers, "two workers, one CPU a host"
-    print("encoders", encoders, "trainers", trainers)
+    assert encoders and f"{NETWORK}.1" not in encoders
 
     place.job(3, "make_bundle", ar=uri("ar/ar"), dit=uri("dit/dit"), output=uri("bundle"), **codecs)
     # on a host that has had nothing to do with any of it yet: the head
