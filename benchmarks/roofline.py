@@ -118,7 +118,7 @@ def vae_point(name: str, config: Config, encode: bool, groups: int, seconds: flo
     """So many groups of 17 frames, coded in float32."""
     with torch.device("meta"):
         vae = build_vae(config.vae)
-    half = [parameter for name, parameter in vae.named_parameters() if name.startswith("encoder") is encode]
+    half = [parameter for name, parameter in vae.named_parameters() if name.startswith("encode") is encode]
     frames = 3 * GROUP_FRAMES * config.video.height * config.video.width
     latents = config.vae.latent_channels * GROUP_LATENTS * config.latent_grid[0] * config.latent_grid[1]
     moved = sum(parameter.numel() for parameter in half) + groups * (frames + latents)
