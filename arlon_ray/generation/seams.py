@@ -48,7 +48,7 @@ def _carried(picture: Frames, grey: Grey, to: Frames) -> Frames:
     import cv2
 
     height, width = to.shape[:2]
-    flow = flow_between(grey_of(to), grey, (height, width))
+    flow = flow_between(grey_of(to), grey, (height, width), fast=True)
     grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
     options: Any = {"interpolation": cv2.INTER_LINEAR, "borderMode": cv2.BORDER_REPLICATE}
     return np.asarray(cv2.remap(picture, grid + flow, None, **options), np.uint8)  # type: ignore[call-overload]
