@@ -43,12 +43,15 @@ def _training(config: Config, stage: str, cluster: Cluster) -> list[dict[str, An
             }.items()
         ])  # fmt: skip
         plan = plan_memory(one, stage, workers, of_one)
-        states = plan.total - plan.activations
-        room = USABLE * cluster.gpu.memory - states
-        micro = max(0, min(MOST_MICRO, int(room / max(1, plan.activations))))
+        states, sample = plan.total - plan.activations, of_one[0]
+        # where gradients have room, that of those which are not there yet at the peak is used
+        room = USABLE * cluster.gpu.memory - states + max(0, sample - plan.activations)
+        micro = max(0, min(MOST_MICRO, int(room / max(1, sample))))
         rows.append(
-            {"stage": stage, "zero": zero, "workers": workers, "states": states, "of_a_sample": plan.activations,
-             "largest_micro_batch": micro}
+            {
+                "stage": stage, "zero": zero, "workers": workers, "states": states, "of_a_sample": sample,
+                "largest_micro_batch": micro,
+            }
         )  # fmt: skip
     return rows
 
@@ -115,7 +118,7 @@ def _print_memory(memory: Mapping[str, Any]) -> None:
     print("\nmemory of a worker that trains")
     rows = [
         (r["stage"], str(r["zero"]), str(r["workers"]), size(r["states"]), size(r["of_a_sample"]),
-         str(r["largest_micro_batch"]) if r["largest_micro_batch"] else "does not fit")
+         _micro(r["largest_micro_batch"]))
         for r in memory["training"]
     ]  # fmt: skip
     print_table(("stage", "ZeRO", "workers", "states", "a sample", "largest micro-batch"), rows)
@@ -127,6 +130,12 @@ def _print_memory(memory: Mapping[str, Any]) -> None:
         for r in memory["inference"]
     ]  # fmt: skip
     print_table(("", *parts, "all", "offloaded", *CARDS), rows)
+
+
+def _micro(count: int) -> str:
+    if not count:
+        return "does not fit"
+    return str(count) if count < MOST_MICRO else f"{MOST_MICRO} or more"
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

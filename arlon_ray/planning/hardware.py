@@ -24,10 +24,6 @@ LIKE = {
     "codec": ("dit", 2.0),
     "text": ("dit", 1.0),
     "ar_context": ("dit", 1.0),
-    # of a core: three forwards of what it was measured with
-    "train_vae": ("vae_encode", 1.0),
-    "train_ar": ("dit", 1.0),
-    "train_dit": ("dit", 1.0),
 }
 #: Of a training with float32 weights under autocast, as ours: so much longer than in bf16 alone (H100, compiled, 240p).
 AUTOCAST = 1.13
@@ -77,7 +73,10 @@ CPU = Hardware(
         "vae_encode": Rate(7.334e-12, 0.0, 5.783e-09, 7.784e-06),
         "text": Rate(2.19e-11, 3.364e-09, 0.0, 0.0),
         "codec": Rate(8.082e-12, 0.0, 1.191e-09, 5.134e-05),
+        "train_vae": Rate(1.07e-11, 0.0, 2.216e-09, 0.0002874),
         "train_codec": Rate(7.145e-12, 0.0, 2.814e-10, 4.576e-05),
+        "train_ar": Rate(8.728e-12, 1.99e-11, 2.262e-09, 0.0),
+        "train_dit": Rate(1.173e-11, 2.01e-11, 4.575e-10, 0.0004658),
         "ar": Rate(1.49e-11, 1.692e-11, 1.688e-10, 2.654e-05),
         "dit": Rate(1.057e-11, 1.123e-11, 1.403e-09, 0.0003576),
         "vae_decode": Rate(8.667e-12, 0.0, 4.305e-09, 4.42e-05),

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from arlon_ray.config import GROUP_LATENTS, Config, VaeConfig
 from arlon_ray.evaluation.cost import most_bytes
@@ -64,8 +66,17 @@ def resident(parts: dict[str, PartMemory], offloaded: bool) -> int:
     return sum(part.weights for part in parts.values()) + max(part.working for part in parts.values())
 
 
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps no scores, as on GPUs: on the meta device it would be the plain one, in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def _working(call: Callable[[], object]) -> int:
-    with torch.no_grad():
+    with torch.no_grad(), _FusedAttention():
         return most_bytes(call)
 
 

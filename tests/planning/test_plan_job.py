@@ -86,7 +86,8 @@ def test_what_fits_is_told() -> None:
     assert ended.returncode == 0, ended.stderr
     memory = json.loads(ended.stdout)["memory"]
     states = [row["states"] for row in memory["training"] if row["stage"] == "dit"]
-    assert len(states) == 4 and states[0] > states[1] > states[2]
+    # what is split has room set aside for it to be exchanged in
+    assert len(states) == 4 and states[1] > states[2] > states[3]
     assert all(row["largest_micro_batch"] > 0 for row in memory["training"])
     assert [row["precision"] for row in memory["inference"]] == ["fp32", "bf16", "int8"]
     assert memory["inference"][0]["fits"]["8 GB"] == "yes"
