@@ -155,7 +155,7 @@ def plan_training(config: Config, stage: str, rows: Rows, cluster: Cluster, epoc
     steps += base
     trained, _ = training.parameters(config, stage)
     sent = training.sent_bytes(trained, workers, settings.zero_stage, settings.accumulation)
-    within = workers <= cluster.gpus_per_node
+    within = not cluster.gpus or workers <= cluster.gpus_per_node
     # a ring enters and leaves each node once: its GPUs share the node's connection, and use it for one worker's bytes
     link = cluster.gpu.link if within else cluster.bandwidth
     nodes = -(-workers // cluster.gpus_per_node)
@@ -168,7 +168,7 @@ def plan_training(config: Config, stage: str, rows: Rows, cluster: Cluster, epoc
     }
     names = list(parts)
     hours = max(parts[names[0]], parts[DISKS]) + parts[names[1]]
-    notes = list(_estimates(cluster, (f"train_{stage}",)))
+    notes = list(_estimates(cluster, (f"train_{_measured(stage)}",)))
     if workers < cluster.devices:
         notes.append(f"a batch of {settings.batch_size} keeps {workers} of {cluster.devices} devices busy")
     cores = workers * (config.cluster.cpus_per_worker if cluster.gpus else 1)

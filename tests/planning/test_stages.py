@@ -54,6 +54,9 @@ def test_without_gpus_everything_runs_on_the_cores() -> None:
     alone = plan_preprocess(load_config("tiny"), VIDEOS, Cluster(0, CPU, 64, Prices(0)))
     assert alone.bottleneck == CPUS and alone.gpu_hours == 0 and alone.core_hours == pytest.approx(64 * alone.hours)
     assert not alone.notes
+    tiny = load_config("tiny")
+    trained = plan_training(tiny, "vqvae_fine", rows_of(tiny, VIDEOS), Cluster(0, CPU, 16, Prices(0)))
+    assert not trained.notes and NETWORK not in trained.parts and trained.gpu_hours == 0
 
 
 def test_a_dataset_of_short_videos_has_no_clips() -> None:
