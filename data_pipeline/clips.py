@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from arlon_ray.config import GROUP_FRAMES, DataConfig, VideoConfig
+from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, DataConfig, VideoConfig
 from data_pipeline import schema
 from data_pipeline.buckets import nearest, shapes
 from data_pipeline.footage import Footage, FootageError, open_footage, scan
@@ -18,6 +18,8 @@ from data_pipeline.sources import Caption, SourceFile
 
 #: Slack, in frames, for time stamps that are rounded (milliseconds in Matroska, float32 in decord).
 SLACK_FRAMES = 0.05
+#: Frames of a latent frame, but for the first of a group.
+LATENT_FRAMES = (GROUP_FRAMES - 1) // (GROUP_LATENTS - 1)
 #: Longer side, in pixels, at which shots are looked for.
 SHOT_SIDE = 160
 NO_CAPTION = "neither in the list of videos nor in a .txt or .json beside the file"
@@ -45,7 +47,7 @@ def clip_id(name: str, identity: str, start: int, frames: int, fps: float) -> in
 def caption_at(caption: Caption, frame: int, fps: float) -> tuple[str, int]:
     """(the caption that holds at a frame counted at `fps`, the first frame that it holds at).
 
-    A clip has the caption of its last frame.
+    A clip has the caption that holds where its last latent frame begins: a model is asked for that one at least.
     """
     text, began = caption.text, 0
     for part in caption.parts:
@@ -143,7 +145,7 @@ def _too_short(source: SourceFile, shots_s: list[tuple[float, float]], video: Vi
 
 def _clip(source: SourceFile, start: int, frames: int, fps: float, shape: tuple[int, int], facts: Row) -> Row:
     height, width = shape
-    caption, began = caption_at(source.caption, start + frames - 1, fps)
+    caption, began = caption_at(source.caption, start + frames - LATENT_FRAMES, fps)
     return {
         "clip_id": clip_id(source.name, source.identity, start, frames, fps),
         "source": source.name,

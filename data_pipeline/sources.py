@@ -180,9 +180,12 @@ def _from_json(raw: bytes) -> Caption:
     found = json.loads(raw.decode("utf-8"))
     if not isinstance(found, dict):
         return Caption()
-    if "captions" in found:
-        return Caption(parts=_parts(found["captions"]))
-    text = found.get("caption", "")
+    text, timed = found.get("caption", ""), found.get("captions")
+    # other datasets have lists of plain texts under this name, each a caption of the whole
+    if timed is not None and not (
+        "caption" in found and isinstance(timed, list) and all(isinstance(t, str) for t in timed)
+    ):
+        return Caption(parts=_parts(timed))
     if not isinstance(text, str):
         raise ValueError(f"caption is {type(text).__name__}, expected text")
     return Caption(" ".join(text.split()))

@@ -123,7 +123,7 @@ class Staging:
                 whole.append(path)
             except (OSError, pa.ArrowInvalid):  # being written, or its writer was killed
                 if remove_broken:
-                    path.unlink(missing_ok=True)
+                    mirror.remove(path)
         return whole
 
     def encoded_rows(self) -> int:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class _Held:
         return max(self._numbers(), default=0)
 
     def _numbers(self) -> list[int]:
-        texts = [path.name.rsplit("-", 1)[1] for path in self._folder.glob(f".{self._name}.job-*")]
+        texts = [path.name.rsplit("-", 1)[1] for path in self._folder.glob(f".{escape(self._name)}.job-*")]
         return [int(text) for text in texts if text.isdigit()]
 
     def _path(self, number: int) -> Path:
@@ -161,8 +162,17 @@ def _place() -> dict[str, Any]:
     space = [boot.read_text().strip() if boot.exists() else "", ""]
     with suppress(OSError):
         space[1] = os.readlink("/proc/self/ns/pid")
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "space": space, "pid": process.pid, "born": process.create_time()}
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "space": space, "pid": pid, "born": _born(pid)}
+
+
+def _born(pid: int) -> float:
+    """When a process began, by a clock that nobody sets. Raises psutil.NoSuchProcess."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return float(stat.read_text().rpartition(")")[2].split()[19])  # ticks since the machine started
+    except OSError:
+        return psutil.Process(pid).create_time()
 
 
 def _lives(holder: dict[str, Any]) -> bool | None:
@@ -171,8 +181,8 @@ def _lives(holder: dict[str, Any]) -> bool | None:
     if (holder.get("host"), holder.get("space")) != (here["host"], here["space"]):
         return None
     try:
-        process = psutil.Process(holder["pid"])
-        return process.create_time() == holder.get("born") and process.status() != psutil.STATUS_ZOMBIE
+        pid = holder["pid"]
+        return _born(pid) == holder.get("born") and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

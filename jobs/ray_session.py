@@ -137,6 +137,8 @@ def _start(**options: Any) -> None:
 
     try:
         ray.init(**options)
+    except SystemExit:  # Ray's own handler of SIGTERM, while it starts
+        raise StoppedError("stopped while Ray started: run the same command again") from None
     except Exception as error:
         if NOT_STARTED not in str(error):
             raise

@@ -17,7 +17,9 @@ from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config, ConfigError
 from serve.blobs import Blobs
 from serve.deployments import bind_stages
+from serve.exchange import LastServed
 from serve.ingress import bind_api
+from serve.job_store import JobStore
 from serve.keys import check_auth
 from serve.places import Places
 from serve.settings import as_served
@@ -71,6 +73,13 @@ def serve_bundle(config: Config, bundle: Bundle, data_dir: str | Path) -> Iterat
     app = build_app(config, bundle, data_dir)
     if any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise ConfigError("Ray Serve runs on this cluster already: end it with `serve shutdown`")
+    url = config.serve.database_url
+    store = (
+        JobStore(url) if url else JobStore.in_folder(Path(config.serve.data_dir or data_dir).expanduser().absolute())
+    )
+    # who starts it by name wants this bundle, whatever was served there last
+    LastServed(store.engine).write(str(bundle.path.expanduser().absolute()))
+    store.close()
     http = HTTPOptions(host=config.serve.host, port=config.serve.port)
     # clients poll: a line for each request would bury all others
     quiet = LoggingConfig(

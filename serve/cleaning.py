@@ -38,7 +38,7 @@ class Cleaner:
             self._store.delete(job.id)
             without_error(self._files(job).delete)
         for job in self._store.unmeasured():
-            self._store.measured(job.id, self._files(job).size())
+            without_error(lambda job=job: self._store.measured(job.id, self._files(job).size()))  # type: ignore[misc]
         now = time.monotonic()
         if self._looked_at is None or now - self._looked_at > GRACE_S / 2:
             self.orphans()
@@ -49,7 +49,10 @@ class Cleaner:
 
     def orphans(self) -> list[str]:
         """Remove folders of jobs that the database does not know and nothing has touched for `GRACE_S`: their ids."""
-        return [job_id for blobs in self._places.all() for job_id in self._orphans(blobs)]
+        removed: list[str] = []
+        for blobs in self._places.all():  # a place that cannot be reached keeps none of the others from it
+            without_error(lambda blobs=blobs: removed.extend(self._orphans(blobs)))  # type: ignore[misc]
+        return removed
 
     def _orphans(self, blobs: Blobs) -> list[str]:
         there = blobs.folders(FOLDER)
@@ -79,8 +82,8 @@ class Cleaner:
 
 
 def without_error(remove: Callable[[], None]) -> None:
-    """Remove files that nobody needs; where that fails they stay, and the log says so."""
+    """Look after files; where that fails they stay as they are, and the log says so."""
     try:
         remove()
     except OSError:
-        logger.exception("files could not be removed")
+        logger.exception("files could not be looked after")

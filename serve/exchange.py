@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Engine
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import Config, ConfigError
@@ -32,7 +33,7 @@ from serve.job_store import Base
 from serve.metrics import Metrics, Stage
 from serve.orchestrator import Orchestrator, StageError
 from serve.schema import SegmentStatus
-from serve.work import VIDEO, Job, Stages, Timed
+from serve.work import TRIAL, Job, Stages, Timed
 
 logger = getLogger("ray.serve")
 
@@ -92,7 +93,7 @@ def still_there(job: Job, config: Config) -> bool:
 async def try_out(model: ServedModel, stages: Stages) -> None:
     """Make one segment with one step. Raises StageError."""
     options = default_options(model.config.sampling, steps=1)
-    job = Job(f"{VIDEO}trial", ("a trial",), 0, options, bundle=model.bundle, bundle_path=model.path)
+    job = Job(TRIAL, ("a trial",), 0, options, bundle=model.bundle, bundle_path=model.path)
     with tempfile.TemporaryDirectory(prefix="arlon-trial-") as folder:
         files, segment = JobFiles(Blobs(Path(folder)), job.id), model.config.segment
         await Orchestrator(job, stages, files, _Nobody(), segment=segment, planned_ahead=1).run()
@@ -174,7 +175,7 @@ class Exchange:
         if not self._started:
             await self._begin()
         try:
-            wanted = str(Path(Wanted.model_validate(user_config).bundle).expanduser().absolute())
+            wanted = str(mirror.local(Wanted.model_validate(user_config).bundle).expanduser().absolute())
         except ValueError as error:
             return self._refuse(str(user_config), error)
         if self._task:

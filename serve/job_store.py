@@ -153,11 +153,11 @@ class JobStore:
             job=JOB.dump_python(new.job, mode="json"),
         )
         try:
-            self._open_day(new.owner)
+            day = self._open_day(new.owner)
             with Session(self._engine) as session, session.begin():
                 session.add(row)
                 session.flush()
-                _use(session, new.owner, segments, per_day)
+                _use(session, new.owner, day, segments, per_day)
         except IntegrityError:
             earlier = self.find(new.owner, new.idempotency_key)
             if earlier is None:
@@ -167,9 +167,9 @@ class JobStore:
 
     def use(self, owner: str, segments: int, per_day: int | None) -> None:
         """Count segments of something that is recorded already. Raises DayUsedError as `add` does."""
-        self._open_day(owner)
+        day = self._open_day(owner)
         with Session(self._engine) as session, session.begin():
-            _use(session, owner, segments, per_day)
+            _use(session, owner, day, segments, per_day)
 
     def used(self, owner: str) -> tuple[int, int]:
         """Segments that an owner has had accepted today (UTC), and bytes of all that it keeps."""
@@ -189,8 +189,8 @@ class JobStore:
         with Session(self._engine) as session:
             return [JOB.validate_python(job) for job in session.scalars(query)]
 
-    def _open_day(self, owner: str) -> None:
-        """Make the row that today's segments are counted in."""
+    def _open_day(self, owner: str) -> int:
+        """Make the row that today's segments are counted in: the day."""
         key = (owner, _today())
         try:
             with Session(self._engine) as session, session.begin():
@@ -198,6 +198,7 @@ class JobStore:
                     session.add(_UsageRow(owner=owner, day=key[1], segments=0))
         except IntegrityError:  # another request made it just now
             pass
+        return key[1]
 
     def find(self, owner: str, idempotency_key: str | None) -> Stored | None:
         """The job that an owner asked for with this key."""
@@ -308,10 +309,10 @@ def _today() -> int:
     return int(time.time() // DAY_S)
 
 
-def _use(session: Session, owner: str, segments: int, per_day: int | None) -> None:
+def _use(session: Session, owner: str, day: int, segments: int, per_day: int | None) -> None:
     # one statement: two requests at the same time cannot both take what is left
-    day = (_UsageRow.owner == owner) & (_UsageRow.day == _today())
-    room = day if per_day is None else day & (_UsageRow.segments + segments <= per_day)
+    counted_in = (_UsageRow.owner == owner) & (_UsageRow.day == day)
+    room = counted_in if per_day is None else counted_in & (_UsageRow.segments + segments <= per_day)
     counted = session.execute(update(_UsageRow).where(room).values(segments=_UsageRow.segments + segments))
     if not counted.rowcount:  # type: ignore[attr-defined]
         raise DayUsedError(owner)

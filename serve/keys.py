@@ -121,6 +121,10 @@ class Keys:
                 raise KeyNameError(f"{name} is {belongs}: a name has one tenant; revoke its keys first")
             if not tenant and session.scalar(select(_Row.number).where(_Row.tenant == name).limit(1)) is not None:
                 raise KeyNameError(f"{name} is a tenant's name: name the tenant {name} too, or choose another name")
+            if tenant and tenant != name:
+                alone = (_Row.name == tenant) & _Row.tenant.is_(None)  # revoked or not: what it owned stays its own
+                if session.scalar(select(_Row.number).where(alone).limit(1)) is not None:
+                    raise KeyNameError(f"{tenant} is a name that is a tenant of its own: choose another tenant")
             session.add(
                 _Row(
                     name=name, role=role, prefix=prefix, sha256=_hash(key), created_at=int(time.time()),

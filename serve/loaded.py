@@ -15,9 +15,10 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.bundle import MANIFEST, Bundle, load_bundle
-from serve.work import Job
+from serve.work import TRIAL, Job
 
 logger = getLogger("ray.serve")
 
@@ -54,11 +55,13 @@ class LoadedModels(Generic[M]):
         If that folder is gone (it was served, and is no more), calls say which one they need. Raises ArtifactError.
         """
         self._make, self._device = make, device
+        self._latest = ""  # what a video needed last: not one that is only tried
         self._held: dict[str, _Held[M]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
-        if (Path(first) / MANIFEST).exists():
+        if mirror.exists(Path(first) / MANIFEST):
             bundle, made = self._load(first)
             self._held[bundle] = _Held(made)
+            self._latest = bundle
         else:
             logger.warning("%s is gone: the bundle that is served is loaded with the first call", first)
 
@@ -73,6 +76,8 @@ class LoadedModels(Generic[M]):
         # no `await` since it was seen: it cannot be forgotten in between
         held = self._held[job.bundle or next(iter(self._held))]
         held.calls += 1
+        if job.bundle and job.id != TRIAL:
+            self._latest = job.bundle
         try:
             yield held.model
         finally:
@@ -86,16 +91,17 @@ class LoadedModels(Generic[M]):
             model.check()
 
     def forget(self, unused_s: float) -> None:
-        """Let go of what no call has needed for so long, but never of what was needed last."""
-        latest = max(self._held, key=lambda name: self._held[name].needed, default=None)
-        for name, held in list(self._held.items()):
-            if name != latest and not held.calls and time.monotonic() - held.needed > unused_s:
-                del self._held[name]
-                held.model.close()
-                del held
-                gc.collect()
-                if self._device == "cuda":
-                    torch.cuda.empty_cache()
+        """Let go of what no call has needed for so long, but never of what a video needed last."""
+        names = [
+            name for name, held in self._held.items()
+            if name != self._latest and not held.calls and time.monotonic() - held.needed > unused_s
+        ]  # fmt: skip
+        for name in names:
+            self._held.pop(name).model.close()
+        if names:
+            gc.collect()
+            if self._device == "cuda":
+                torch.cuda.empty_cache()
 
     async def _fetch(self, job: Job) -> None:
         """Load a bundle beside the others. Calls that need the same one wait together."""

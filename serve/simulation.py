@@ -135,7 +135,8 @@ class _Stage:
         if way and now - self.wanted_since[way] >= delay:
             for _ in range(wanted - current):
                 self.replicas.append(_Replica(now + self.model.start_s))
-            for each in sorted(self.replicas, key=lambda each: len(each.calls))[: max(0, current - wanted)]:
+            staying = [each for each in self.replicas if not each.leaving]
+            for each in sorted(staying, key=lambda each: len(each.calls))[: max(0, current - wanted)]:
                 each.leaving = True
             self.wanted_since = {}
         self.replicas = [each for each in self.replicas if each.calls or not each.leaving]

@@ -64,6 +64,7 @@ class Job:
 
 
 VIDEO, DRAFT = "video_", "draft_"  # how ids begin
+TRIAL = f"{VIDEO}trial"  # of what is made to try a bundle
 JOB = TypeAdapter(Job)
 
 

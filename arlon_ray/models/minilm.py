@@ -101,6 +101,7 @@ def load_minilm(folder: Path) -> MiniLM:
 def _name(public: str) -> str:
     """What a weight is called here."""
     name = public.removeprefix("bert.").removeprefix("embeddings.")
+    name = name.replace(".gamma", ".weight").replace(".beta", ".bias")  # as files from TensorFlow have them
     for theirs, ours in _NAMES.items():
         name = name.replace(theirs, ours)
     return name

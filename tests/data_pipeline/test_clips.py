@@ -190,6 +190,20 @@ def test_a_caption_may_change_on_the_way(tmp_path: Path) -> None:
     assert find_sources(tmp_path)[0].caption == Caption("all of it")
 
 
+def test_captions_that_are_several_texts_of_the_whole_are_no_timed_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"caption": "a dog", "captions": ["a dog", "a brown dog"]}')
+    assert read_caption(str(tmp_path / "a.mp4")) == Caption("a dog")
+
+
+def test_a_caption_that_begins_within_the_last_latent_frame_is_not_the_clip_s(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered(34))
+    config = load_config("tiny", ["data.bucket_groups=[2]"])
+    for frame, expected in ((30, ("right", 30)), (31, ("left", 0))):  # the last latent frame is frames 30 to 33
+        (tmp_path / "a.json").write_text(timed((0, "left"), (frame / 16, "right")))
+        (clip,), _ = find_clips(find_sources(tmp_path)[0], config.video, config.data)
+        assert (clip["caption"], clip["given_frames"]) == expected
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

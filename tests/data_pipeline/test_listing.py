@@ -53,7 +53,7 @@ def test_every_row_of_a_list_is_a_source_or_a_reject(videos: Path, suffix: str) 
     assert [source.name for source in sources] == [
         "a/one.mp4", "two.mp4", "gone.mp4", "a/one.mp4", f"list.{suffix} row 5"
     ]  # fmt: skip
-    assert [source.caption for source in sources[:3]] == ["007", "beside the file", "lost"]
+    assert [source.caption.said for source in sources[:3]] == ["007", "beside the file", "lost"]
     found = [find_clips(source, VideoConfig(height=32, width=32), DataConfig(bucket_groups=(2,))) for source in sources]
     assert [len(clips) for clips, _ in found] == [1, 1, 0, 0, 0]
     reasons = [reject["reason"] for _, rejects in found for reject in rejects]
@@ -64,7 +64,7 @@ def test_every_row_of_a_list_is_a_source_or_a_reject(videos: Path, suffix: str) 
 def test_columns_may_have_other_names(videos: Path) -> None:
     (videos / "list.csv").write_text("file,text\ntwo.mp4,by the list\n")
     (source,) = find_sources(videos / "list.csv", DataConfig(path_column="file", caption_column="text"))
-    assert source.caption == "by the list" and source.size
+    assert source.caption.said == "by the list" and source.size
     with pytest.raises(ArtifactError, match="no column 'path', it has file, text; name the column"):
         find_sources(videos / "list.csv")
 

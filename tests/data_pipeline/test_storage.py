@@ -84,17 +84,17 @@ def test_patterns_lists_and_single_files(bucket: str, options: str) -> None:
     assert [s.name for s in find_sources(f"{bucket}/**/*.mp4{options}")] == sorted([*NAMES, "empty.mp4"])
     assert [s.name for s in find_sources(f"{bucket}/a/*.mp4{options}")] == ["one.mp4"]
     listed = find_sources(f"{bucket}/list.csv{options}")
-    assert [(s.name, s.caption) for s in listed] == [(NAMES[1], "from the list"), (NAMES[0], "a ramp, 0")]
+    assert [(s.name, s.caption.said) for s in listed] == [(NAMES[1], "from the list"), (NAMES[0], "a ramp, 0")]
     assert storage.is_file(listed[0].path)
     (single,) = find_sources(storage.child(f"{bucket}/{options}", NAMES[2]))
-    assert (single.name, single.caption) == (NAMES[2], "a ramp, 2")
+    assert (single.name, single.caption.said) == (NAMES[2], "a ramp, 2")
 
 
 def test_a_list_here_may_name_videos_there(bucket: str, options: str, tmp_path: Path) -> None:
     location = f"{bucket}/a/one.mp4{options}"
     pyarrow.csv.write_csv(pyarrow.table({"path": [location], "caption": ["ours"]}), tmp_path / "list.csv")
     (source,) = find_sources(tmp_path / "list.csv")
-    assert (source.path, source.caption, source.error) == (location, "ours", "")
+    assert (source.path, source.caption.said, source.error) == (location, "ours", "")
 
 
 def test_a_span_is_read_without_the_rest(

@@ -75,6 +75,17 @@ def test_a_name_has_one_owner(keys: Keys) -> None:
             keys.add(bad)
 
 
+def test_nobody_gets_a_tenant_whose_name_owns_something(keys: Keys) -> None:
+    keys.add("demo")
+    refused = pytest.raises(KeyNameError, match="demo is a name that is a tenant of its own")
+    with refused:
+        keys.add("ann", tenant="demo")
+    keys.revoke("demo")  # its videos stay
+    with refused:
+        keys.add("ann", tenant="demo")
+    assert keys.add("ann", tenant="studio")
+
+
 def test_a_revoked_key_is_believed_for_seconds_only(keys: Keys) -> None:
     key, now = keys.add("ann"), [0.0]
     check = KeyCheck(keys, lambda: now[0])
