@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,5 +48,6 @@ def write_report(faults: Sequence[Fault], path: Path, docs: Path | None) -> None
 
 
 def _cell(text: str) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # a terminal's colours
     shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
     return shown.replace("|", "\\|").replace(os.linesep, " ")
