@@ -148,7 +148,8 @@ class VideoService(VideoMaker):
         self._refuse_if_full(owner)
         video, job = new
         job = replace(job, request_id=asked.request_id, tenant=place)
-        if not job.bundle:  # else it goes on from what that has made
+        any_bundle = not job.bundle  # else it goes on from what that has made
+        if any_bundle:
             job = replace(job, bundle=self._bundle, bundle_path=self.model.path)
         video.bundle = job.bundle[:12] or None
         kept = Stored(video, job, owner, asked.deadline, asked.key, asked.digest)
@@ -167,7 +168,11 @@ class VideoService(VideoMaker):
         if earlier:
             await asyncio.to_thread(without_error, files.delete)
             return _same(earlier, asked)
-        self._enqueue(self._active(kept))
+        active = self._active(kept)
+        if any_bundle and active.job.bundle != self._bundle:  # exchanged while it was written down
+            self._label(active)
+            active.save_soon()
+        self._enqueue(active)
         return accepted
 
     async def usage(self, caller: Caller = LOCAL) -> Usage:
