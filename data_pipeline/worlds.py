@@ -37,6 +37,7 @@ from data_pipeline.wording import compose, compose_returning, compose_rich, join
 Random = np.random.Generator
 SIMPLE_BACKGROUNDS = ("dark", "light", "gradient", "stripes")
 TEXTURES = ("stripes", "checks", "clouds")
+OPPOSITE = {name: next(n for n, way in DIRECTIONS.items() if way == (-x, -y)) for name, (x, y) in DIRECTIONS.items()}
 #: Diameters (pixels, at 64) of one object, and of one of several.
 ONE, SEVERAL = (22.0, 30.0), (16.0, 20.0)
 #: Shares of the simple grade: two equal objects, and two different ones.
@@ -113,11 +114,10 @@ def whole_scenes(config: Config, first: int, segments: int = 1) -> Iterator[Scen
 
 def turned(scene: Scene) -> Scene:
     """The same scene with every direction reversed: what its caption says, turned round in the same wording."""
-    back = {name: next(n for n, way in DIRECTIONS.items() if way == (-x, -y)) for name, (x, y) in DIRECTIONS.items()}
 
     def reverse(thing: Thing) -> Thing:
-        other = None if thing.turned is None else back[thing.turned]
-        return replace(thing, direction=back[thing.direction], turned=other)
+        other = None if thing.turned is None else OPPOSITE[thing.turned]
+        return replace(thing, direction=OPPOSITE[thing.direction], turned=other)
 
     shots = tuple(replace(shot, things=tuple(map(reverse, shot.things))) for shot in scene.shots)
     return replace(scene, shots=shots)
@@ -200,9 +200,7 @@ def _turning(random: Random, before: Shot, frames: int, height: int, width: int)
     """The shot that goes on where `before` ends, its objects on another way, all the same one."""
     old = before.things[0].direction
     ways = [name for name in DIRECTIONS if name != old]
-    x, y = DIRECTIONS[old]
-    back = next(name for name, way in DIRECTIONS.items() if way == (-x, -y))
-    way = back if old != "still" and random.random() < REVERSALS else str(random.choice(ways))
+    way = OPPOSITE[old] if old != "still" and random.random() < REVERSALS else str(random.choice(ways))
 
     def on(thing: Thing) -> Thing:
         ends = track(thing, before.frames + 1, min(height, width) / 64)

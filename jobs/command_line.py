@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from arlon_ray import mirror
@@ -89,12 +89,11 @@ def existing(path: str, flag: str) -> Path:
         raise InputError(f"{flag}: empty; expected a path")
     found = mirror.local(path).expanduser().absolute()
     try:
-        if not mirror.exists(found):
-            raise InputError(f"{flag} {found}: not found")
+        there = mirror.exists(found)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{flag} {path}: cannot be reached: {one_line(error)}") from None
+    if not there:
+        raise InputError(f"{flag} {found}: not found")
     return found
 
 
@@ -120,6 +119,14 @@ def vae_folder(flag: str | None, config: Config) -> Path:
     if flag is None and config.vae.init is None:
         raise InputError("vae.init is not set: name a VAE artefact with --vae, or --set vae.init=DIR")
     return existing(flag, "--vae") if flag is not None else existing(str(config.vae.init), "vae.init")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines of text, their columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def run(main: Callable[[], None]) -> None:

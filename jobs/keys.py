@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from arlon_ray.artifact import one_line
 from jobs import command_line
-from jobs.command_line import InputError
+from jobs.command_line import InputError, aligned
 from serve.job_store import JobStore
 from serve.keys import KeyInfo, KeyNameError, Keys
 
@@ -46,7 +46,7 @@ def open_keys(arguments: argparse.Namespace) -> Iterator[Keys]:
     if arguments.database is None and arguments.command != "add" and not folder.is_dir():
         raise InputError(f"--data {folder}: not found")
     try:
-        store = JobStore(arguments.database) if arguments.database else JobStore.in_folder(folder)
+        store = JobStore.opened(arguments.database, folder)
     except (SQLAlchemyError, OSError, ImportError) as error:
         # the address may hold a password: it is not repeated
         where = "--database" if arguments.database else f"--data {folder}"
@@ -67,10 +67,7 @@ def table(keys: list[KeyInfo]) -> str:
         limit, tenant = str(key.requests_per_minute or "default"), key.tenant or key.name
         created, used = _day(key.created_at), _day(key.last_used_at)
         rows.append((key.name, key.role, key.prefix, created, used, state, limit, tenant))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from textwrap import indent
 from typing import Any
 
 from arlon_ray.config import Config, override
 from arlon_ray.planning.memory import inference_memory, resident
 from arlon_ray.planning.stages import Cluster, usable_workers
 from arlon_ray.training.memory import PLANNED, activations_at_peak, plan_memory, training_of
+from jobs.command_line import aligned
 
 #: Bytes of the GPUs that the table of inference has columns for.
 CARDS = {"8 GB": 8e9, "16 GB": 16e9, "24 GB": 24e9, "80 GB": 80e9}
@@ -140,9 +142,7 @@ def _micro(count: int) -> str:
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they need."""
-    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
-    for row in (titles, *rows):
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(indent(aligned([titles, *rows]), "  "))
 
 
 def hours(value: float) -> str:

@@ -100,24 +100,18 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
+    same = {"namespace": config.tracking.tenant, "log_to_driver": worker_output, "logging_level": logging.WARNING}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(
-            address="auto",
-            namespace=config.tracking.tenant,
-            log_to_driver=worker_output,
-            logging_level=logging.WARNING,
-        )
+        _start(address="auto", **same)
     else:
         _start(
             # Not an address of a cluster that some earlier command noted on this machine.
             address="local",
-            namespace=config.tracking.tenant,
             num_cpus=local_cpus(config),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=dashboard,
-            log_to_driver=worker_output,
-            logging_level=logging.WARNING,
             configure_logging=True,
+            **same,
         )
         _own = True
     if threading.current_thread() is threading.main_thread():
@@ -132,7 +126,7 @@ def connect(config: Config, *, dashboard: bool = False, worker_output: bool = Fa
 
 
 def _start(**options: Any) -> None:
-    """A Ray of our own. Raises StoppedError where this machine is too busy for it."""
+    """Ray. Raises StoppedError where this machine is too busy for one of our own, or SIGTERM comes meanwhile."""
     import ray
 
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from arlon_ray.config import Config, override
 from arlon_ray.planning.hardware import CPU, GPUS
 from arlon_ray.planning.serving import segment_seconds
-from jobs.command_line import InputError, parser, read_config, run
+from jobs.command_line import InputError, aligned, parser, read_config, run
 from serve.simulation import STAGES, Load, Simulation, StageModel
 
 #: What each further segment of a batch adds to the time of one. Measured on a CPU (docs/serving.md, eight at once: the
@@ -184,12 +183,7 @@ def tables(found: dict[str, Any]) -> str:
     for name, its in found["stages"].items():
         seconds, busy, batch = f"{its['seconds']:.2f} s", f"{its['utilisation']:.0%}", f"{its['mean_batch']:.1f}"
         stages.append((name, seconds, busy, batch, f"{its['mean_replicas']:.1f}", str(its["most_replicas"])))
-    return f"{_aligned(rows)}\n\n{_aligned(stages)}"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return f"{aligned(rows)}\n\n{aligned(stages)}"
 
 
 def main() -> None:

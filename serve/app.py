@@ -50,10 +50,8 @@ def build_app(
     """
     check_devices(config)
     check_auth(config.serve)
-    data = str(config.serve.data_dir or data_dir)
-    if "://" not in data:
-        data = str(Path(data).expanduser().absolute())
-    elif config.serve.database_url is None:
+    data = _data(config, data_dir)
+    if "://" in data and config.serve.database_url is None:
         raise ConfigError(f"serve.data_dir={data}: a database is no file of a bucket: set serve.database_url too")
     try:
         Places(Blobs(data), config.serve.tenants)
@@ -61,6 +59,12 @@ def build_app(
         raise ConfigError(f"serve.tenants: a data_dir cannot be opened: {' '.join(str(error).split())}") from None
     path = str(bundle.path.expanduser().absolute())
     return bind_api(config, data, path, configured or partial(as_served, config), bind_stages(config, path))
+
+
+def _data(config: Config, data_dir: str | Path) -> str:
+    """The folder as an absolute path, or the bucket, that videos are kept in."""
+    data = str(config.serve.data_dir or data_dir)
+    return data if "://" in data else str(Path(data).expanduser().absolute())
 
 
 @contextmanager
@@ -73,10 +77,7 @@ def serve_bundle(config: Config, bundle: Bundle, data_dir: str | Path) -> Iterat
     app = build_app(config, bundle, data_dir)
     if any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise ConfigError("Ray Serve runs on this cluster already: end it with `serve shutdown`")
-    url = config.serve.database_url
-    store = (
-        JobStore(url) if url else JobStore.in_folder(Path(config.serve.data_dir or data_dir).expanduser().absolute())
-    )
+    store = JobStore.opened(config.serve.database_url, Path(_data(config, data_dir)))
     # who starts it by name wants this bundle, whatever was served there last
     LastServed(store.engine).write(str(bundle.path.expanduser().absolute()))
     store.close()

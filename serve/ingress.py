@@ -46,9 +46,8 @@ class VideoAPI:
         own = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
         self._config = config
         self._stages = HandleStages(ar, dit, decoder, own)
-        url = config.serve.database_url
         set_up_logging(config.serve.log_format, config.serve.log_level)
-        store = JobStore(url) if url else JobStore.in_folder(Path(data))
+        store = JobStore.opened(config.serve.database_url, Path(data))
         self._keys = open_keys(config.serve, store.engine)
         self._service = VideoService(config, store, self._stages, Blobs(data))
         opened = partial(open_model, configured=configured, like=config)

@@ -123,6 +123,11 @@ class JobStore:
         create_tables(self._engine, Base.metadata)
 
     @classmethod
+    def opened(cls, url: str | None, folder: Path) -> JobStore:
+        """The database at `url`; without one, the store in `folder`."""
+        return cls(url) if url else cls.in_folder(folder)
+
+    @classmethod
     def in_folder(cls, folder: Path) -> JobStore:
         """The store in `folder`, which is created if need be."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -36,3 +36,10 @@ def run_script(name: str, *arguments: str) -> Ended:
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def said(name: str, *arguments: str, code: int = 0) -> str:
+    """What a script that ends with `code` prints: its output, or, where it fails, its errors."""
+    ended = run_script(name, *arguments)
+    assert ended.returncode == code, ended.stderr
+    return ended.stderr if code else ended.stdout

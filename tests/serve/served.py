@@ -38,7 +38,7 @@ class Served:
 def served(folder: Path, *overrides: str, database: str | None = None) -> Iterator[Served]:
     """Serve until the block ends. Keys are on, and their rate is out of the way."""
     config = small_config("serve.auth=on", "serve.requests_per_minute=1000000", *overrides)
-    store = JobStore(database) if database else JobStore.in_folder(folder)
+    store = JobStore.opened(database, folder)
     keys = Keys(store.engine)
     user, admin = ({"authorization": f"Bearer {key}"} for key in (keys.add("ann"), keys.add("root", "admin")))
     service = VideoService(config, store, FakeStages(config), Blobs(folder), None)

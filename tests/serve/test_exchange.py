@@ -265,7 +265,8 @@ async def test_a_replica_that_starts_when_its_first_bundle_is_gone_waits_for_a_c
     replica.check_health()
     options = default_options(bundle.config.sampling, steps=1)
     job = Job("v", ("a",), 0, options, bundle=bundle.fingerprint, bundle_path=str(bundle.path))
-    await replica.render(job, 0, np.zeros((10, 4, 4), np.int32), None)
+    made = await replica.render(job, 0, np.zeros((10, 4, 4), np.int32), None)
+    assert made.value.shape[1] == bundle.config.segment.latents
 
 
 def test_only_a_bundle_of_the_same_shape_is_exchanged(bundles: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine
 
 from arlon_ray.config import ConfigError, ServeConfig, load_config
-from jobs import keys as command
-from jobs.command_line import run
 from serve.callers import Caller
 from serve.keys import BELIEVED_S, KeyCheck, KeyNameError, Keys, Known, check_auth, open_keys
 from tests.postgres import postgres
+from tests.scripts import said
 
 
 @pytest.fixture
@@ -146,16 +145,8 @@ def test_a_service_without_any_key_says_how_to_make_one(tmp_path: Path, caplog: 
     assert open_keys(ServeConfig(), engine) is None
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(*arguments: str, code: int | None = None) -> str:
-        monkeypatch.setattr(sys, "argv", ["keys.py", *arguments])
-        if code is None:
-            run(command.main)
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as ended:
-            run(command.main)
-        assert ended.value.code == code
-        return capsys.readouterr().err
+def test_command_line(tmp_path: Path) -> None:
+    call = partial(said, "keys")
 
     here = ("--data", str(tmp_path / "service"))
     assert "not found" in call("list", *here, code=2)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arlon_ray.config import ServeConfig, load_config
-from jobs import simulate
-from jobs.command_line import run
 from jobs.simulate import figures
 from serve.simulation import Load, Simulation, StageModel
+from tests.scripts import said
 
 STAGES = {"ar": StageModel(1.0), "dit": StageModel(2.0), "decoder": StageModel(0.5)}
 
@@ -119,16 +118,8 @@ def test_a_machine_that_all_share_is_slower() -> None:
     assert len(shared.videos) < 0.8 * len(plenty.videos)
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(*arguments: str, code: int | None = None) -> str:
-        monkeypatch.setattr(sys, "argv", ["simulate.py", *arguments])
-        if code is None:
-            run(simulate.main)
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as ended:
-            run(simulate.main)
-        assert ended.value.code == code
-        return capsys.readouterr().err
+def test_command_line(tmp_path: Path) -> None:
+    call = partial(said, "simulate")
 
     file, seconds = tmp_path / "found.json", "--seconds=ar=0.5,dit=3,decoder=0.2"
     two = ("--load", "studio=20/min", "--load", "trial=1/min")
