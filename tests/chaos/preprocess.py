@@ -90,7 +90,9 @@ def _strike(job: Preprocessing, order: Order, total: int) -> Fault | None:
     if order.kind == DISK:
         return _full_disk(job, order)
     moment = done + order.numbers.randint(1, max(1, total // 8))
-    job.program.until(lambda: job.rows() >= moment)
+    job.program.until(lambda: job.rows() >= moment or not job.program.running())
+    if not job.program.running():  # it was done before the moment had come
+        return None
     before, seen_from, begin = job.files(), len(job.program.printed()), time.perf_counter()
     rows = job.rows()
     damaged = _injected(job, order)
