@@ -5,6 +5,7 @@ Needs root and `ip` (Debian: iproute2). Files are those of the machine: what has
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -61,7 +62,9 @@ def hosts(count: int, prefix: str = "hosts", network: str = "10.213.0") -> Itera
 
     This machine itself is .254: what must be reachable from all hosts (a storage server) can listen there. Whoever
     makes several networks at a time gives each a `network` of its own. `prefix` is the beginning of the hosts' names.
+    Raises OSError if the network is in use.
     """
+    _clear(f"{network}.254")
     token = uuid.uuid4().hex[:6]
     bridge = f"br{token}"
     with ExitStack() as undo:
@@ -103,7 +106,17 @@ def why_not() -> str:
     return ""
 
 
-def _ip(*words: str) -> None:
+def _clear(address: str) -> None:
+    """Remove bridges that a run which was killed has left: with two of one address no packet finds its way."""
+    for bridge in json.loads(_ip("-json", "addr", "show", "to", address)):
+        if bridge and json.loads(_ip("-json", "link", "show", "master", bridge["ifname"])):
+            raise OSError(f"{address} is in use: another run has hosts on {bridge['ifname']}")
+        if bridge:
+            _ip("link", "del", bridge["ifname"])
+
+
+def _ip(*words: str) -> str:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout or "[]"

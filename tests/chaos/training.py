@@ -36,9 +36,9 @@ STAGES = {
     "dit": ("train_dit", "dit", "dit"),
 }
 TARGETS = {f"train {stage}": stage for stage in STAGES}
-STEPS, EVERY = 120, 10
+STEPS, EVERY = 400, 20
 #: A checkpoint that was reported so long ago has certainly been taken in.
-TAKEN_IN_S = 5.0
+TAKEN_IN_S = 3.0
 
 
 class Training:
@@ -77,8 +77,10 @@ class Training:
         return steps[-1] if steps else 0
 
     def went_on(self, told_before: int) -> list[int]:
-        """The steps behind which it has gone on, as it was told behind so many characters."""
-        return [int(step) for step in re.findall(r"going on after step (\d+)", self.program.printed()[told_before:])]
+        """The steps behind which it has gone on (0: begun anew), as it was told behind so many characters."""
+        printed = self.program.printed()[told_before:]
+        steps = [int(step) for step in re.findall(r"going on after step (\d+)", printed)]
+        return steps or [0 for _ in re.findall(r"parameters train", printed)]
 
     def until_beyond(self, step: int, told_before: int) -> None:
         """Wait until it has gone on and is further than `step`, or at its end."""
