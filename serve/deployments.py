@@ -7,6 +7,7 @@ event loop stays free for cancellations and health checks.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config, DeploymentConfig
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, given_picture
+from arlon_ray.generation.lanes import LANES
 from arlon_ray.generation.rendering import DenoisingBatch
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
@@ -265,7 +267,9 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
             graceful_shutdown_timeout_s=5,
         )(kind)
         device = "cuda" if settings.num_gpus else "cpu"
-        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments, log)
+        # the DiT's lanes are worth a thread each, also where a replica has asked for a share of a core
+        least = min(LANES, os.cpu_count() or 1) if kind is DitDeployment else 1
+        return deployment.bind(bundle, device, max(least, int(settings.num_cpus)), *arguments, log)
 
     log: LogSettings = (config.serve.log_format, config.serve.log_level)
     return (

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from arlon_ray.generation.generator import VideoGenerator
+from arlon_ray.generation.overlapped import Threads, computing_with
 from arlon_ray.generation.planning import Beginning
 from arlon_ray.generation.project import Project, ProjectSegment
 from arlon_ray.generation.rendering import behind_overlap
@@ -20,6 +21,8 @@ class VideoEditor:
     def __init__(self, generator: VideoGenerator, project: Project) -> None:
         self.generator, self.project = generator, project
         self.segment = generator.bundle.config.segment
+        #: Those that the video was made with: bits depend on how many there are.
+        self._threads = Threads.shared(generator.bundle.device)
 
     def reroll(self, index: int, seed: int, text: SegmentText | None = None) -> None:
         """Make segment `index` anew with another seed, and another text if one is given.
@@ -55,7 +58,8 @@ class VideoEditor:
             latents = segment.latents
             if index == 0 and start is not None and start.shown:
                 latents = behind_overlap(start.latents, latents)
-            frames = self.generator.decoder.decode(latents, last, self.project.options.seam_frames)
+            with computing_with(self._threads.decoder):
+                frames = self.generator.decoder.decode(latents, last, self.project.options.seam_frames)
             last = frames[-1].copy()
             yield frames
 
@@ -72,11 +76,13 @@ class VideoEditor:
             earlier = [self.project.read(number) for number in planner.looked_at(index)]
             texts = [*(segment.text for segment in earlier), text]
             before, begin = self._tokens_of(earlier, index), self._beginning(index, text)
-            planned = planner.go_on(before, texts, seed, index, options, begin=begin)
+            with computing_with(self._threads.ar):
+                planned = planner.go_on(before, texts, seed, index, options, begin=begin)
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
         overlap = self._latents_before(index)
-        made = self.generator.renderer.render(text, guide, overlap, seed, index, options, after=after)
+        with computing_with(self._threads.dit):
+            made = self.generator.renderer.render(text, guide, overlap, seed, index, options, after=after)
         self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
 
     def _tokens_of(self, earlier: Sequence[ProjectSegment], index: int) -> torch.Tensor:

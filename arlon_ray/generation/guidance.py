@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from arlon_ray.diffusion.rectified_flow import NUM_TIMES
+from arlon_ray.generation.lanes import lanes, side_by_side
 from arlon_ray.generation.options import GenerationOptions
-from arlon_ray.models.dit import Condition, LateLayers, STDiT3, TimeFeatures, first_samples, join_conditions
+from arlon_ray.models.dit import Condition, LateLayers, STDiT3, TimeFeatures, join_conditions, some_samples
 
 Grid = tuple[int, int, int]
 
@@ -46,7 +47,7 @@ class GuidedVelocity:
     @cached_property
     def _unguided(self) -> GuidedVelocity:
         count = self.terms[0]
-        condition = first_samples(self.condition, count)
+        condition = some_samples(self.condition, slice(count))
         return replace(self, condition=condition, noisy_Rt=self.noisy_Rt[:count], terms=[count], weights=[])
 
     def kind(self) -> tuple[object, ...]:
@@ -77,13 +78,36 @@ class GuidedVelocity:
 
 
 class Together:
-    """Fields of one kind, side by side: what is constant is put together once."""
+    """Fields of one kind, side by side: what is constant is put together once, and dealt out to the lanes."""
 
     def __init__(self, fields: Sequence[GuidedVelocity]) -> None:
         self.fields = list(fields)
-        self.condition = join_conditions([field.condition for field in fields])
-        self.noisy_Rt = torch.cat([field.noisy_Rt for field in fields])
         self.counts = [len(field.noisy_Rt) for field in fields]
+        self.dit, self.shape = fields[0].dit, fields[0].shape
+        condition = join_conditions([field.condition for field in fields])
+        noisy_Rt = torch.cat([field.noisy_Rt for field in fields])
+        # processes that share a segment's frames speak to one another in turn
+        self._lanes = [slice(None)] if self.dit.parallel else lanes(len(noisy_Rt))
+        self._constant = [(some_samples(condition, rows), noisy_Rt[rows]) for rows in self._lanes]
+
+    def velocity(self, tokens_RTHWD: Tensor, times: TimeFeatures, late: LateLayers | None) -> Tensor:
+        """The velocity [R, C, t, h, w] of all branches; `late` is that of all."""
+        parts = [
+            None if late is None else LateLayers(late.count, None if late.added is None else late.added[rows])
+            for rows in self._lanes
+        ]
+
+        def computed(lane: int) -> Tensor:
+            rows, (condition, noisy_Rt) = self._lanes[lane], self._constant[lane]
+            its = TimeFeatures(*(feature[rows] for feature in times))
+            return self.dit.velocity(
+                self.dit.denoise(tokens_RTHWD[rows], self.shape, its, condition, noisy_Rt, parts[lane])
+            )
+
+        made = side_by_side([partial(computed, lane) for lane in range(len(self._lanes))])
+        if late is not None and late.added is None:
+            late.added = torch.cat([part.added for part in parts if part is not None and part.added is not None])
+        return made[0] if len(made) == 1 else torch.cat(made)
 
 
 class StepCache:
@@ -115,18 +139,16 @@ def velocities(
     what would (few rows, for which there are other kernels) is computed field by field. On a GPU, where kernels are
     chosen by the size of the batch, they are equal within rounding.
     """
-    dit = together.fields[0].dit
     rows = [field.rows(x, time) for field, x, time in zip(together.fields, xs, times, strict=True)]
     embedded, features = rows[0]
     if len(rows) > 1:
         embedded = torch.cat([tokens for tokens, _ in rows])
         features = TimeFeatures(*map(torch.cat, zip(*(features for _, features in rows), strict=True)))
-    shape = together.fields[0].shape
     kept = [late for late in lates or () if late is not None]
     late = LateLayers(kept[0].count) if kept else None
     if late is not None and kept[0].added is not None:
         late.added = torch.cat([each.added for each in kept if each.added is not None])
-    output = dit.velocity(dit.denoise(embedded, shape, features, together.condition, together.noisy_Rt, late))
+    output = together.velocity(embedded, features, late)
     if late is not None and late.added is not None and kept[0].added is None:
         for each, part in zip(kept, late.added.split(together.counts), strict=True):
             each.added = part

@@ -19,6 +19,7 @@ from arlon_ray.diffusion.rectified_flow import add_noise, schedule, time_ratio
 from arlon_ray.diffusion.solvers import FlowPath
 from arlon_ray.generation.batching import Member, run_alone
 from arlon_ray.generation.guidance import GuidedVelocity, StepCache, Together, guided_velocity, velocities
+from arlon_ray.generation.lanes import in_lanes
 from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
@@ -135,12 +136,13 @@ class DenoisingBatch:
             kinds.setdefault((*field.kind(), reuse), []).append((member, field, late))
         for same in kinds.values():
             members, fields, lates = zip(*same, strict=True)
-            together = self._together.get(fields) or self._together.put(fields, Together(fields))
-            paths = [member.path for member in members]
-            velocity = velocities(together, [p.x for p in paths], [p.time_B for p in paths], lates)
-            for member, its in zip(members, velocity, strict=True):
-                member.path.advance(its)
-                member.finish()
+            with in_lanes(fields[0].noisy_Rt.device):
+                together = self._together.get(fields) or self._together.put(fields, Together(fields))
+                paths = [member.path for member in members]
+                velocity = velocities(together, [p.x for p in paths], [p.time_B for p in paths], lates)
+                for member, its in zip(members, velocity, strict=True):
+                    member.path.advance(its)
+                    member.finish()
         done = [member for member in self.members if member.ended]
         for member in done:
             self.leave(member)
@@ -204,7 +206,6 @@ class DiTRenderer:
         if behind % GROUP_LATENTS:
             raise ValueError(f"after has {behind} latent frames: expected whole groups of {GROUP_LATENTS}")
         shape = (segment.latents + behind, height, width)
-        coarse = None if options.baseline else self._coarse(tokens, shape[0])
         given = torch.zeros(1, channels, *shape, device=device)
         noisy = torch.ones(1, shape[0], dtype=torch.bool, device=device)
         for known, where in ((overlap, slice(kept)), (after, slice(segment.latents, None))):
@@ -215,8 +216,10 @@ class DiTRenderer:
         model = self.bundle.baseline if options.baseline else self.dit
         if options.cache_layers >= (depth := model.config.depth):
             raise ValueError(f"cache_layers={options.cache_layers}: expected at most {depth - 1} of {depth} layers")
-        text, shares = self._encoded(prompt, behind)
-        negative = self.text.encode([options.negative_prompt]) if options.negative_prompt else None
+        with in_lanes(device):
+            coarse = None if options.baseline else self._coarse(tokens, shape[0])
+            text, shares = self._encoded(prompt, behind)
+            negative = self.text.encode([options.negative_prompt]) if options.negative_prompt else None
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(given.shape, generator=generator, device=device)
         ratio = time_ratio(*size, shape[0], self.config.dit.time_base_pixels) * self.config.dit.time_scale
@@ -229,7 +232,8 @@ class DiTRenderer:
         cache = StepCache(options.cache_layers, options.cache_every)
         fps, new = self.config.video.fps, slice(kept, segment.latents)
         with self.bundle.at_work(model):
-            field = guided_velocity(model, shape, text, coarse, noisy, fps, size, options, shares, negative)
+            with in_lanes(device):
+                field = guided_velocity(model, shape, text, coarse, noisy, fps, size, options, shares, negative)
             return (yield Denoising(index, field, path, new, cache, on_step))
 
     def _encoded(self, text: SegmentText, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:

@@ -63,16 +63,16 @@ class LateLayers:
     added: Tensor | None = None
 
 
-def first_samples(condition: Condition, count: int) -> Condition:
-    """The condition of the first `count` samples alone."""
+def some_samples(condition: Condition, rows: slice) -> Condition:
+    """The condition of some of the samples alone."""
     real = condition.text_real
     return Condition(
-        text=[(k[:count], v[:count]) for k, v in condition.text],
-        text_real=None if real is None else real[:count],
-        fps_BD=condition.fps_BD[:count],
+        text=[(k[rows], v[rows]) for k, v in condition.text],
+        text_real=None if real is None else real[rows],
+        fps_BD=condition.fps_BD[rows],
         positions_SD=condition.positions_SD,
         rotary=condition.rotary,
-        injection={name: tuple(part[:count] for part in parts) for name, parts in condition.injection.items()},
+        injection={name: tuple(part[rows] for part in parts) for name, parts in condition.injection.items()},
     )
 
 

@@ -16,6 +16,7 @@ from arlon_ray.config.load import ConfigError
 from arlon_ray.diffusion.rectified_flow import schedule, time_ratio
 from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.generation.guidance import StepCache
+from arlon_ray.generation.overlapped import computing_with
 from arlon_ray.generation.rendering import DenoisingBatch
 from arlon_ray.models.dit import LateLayers, STDiT3
 from tests.bundles import make_random_bundle, randomized, small_config
@@ -27,6 +28,13 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
     return VideoGenerator.from_bundle(make_random_bundle(tmp_path_factory.mktemp("bundle") / "b", "dit.depth=3"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """And so one lane: all rows pass through a block together."""
+    with computing_with(1):
+        yield
 
 
 def render(generator: VideoGenerator, on_step: Any = None, **changes: object) -> np.ndarray:
