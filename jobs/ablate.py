@@ -102,12 +102,13 @@ def chosen_variants(names: Sequence[str]) -> list[Variant]:
     return [variant for variant in VARIANTS if variant.name in names]
 
 
-def check(bundle: Bundle) -> None:
+def check(bundle: Bundle, variants: Sequence[Variant]) -> None:
     """Raises InputError for a bundle that has not all that is compared."""
-    for name in ("ar", "dit", "dit_base"):
+    base = ("dit_base",) if any(variant.stage == "dit" for variant in variants) else ()
+    for name in ("ar", "dit", *base):
         if name not in bundle.artifacts:
             raise InputError(
-                f"--bundle {bundle.path}: has no {name}: the comparison needs a guided bundle with its base"
+                f"--bundle {bundle.path}: has no {name}: expected a guided bundle, for variants of the DiT with its base"
             )
 
 
@@ -150,7 +151,7 @@ def main() -> None:
     also = [read_results(existing(path, "--also")) for path in arguments.also]
     variants, choices = chosen_variants(arguments.variants), parse_choices(arguments.tune)
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
-    check(bundle)
+    check(bundle, variants)
     trained = existing(arguments.trained, "--trained") if arguments.trained else None
     dataset, tokens = (None, None) if trained else trained_on(arguments.dataset, arguments.tokens)
     output = output_folder(arguments)

@@ -80,7 +80,7 @@ def renderings(generator: VideoGenerator, seed: int) -> list[Rendering]:
     return made
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_segments_are_rendered_as_if_alone(generator: VideoGenerator, threads: int) -> None:
     renderer, before = generator.renderer, torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -161,7 +161,7 @@ def planned_in(batch: Batch, generator: VideoGenerator, asked: Sequence, arrival
     return together(batch, [whole(arguments) for arguments in asked], arrivals)
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_videos_are_planned_as_if_alone(generator: VideoGenerator, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
