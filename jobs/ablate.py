@@ -108,7 +108,7 @@ def check(bundle: Bundle, variants: Sequence[Variant]) -> None:
     for name in ("ar", "dit", *base):
         if name not in bundle.artifacts:
             raise InputError(
-                f"--bundle {bundle.path}: has no {name}: expected a guided bundle, for variants of the DiT with its base"
+                f"--bundle {bundle.path}: has no {name}: expected a guided one, with its base for variants of the DiT"
             )
 
 
