@@ -139,8 +139,9 @@ def _serve(orders: Sequence[Order], world: World, found: Sequence[RayHost], data
     data.mkdir()
     key = Keys(JobStore.in_folder(data).engine).add("chaos")
     _deploy(head.host, world.bundle, data)
-    # the proxy of the host that is never cut or killed
-    client = serving.PatientClient(f"http://{workers[0].host.address}:{HTTP_PORT}", {"authorization": f"Bearer {key}"})
+    # Serve has a proxy on the head, and on every host with a replica
+    urls = [f"http://{each.host.address}:{HTTP_PORT}" for each in found]
+    client = serving.PatientClient(*urls, headers={"authorization": f"Bearer {key}"})
     client.until(client.answers)
     expected = client.content(client.accept())
     for order in orders:
@@ -178,22 +179,21 @@ def _deploy(head: Host, bundle: Path, data: Path) -> None:
     (application,) = described["applications"]
     sets = ["serve.host=0.0.0.0", "serve.auth=on", "serve.max_running=1", "serve.requests_per_minute=1000000"]
     application["args"] = {"bundle": str(bundle), "data": str(data), "set": sets}
-    end = time.monotonic() + PATIENCE_S
+    _on_ray(head, DEPLOY, json.dumps(described))
+
+
+def _on_ray(head: Host, program: str, *arguments: str) -> None:
+    """A Python program on the head, connected to its Ray; again while the hosts are on their way. Raises RuntimeError."""
+    connected = f"import ray; ray.init(address='{head.address}:{GCS_PORT}', log_to_driver=False)\n{program}"
+    env, end = {**os.environ, "PYTHONPATH": str(ROOT)}, time.monotonic() + PATIENCE_S
     while True:
         try:
-            _on_ray(head, DEPLOY, json.dumps(described))
+            head.run([sys.executable, "-c", connected, *arguments], env=env, timeout_s=PATIENCE_S)
             return
         except subprocess.CalledProcessError as error:
             if time.monotonic() > end:
                 raise RuntimeError(error.stdout) from None
-            time.sleep(2)  # the hosts are on their way
-
-
-def _on_ray(head: Host, program: str, *arguments: str) -> None:
-    """A Python program on the head, connected to its Ray. Raises CalledProcessError."""
-    connected = f"import ray; ray.init(address='{head.address}:{GCS_PORT}', log_to_driver=False)\n{program}"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    head.run([sys.executable, "-c", connected, *arguments], env=env, timeout_s=PATIENCE_S)
+            time.sleep(2)
 
 
 def _train(order: Order, world: World, found: Sequence[RayHost]) -> Fault:

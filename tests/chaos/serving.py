@@ -33,19 +33,50 @@ SEGMENTS = 6
 REQUEST = {"prompt": "a red ball rolls to the left", "num_segments": SEGMENTS, "seed": 3, "num_inference_steps": 6}
 
 
+class Balanced(httpx.BaseTransport):
+    """What a load balancer does: where one address does not answer, the next one is asked."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._urls, self._at, self._transport = [httpx.URL(url) for url in urls], 0, httpx.HTTPTransport()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Raises TransportError of the last address; of the first that took the request and broke off."""
+        for left in reversed(range(len(self._urls))):
+            url = self._urls[self._at]
+            request.url = request.url.copy_with(host=url.host, port=url.port)
+            try:
+                return self._transport.handle_request(request)
+            except httpx.TransportError as error:
+                self._at = (self._at + 1) % len(self._urls)
+                if not left or not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                    raise
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._transport.close()
+
+
 class PatientClient:
     """A client of a service that may be away: it asks again."""
 
-    def __init__(self, url: str, headers: dict[str, str] | None = None) -> None:
-        self.url, self.headers = url, headers or {}
-        self.client = httpx.Client(base_url=url, headers=self.headers, timeout=20)
+    def __init__(self, *urls: str, headers: dict[str, str] | None = None) -> None:
+        self.urls, self._headers = urls, headers or {}
+        self.client = self.connect(20)
+
+    def connect(self, timeout_s: float) -> httpx.Client:
+        """A connection of its own."""
+        timeout = httpx.Timeout(timeout_s, connect=2)
+        return httpx.Client(
+            base_url=self.urls[0], headers=self._headers, timeout=timeout, transport=Balanced(self.urls)
+        )
 
     def until(self, done: Callable[[], bool]) -> None:
         """Wait until something is so."""
         end = time.monotonic() + PATIENCE_S
         while not done():
             if time.monotonic() > end:
-                raise RuntimeError(f"{self.url}: not within {PATIENCE_S:.0f} s")
+                raise RuntimeError(f"{self.urls[0]}: not within {PATIENCE_S:.0f} s")
             time.sleep(0.05)
 
     def answers(self) -> bool:
@@ -128,7 +159,7 @@ class Watching:
 
     def __init__(self, service: PatientClient, name: str) -> None:
         self.seen: Counter[str] = Counter()
-        self._url, self._headers = f"{service.url}/v1/videos/{name}", service.headers
+        self._service, self._path = service, f"/v1/videos/{name}"
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -141,10 +172,10 @@ class Watching:
         self._thread.join()
 
     def _watch(self) -> None:
-        with httpx.Client(timeout=10, headers=self._headers) as client:
+        with self._service.connect(10) as client:
             while not self._ended.wait(0.25):
                 try:
-                    self.seen[str(client.get(self._url).status_code)] += 1
+                    self.seen[str(client.get(self._path).status_code)] += 1
                 except httpx.TransportError as error:
                     self.seen[type(error).__name__] += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -41,6 +42,26 @@ def test_a_shift_of_brightness_is_spread_and_ends_stay() -> None:
     assert steps.max() < 2.5  # no other place gets the jump instead
 
 
+def test_a_jump_of_motion_is_drawn_back_and_motion_is_not() -> None:
+    """A camera that moves one pixel a frame, and jumps three more at a border."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 140, 3)).astype(np.float32)
+    ground = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 3), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+    def pan(jump: int) -> Frames:
+        return np.stack([ground[:, t + jump * (t >= 17) :][:, :64] for t in range(34)])
+
+    def steps(frames: Frames) -> np.ndarray:
+        """How far the camera goes: from where on the ground each frame fits best."""
+        fine = cv2.resize(ground, None, fx=10, fy=1, interpolation=cv2.INTER_LINEAR).astype(np.float32)
+        places = [fine[:, at : at + 640 : 10][:, 8:56] for at in range(0, 600)]
+        best = [np.argmin([np.abs(place - frame[:, 8:56]).mean() for place in places]) / 10 for frame in frames]
+        return np.diff(best)
+
+    jumping = steps(blend_seams(pan(3), None, 8))
+    assert steps(pan(3))[16] > 3.5 and jumping[16] < 2 and jumping.max() < 2
+    assert np.abs(steps(blend_seams(pan(0), None, 8)) - 1).max() < 0.2
+
+
 def test_the_frame_before_the_first_is_a_border_too() -> None:
     frames = moving(17, first=17) + 9
     whole = blend_seams(np.concatenate([moving(17), frames]), None, 8)
@@ -67,13 +88,13 @@ def test_segments_are_blended_as_one_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason="the real clips are not part of the repository")
-def test_less_shows_on_real_footage_at_the_same_error() -> None:
+def test_nothing_shows_on_real_footage() -> None:
     vae = load_vae("weights/tiny/vae")
     clip = Clip(str(VIDEOS / "bikes.mp4"), 128, 160, 16.0)
     true = clip.read(0, min(clip.frames // 17 * 17, 68))
     decoded = to_frames(vae.decode(vae.encode(to_video(true[None]))))[0]
     blended, borders = blend_seams(decoded, None, 8), range(17, len(true), 17)
     before, after = (join_figures(video, list(borders))["join_difference"] for video in (decoded, blended))
-    assert after - 1 < 0.8 * (before - 1)
+    assert before > 1.2 and after < 1.1
     error = [float(np.square(video.astype(float) - true).mean()) for video in (decoded, blended)]
-    assert error[1] < 1.03 * error[0]
+    assert error[1] < 1.25 * error[0]  # the price: what is drawn back is not where it was
