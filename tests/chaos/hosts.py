@@ -183,7 +183,7 @@ def _deploy(head: Host, bundle: Path, data: Path) -> None:
 
 
 def _on_ray(head: Host, program: str, *arguments: str) -> None:
-    """A Python program on the head, connected to its Ray; again while the hosts are on their way. Raises RuntimeError."""
+    """A Python program on the head, connected to its Ray; again while hosts are on their way. Raises RuntimeError."""
     connected = f"import ray; ray.init(address='{head.address}:{GCS_PORT}', log_to_driver=False)\n{program}"
     env, end = {**os.environ, "PYTHONPATH": str(ROOT)}, time.monotonic() + PATIENCE_S
     while True:
