@@ -62,8 +62,8 @@ class VideoMaker(VideoReader):
         """
         self.metrics = metrics or Metrics()
         super().__init__(store, Places(blobs, config.serve.tenants))
-        self._config, self._stages = config, stages
-        self._serve_with(ServedModel(config, bundle, count_tokens=count_tokens))
+        self._stages = stages
+        self.model = ServedModel(config, bundle, count_tokens=count_tokens)
         self._waiting: FairQueue[Active] = FairQueue(config.serve.tenant)
         self._running: dict[str, Active] = {}
         self._arriving: Counter[str] = Counter()  # of each tenant
@@ -79,7 +79,7 @@ class VideoMaker(VideoReader):
             active = self._active(stored)
             active.restored(await asyncio.to_thread(self._store.events, stored.video.id))
             active.began = float(stored.video.started_at or 0)
-            if stored.job.bundle == self._bundle:
+            if stored.job.bundle == self.model.bundle:
                 self._label(active)  # it may lie elsewhere now
             elif _is_fresh(active) or not await self._has_its_bundle(active):
                 if _goes_on(active):
@@ -89,13 +89,9 @@ class VideoMaker(VideoReader):
             self._enqueue(active)
         self._cleaning = asyncio.create_task(self._clean(), context=contextvars.Context())
 
-    def _serve_with(self, model: ServedModel) -> None:
-        self.model, self._config = model, model.config
-        self._bundle, self._count_tokens = model.bundle, model.count_tokens
-
     async def use(self, model: ServedModel) -> None:
         """Serve another bundle, of videos of the same shape. What has begun goes on with the bundle that began it."""
-        self._serve_with(model)
+        self.model = model
         fresh = [active for active in self._waiting if _is_fresh(active)]
         encoded = await asyncio.to_thread(lambda: {each.id for each in fresh if self._files(each.job).exists(GIVEN)})
         for active in fresh:
@@ -105,11 +101,11 @@ class VideoMaker(VideoReader):
 
     def _label(self, active: Active) -> None:
         """It is made by the bundle that is served."""
-        active.job = replace(active.job, bundle=self._bundle, bundle_path=self.model.path)
-        active.video.model, active.video.bundle = self._config.name, self._bundle[:12] or None
+        active.job = replace(active.job, bundle=self.model.bundle, bundle_path=self.model.path)
+        active.video.model, active.video.bundle = self.model.config.name, self.model.bundle[:12] or None
 
     async def _has_its_bundle(self, active: Active) -> bool:
-        return await asyncio.to_thread(still_there, active.job, self._config)
+        return await asyncio.to_thread(still_there, active.job, self.model.config)
 
     async def _begin_again(self, active: Active) -> None:
         """Another bundle has begun it, and is gone: all over, for the parts of one video are made by one bundle."""
@@ -174,14 +170,14 @@ class VideoMaker(VideoReader):
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        while len(self._waiting) and len(self._running) < self._config.serve.max_running:
+        while len(self._waiting) and len(self._running) < self.model.config.serve.max_running:
             active = self._waiting.pop(self._running.values())
             if active is None:  # all who wait have as many under way as they may
                 break
             self._running[active.video.id] = active
             if active.video.started_at is None:
                 waited_s = time.time() - active.video.created_at
-                self.metrics.waited(label(self._config.serve, active.tenant), waited_s)
+                self.metrics.waited(label(self.model.config.serve, active.tenant), waited_s)
             # an empty context: Serve ties calls to the HTTP request in whose context they are made, and this work
             # outlives it
             active.task = asyncio.create_task(self._make(active), context=contextvars.Context())
@@ -191,17 +187,17 @@ class VideoMaker(VideoReader):
     def _tell_positions(self) -> None:
         self.metrics.queue(len(self._waiting), len(self._running))
         queued, running = self._by_tenant(self._waiting), self._by_tenant(self._running.values())
-        for name in (*self._config.serve.tenants, OTHER):
+        for name in (*self.model.config.serve.tenants, OTHER):
             self.metrics.tenant_queue(name, queued[name], running[name])
         for position, active in enumerate(self._waiting.order(self._running.values())):
             active.queued_at(position + len(self._running))
 
     def _by_tenant(self, some: Iterable[Active]) -> Counter[str]:
-        return Counter(label(self._config.serve, active.tenant) for active in some)
+        return Counter(label(self.model.config.serve, active.tenant) for active in some)
 
     def _note_end(self, active: Active, status: str) -> None:
         self.metrics.finished(status)
-        self.metrics.tenant_finished(label(self._config.serve, active.tenant), status)
+        self.metrics.tenant_finished(label(self.model.config.serve, active.tenant), status)
 
     def _ended(self, active: Active, task: asyncio.Task[None]) -> None:
         del self._running[active.video.id]
@@ -243,7 +239,7 @@ class VideoMaker(VideoReader):
     async def _run(self, active: Active) -> None:
         """Raises StageError; where the bundle that began it is gone, all is made again with the one that is served."""
         while True:
-            config, files = self._config, self._files(active.job)
+            config, files = self.model.config, self._files(active.job)
             orchestrator = Orchestrator(
                 active.job, self._stages, files, active,
                 segment=config.segment, planned_ahead=config.serve.planned_ahead,
@@ -252,7 +248,7 @@ class VideoMaker(VideoReader):
             try:
                 return await orchestrator.run()
             except StageError:
-                if active.job.bundle == self._bundle or _goes_on(active) or await self._has_its_bundle(active):
+                if active.job.bundle == self.model.bundle or _goes_on(active) or await self._has_its_bundle(active):
                     raise
                 await self._begin_again(active)
 
@@ -270,7 +266,7 @@ class VideoMaker(VideoReader):
         self._note_end(active, "failed")
 
     def _expires_at(self) -> int | None:
-        hours = self._config.serve.keep_hours
+        hours = self.model.config.serve.keep_hours
         return None if hours is None else int(time.time() + 3600 * hours)
 
     async def _clean(self) -> None:
@@ -286,7 +282,7 @@ class VideoMaker(VideoReader):
     async def close(self) -> None:
         """Stop all work. What is unfinished goes on when the service starts again."""
         all_active = [*self._waiting, *self._running.values()]
-        self._waiting = FairQueue(self._config.serve.tenant)
+        self._waiting = FairQueue(self.model.config.serve.tenant)
         tasks = {task for task in (self._cleaning, *(active.task for active in all_active)) if task}
         for task in tasks:
             task.cancel()

@@ -57,7 +57,7 @@ class VideoService(VideoMaker):
         async def new() -> Video:
             if earlier := await self._asked_before(asked):
                 return earlier
-            made = new_jobs.asked(request, self._config, self._count_tokens)
+            made = new_jobs.asked(request, self.model.config, self.model.count_tokens)
             return await self._accept(made, asked, lambda files: files.write_picture(picture))
 
         return await self._whole(new())
@@ -68,7 +68,7 @@ class VideoService(VideoMaker):
             return earlier
         async with self._rerolling:  # it must not change while it is taken over
             source = self._check_bundle(await self._finished(request.draft, asked.caller, "draft"))
-            new = new_jobs.rendered(source, request, self._config, self._count_tokens)
+            new = new_jobs.rendered(source, request, self.model.config, self.model.count_tokens)
             return await self._accept(new, asked, partial(self._take_over, source))
 
     def _take_over(self, source: Stored, files: JobFiles) -> None:
@@ -85,7 +85,7 @@ class VideoService(VideoMaker):
     async def remix(self, video_id: str, request: RemixRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
         """Accept the same video with another text. Raises RequestError."""
         stored = await self.stored(video_id, caller, "video")
-        new = new_jobs.remixed(stored, request, self._config, self._count_tokens)
+        new = new_jobs.remixed(stored, request, self.model.config, self.model.count_tokens)
 
         def prepare(files: JobFiles) -> None:
             files.write_picture(self._files(stored.job).picture())
@@ -95,7 +95,7 @@ class VideoService(VideoMaker):
     async def extend(self, request: ExtendRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
         """Accept a finished video with more behind it. Raises RequestError."""
         stored = self._check_bundle(await self._finished(request.video.id, caller, "video"))
-        new = new_jobs.extended(stored, request, self._config, self._count_tokens)
+        new = new_jobs.extended(stored, request, self.model.config, self.model.count_tokens)
 
         def prepare(files: JobFiles) -> None:
             try:
@@ -112,7 +112,7 @@ class VideoService(VideoMaker):
     async def _reroll(self, draft_id: str, index: int, request: RerollRequest, caller: Caller) -> Video:
         async with self._rerolling:  # or two would find it finished
             stored = self._check_bundle(await self._finished(draft_id, caller, "draft"))
-            video, job = new_jobs.rerolled(stored, index, request, self._config, self._count_tokens)
+            video, job = new_jobs.rerolled(stored, index, request, self.model.config, self.model.count_tokens)
             owner, segments = stored.owner, _to_make(video)
             await self._quotas.check_stored(owner)
             self._refuse_if_full(owner)
@@ -130,7 +130,7 @@ class VideoService(VideoMaker):
 
     def _check_bundle(self, stored: Stored) -> Stored:
         """Raises RequestError for what another bundle has made, which this one cannot go on from."""
-        if stored.job.bundle != self._bundle:
+        if stored.job.bundle != self.model.bundle:
             raise RequestError(OTHER_MODEL.message, code=OTHER_MODEL.code, status=409)
         return stored
 
@@ -150,7 +150,7 @@ class VideoService(VideoMaker):
         job = replace(job, request_id=asked.request_id, tenant=place)
         any_bundle = not job.bundle  # else it goes on from what that has made
         if any_bundle:
-            job = replace(job, bundle=self._bundle, bundle_path=self.model.path)
+            job = replace(job, bundle=self.model.bundle, bundle_path=self.model.path)
         video.bundle = job.bundle[:12] or None
         kept = Stored(video, job, owner, asked.deadline, asked.key, asked.digest)
         files, accepted, segments = self._files(job), video.model_copy(deep=True), _to_make(video)
@@ -169,7 +169,7 @@ class VideoService(VideoMaker):
             await asyncio.to_thread(without_error, files.delete)
             return _same(earlier, asked)
         active = self._active(kept)
-        if any_bundle and active.job.bundle != self._bundle:  # exchanged while it was written down
+        if any_bundle and active.job.bundle != self.model.bundle:  # exchanged while it was written down
             self._label(active)
             active.save_soon()
         self._enqueue(active)
@@ -177,13 +177,12 @@ class VideoService(VideoMaker):
 
     async def usage(self, caller: Caller = LOCAL) -> Usage:
         """What the caller's tenant has, and may have."""
-        owner, quota = caller.owner, self._config.serve.tenant(caller.owner)
+        owner, settings = caller.owner, self.model.config.serve
+        quota = settings.tenant(owner)
         segments, stored = await asyncio.to_thread(self._store.used, owner)
         return Usage(
             tenant=owner,
-            queued=Quota(
-                used=self._waiting.of(owner) + self._arriving[owner], most=most_queued(self._config.serve, owner)[1]
-            ),
+            queued=Quota(used=self._waiting.of(owner) + self._arriving[owner], most=most_queued(settings, owner)[1]),
             running=Quota(used=self._running_of(owner), most=quota.max_running),
             segments_today=Quota(used=segments, most=quota.segments_per_day),
             stored_bytes=Quota(used=stored, most=quota.max_stored_bytes),
@@ -193,7 +192,7 @@ class VideoService(VideoMaker):
         return sum(each.tenant == owner for each in self._running.values())
 
     def _refuse_if_full(self, owner: str) -> None:
-        settings, waiting = self._config.serve, len(self._waiting) + self._arriving.total()
+        settings, waiting = self.model.config.serve, len(self._waiting) + self._arriving.total()
         own = self._waiting.of(owner) + self._arriving[owner]
         refusal = queue_refusal(settings, owner, waiting, own, len(self._running), self._running_of(owner))
         if refusal:

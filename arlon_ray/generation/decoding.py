@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.bundle import Bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation.seams import blend_seams
 
@@ -17,11 +15,6 @@ class FrameDecoder:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config, self.vae = bundle, bundle.config, bundle.vae
-
-    @classmethod
-    def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> FrameDecoder:
-        """Open a bundle and load what decoding needs."""
-        return cls(load_bundle(path, device))
 
     def decode(self, latents: np.ndarray, before: np.ndarray | None = None, seam_frames: int = 0) -> np.ndarray:
         """Latents float32 [C, 5·G, h, w] to frames uint8 [17·G, H, W, 3].

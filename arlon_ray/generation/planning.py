@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from logging import getLogger
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.bundle import Bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation.batching import run_alone
 from arlon_ray.generation.options import GenerationOptions
@@ -55,11 +54,6 @@ class ArPlanner:
         height, width = bundle.config.latent_grid
         self.group_grid = self.codec.grid(GROUP_LATENTS, height, width)
         self._unused: list[SamplingBatch] = []
-
-    @classmethod
-    def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> ArPlanner:
-        """Open a bundle and load what planning needs."""
-        return cls(load_bundle(path, device))
 
     def plan(
         self,

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.bundle import Bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.diffusion.rectified_flow import add_noise, schedule, time_ratio
 from arlon_ray.diffusion.solvers import FlowPath
@@ -157,11 +156,6 @@ class DiTRenderer:
         self.text = bundle.text
         self.codec = bundle.codec if bundle.guided else None
         self.dit = bundle.dit if bundle.guided else bundle.baseline
-
-    @classmethod
-    def from_bundle(cls, path: str | Path, device: str | torch.device = "cpu") -> DiTRenderer:
-        """Open a bundle and load what rendering needs."""
-        return cls(load_bundle(path, device))
 
     def render(
         self,

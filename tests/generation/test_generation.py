@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from arlon_ray.bundle import load_bundle
 from arlon_ray.generation import (
     ArPlanner,
     ChangingText,
@@ -57,7 +58,7 @@ def test_what_a_prompt_began_with_is_not_forgotten(tmp_path: Path) -> None:
     """With a sink a plan depends on it, behind its window too; up to there, and for the prompt before, it does not."""
     plans, prompts = {}, ["a"] * 8 + ["b"] * 8
     for sink in (0, 1):
-        planner = ArPlanner.from_bundle(make_random_bundle(tmp_path / str(sink), f"ar.sink_groups={sink}"))
+        planner = ArPlanner(load_bundle(make_random_bundle(tmp_path / str(sink), f"ar.sink_groups={sink}")))
         options = default_options(planner.config.sampling, ar_guidance_scale=1.0, top_k=1)
         plans[sink] = [plan.tokens for plan in planner.plan(prompts, 0, options)]
         tokens = torch.from_numpy(np.concatenate([plans[sink][0], *(plan[5:] for plan in plans[sink][1:])])).long()

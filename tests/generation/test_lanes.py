@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from arlon_ray.bundle import load_bundle
 from arlon_ray.generation import DiTRenderer, default_options
 from arlon_ray.generation.lanes import in_lanes, lanes, side_by_side
 from tests.bundles import make_random_bundle
@@ -28,7 +29,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("more", [{}, {"cache_layers": 1}, {"token_guidance_scale": 2.0}, {"guidance_low": 0.5}])
 def test_a_segment_is_the_same_as_with_one_thread(tmp_path: Path, more: dict[str, float]) -> None:
-    renderer = DiTRenderer.from_bundle(make_random_bundle(tmp_path / "bundle"))
+    renderer = DiTRenderer(load_bundle(make_random_bundle(tmp_path / "bundle")))
     config = renderer.config
     assert renderer.codec is not None
     tokens = np.zeros(renderer.codec.grid(config.segment.latents, *config.latent_grid), np.int32)
