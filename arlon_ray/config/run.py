@@ -80,7 +80,7 @@ class SamplingConfig(Section):
     top_k: int = Field(0, ge=0, description="0: all codes")
     top_p: float = Field(0.95, gt=0, le=1)
     seam_frames: int = Field(
-        12, ge=0, lt=GROUP_FRAMES, description="frames behind each border of the VAE's groups over which a jump is taken back"
+        12, ge=0, lt=GROUP_FRAMES, description="frames behind each of the VAE's borders over which a jump is taken back"
     )
     baseline: bool = Field(False, description="the text-only DiT, without the AR's tokens")
     negative_prompt: str = Field(
