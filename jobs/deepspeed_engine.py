@@ -32,6 +32,7 @@ from arlon_ray.training.memory import BUCKET_ELEMENTS
 from arlon_ray.training.optimizer import clipped_parameters, muon_update, parameter_groups, set_learning_rates
 from arlon_ray.training.sequence import SequenceParallel
 from arlon_ray.training.state import Piece, SavedState, buffers, frozen_parts, write_state
+from jobs.shared_memory_op import build_shared_memory_op
 from jobs.zero_partition import partition_of
 
 
@@ -56,6 +57,7 @@ class DeepSpeedEngine:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         size = self.training.sequence_parallel
         self.data_rank, self.data_world = self.rank // size, self.world // size
+        build_shared_memory_op(device)
         self.objective = build_objective(stage).to(device)
         if size > 1:
             _share_frames(self.objective, size, self.rank, self.world)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ import yaml
 from serve.job_store import JobStore
 from serve.keys import Keys
 from tests.chaos import serving
-from tests.chaos.programs import PATIENCE_S, ROOT, kill, told
+from tests.chaos.programs import PATIENCE_S, ROOT, kill, titled, told
 from tests.chaos.record import Fault, Order
 from tests.chaos.training import STEPS, Training
 from tests.chaos.world import World
@@ -73,16 +73,18 @@ class RayHost:
             self.kill()
             self._ended.wait(RESTART_S)
 
-    def kill(self) -> None:
-        """SIGKILL to all that runs on the host: the keeper then starts Ray again."""
+    def processes(self) -> list[psutil.Process]:
+        """All that runs on the host."""
         found = subprocess.run(["ip", "netns", "pids", self.host.name], capture_output=True, text=True).stdout
         processes = []
         for number in found.split():
-            try:
+            with suppress(psutil.NoSuchProcess):
                 processes.append(psutil.Process(int(number)))
-            except psutil.NoSuchProcess:
-                continue
-        kill(processes)
+        return processes
+
+    def kill(self) -> None:
+        """SIGKILL to all that runs on the host: the keeper then starts Ray again."""
+        kill(self.processes())
 
     def end(self) -> None:
         """For good."""
@@ -149,11 +151,14 @@ def _serve(orders: Sequence[Order], world: World, found: Sequence[RayHost], data
         def injected(order: Order = order) -> None:
             if order.kind == HEAD:
                 head.kill()
-            elif order.kind == NODE:
-                workers[1].kill()
+                return
+            # where most of the work is done
+            busy = max(workers, key=lambda each: len(titled(each.processes(), "ray::ServeReplica")))
+            if order.kind == NODE:
+                busy.kill()
             else:
-                workers[1].host.cut()
-                threading.Timer(CUT_S, workers[1].host.restore).start()
+                busy.host.cut()
+                threading.Timer(CUT_S, busy.host.restore).start()
 
         yield serving.strike(client, order, client.accept(), expected, injected)
     _on_ray(head.host, "from ray import serve; serve.shutdown()")

@@ -49,5 +49,6 @@ def write_report(faults: Sequence[Fault], path: Path, docs: Path | None) -> None
 
 def _cell(text: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # a terminal's colours
+    text = re.sub(r"/\S*/world/", "", text)  # where it lies is of this machine
     shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
     return shown.replace("|", "\\|").replace(os.linesep, " ")
