@@ -107,16 +107,27 @@ def why_not() -> str:
 
 
 def _clear(address: str) -> None:
-    """Remove bridges that a run which was killed has left: with two of one address no packet finds its way."""
-    for bridge in json.loads(_ip("-json", "addr", "show", "to", address)):
-        if bridge and json.loads(_ip("-json", "link", "show", "master", bridge["ifname"])):
-            raise OSError(f"{address} is in use: another run has hosts on {bridge['ifname']}")
-        if bridge:
-            _ip("link", "del", bridge["ifname"])
+    """Remove what a run which was killed has left: with two bridges of one address no packet finds its way."""
+    for found in json.loads(_ip("-json", "addr", "show", "to", address) or "[]"):
+        if not (bridge := found.get("ifname")):
+            continue
+        left = [name for name in _names() if f"-{bridge.removeprefix('br')}-" in name]
+        if any(_ip("netns", "pids", name).strip() for name in left):
+            raise OSError(f"{address} is in use: programs run on the hosts of {bridge}")
+        for name in left:
+            _ip("netns", "del", name)
+        for link in json.loads(_ip("-json", "link", "show", "master", bridge) or "[]"):
+            if "ifname" in link:
+                _ip("link", "del", link["ifname"])
+        _ip("link", "del", bridge)
+
+
+def _names() -> list[str]:
+    return [line.split()[0] for line in _ip("netns", "list").splitlines() if line.strip()]
 
 
 def _ip(*words: str) -> str:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
-    return done.stdout or "[]"
+    return done.stdout
