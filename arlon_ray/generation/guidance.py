@@ -79,16 +79,16 @@ class GuidedVelocity:
 
 
 class Together:
-    """Fields of one kind, side by side: what is constant is put together once, and dealt out to the lanes."""
+    """Fields of one kind, side by side: what is constant is put together once, and dealt out to lanes (`spread`)."""
 
-    def __init__(self, fields: Sequence[GuidedVelocity]) -> None:
+    def __init__(self, fields: Sequence[GuidedVelocity], spread: bool = True) -> None:
         self.fields = list(fields)
         self.counts = [len(field.noisy_Rt) for field in fields]
         self.dit, self.shape = fields[0].dit, fields[0].shape
         condition = join_conditions([field.condition for field in fields])
         noisy_Rt = torch.cat([field.noisy_Rt for field in fields])
         # processes that share a segment's frames speak to one another in turn
-        self._lanes = [slice(None)] if self.dit.parallel else lanes(len(noisy_Rt))
+        self._lanes = lanes(len(noisy_Rt)) if spread and not self.dit.parallel else [slice(None)]
         self._constant = [(some_samples(condition, rows), noisy_Rt[rows]) for rows in self._lanes]
 
     def velocity(self, tokens_RTHWD: Tensor, times: TimeFeatures, late: LateLayers | None) -> Tensor:

@@ -27,15 +27,15 @@ class Threads(NamedTuple):
 
     @classmethod
     def shared(cls, device: torch.device) -> Threads:
-        """Torch's own number among stages at work at the same time: half of it for the DiT, or one for each lane.
+        """Torch's own number among stages at work at the same time: half of it for the DiT.
 
         With all threads for each, they wait for one another at every barrier: on two cores a third longer than one
-        after the other. Lanes meet once a step only (`arlon_ray.generation.lanes`).
+        after the other.
         """
         if device.type != "cpu":
             return cls()
         total = torch.get_num_threads()
-        return cls(max(1, total // 4), max(min(2, total), total // 2), max(1, total // 4))
+        return cls(max(1, total // 4), max(1, total // 2), max(1, total // 4))
 
 
 @contextmanager

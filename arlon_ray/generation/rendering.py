@@ -136,7 +136,10 @@ class DenoisingBatch:
         for same in kinds.values():
             members, fields, lates = zip(*same, strict=True)
             with in_lanes(fields[0].noisy_Rt.device):
-                together = self._together.get(fields) or self._together.put(fields, Together(fields))
+                # in a batch for many, one alone leaves the processor to the other stages: two lanes of a row each
+                # take a quarter more of it than one lane
+                spread = len(fields) > 1 or self.most == 1
+                together = self._together.get(fields) or self._together.put(fields, Together(fields, spread))
                 paths = [member.path for member in members]
                 velocity = velocities(together, [p.x for p in paths], [p.time_B for p in paths], lates)
                 for member, its in zip(members, velocity, strict=True):

@@ -233,7 +233,7 @@ def test_stages_at_work_together_share_the_threads_and_give_them_back(tmp_path: 
         torch.set_num_threads(8)
         assert Threads.shared(torch.device("cpu")) == (2, 4, 2) and Threads.shared(torch.device("cuda")) == (None,) * 3
         torch.set_num_threads(2)
-        assert Threads.shared(torch.device("cpu")) == (1, 2, 1)  # the DiT's lanes do not wait for one another
+        assert Threads.shared(torch.device("cpu")) == (1, 1, 1)
         seen: list[int] = []
 
         def made() -> Iterator[int]:
