@@ -241,9 +241,8 @@ def main() -> None:
     bundle = load_bundle(existing(arguments.bundle, "--bundle"))
     settings = [f"serve.port={free_port()}", "serve.requests_per_minute=1000000", *arguments.overrides]
     config = served_config(bundle.config, arguments.config, settings)
-    data = Path(arguments.output).with_suffix("")
     result: dict[str, Any] = {"machine": machine(), "bundle": bundle.path.name, "settings": arguments.overrides}
-    with connect(config), serve_bundle(config, bundle, data) as url:
+    with tempfile.TemporaryDirectory() as data, connect(config), serve_bundle(config, bundle, Path(data)) as url:
         if "overhead" in arguments.parts:
             result["overhead"] = overhead(url, bundle.path, arguments.overhead_segments, arguments.runs)
             print(f"served / in this process: {result['overhead']['served_over_in_process']:.3f}", flush=True)

@@ -13,6 +13,7 @@ import asyncio
 import json
 import random
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +179,7 @@ def main() -> None:
         FITTED: Load("all", clients=8, segments=(segments,)),
     }
     measured = {name: Measured(load) for name, load in all_loads.items()}
-    with connect(config), serve_bundle(config, bundle, Path(arguments.output).with_suffix("").absolute()) as url:
+    with tempfile.TemporaryDirectory() as data, connect(config), serve_bundle(config, bundle, Path(data)) as url:
         asyncio.run(Measured(all_loads[FITTED]).round(url, seconds / 2, 0))  # warms up
         for number in range(arguments.rounds):
             for name in list(measured):
