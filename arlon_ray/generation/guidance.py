@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arlon_ray.diffusion.rectified_flow import NUM_TIMES
-from arlon_ray.generation.lanes import in_lanes, lanes, side_by_side
+from arlon_ray.generation.lanes import lanes, side_by_side
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.models.dit import Condition, LateLayers, STDiT3, TimeFeatures, join_conditions, some_samples
 
@@ -37,8 +37,7 @@ class GuidedVelocity:
     def __call__(self, x_1Cthw: Tensor, time_1: Tensor) -> Tensor:
         # a device is asked for its time only where that matters
         field = self if self.interval == (0.0, 1.0) else self.at(float(time_1))
-        with in_lanes(x_1Cthw.device):
-            return velocities(Together([field]), [x_1Cthw], [time_1])[0]
+        return velocities(Together([field]), [x_1Cthw], [time_1])[0]
 
     def at(self, time: float) -> GuidedVelocity:
         """The field at a time in [0, 1000]: outside of the interval it is v(text, tokens) alone, and costs less."""
