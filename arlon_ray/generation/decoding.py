@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import GROUP_LATENTS
-from arlon_ray.generation.lanes import in_lanes, lanes, side_by_side
 from arlon_ray.generation.seams import blend_seams
 
 
@@ -29,18 +25,9 @@ class FrameDecoder:
         if not np.isfinite(latents).all():
             raise ValueError(f"{int((~np.isfinite(latents)).sum())} of {latents.size} latents are not finite")
         with self.bundle.at_work(self.vae):
-            video = self._decoded(torch.from_numpy(latents)[None].to(self.bundle.device))[0]
+            video = self.vae.decode(torch.from_numpy(latents)[None].to(self.bundle.device))[0]
         frames = ((video + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
         return blend_seams(frames, before, seam_frames)
-
-    def _decoded(self, latents_1Cthw: Tensor) -> Tensor:
-        """Several groups in lanes, where there are any (`lanes.py`)."""
-        groups, rest = divmod(latents_1Cthw.shape[2], GROUP_LATENTS)
-        if groups < 2 or rest:
-            return self.vae.decode(latents_1Cthw)
-        with in_lanes(latents_1Cthw.device):
-            parts = [latents_1Cthw[:, :, GROUP_LATENTS * its.start : GROUP_LATENTS * its.stop] for its in lanes(groups)]
-            return torch.cat(side_by_side([partial(self.vae.decode, part) for part in parts]), 2)
 
     def preview(self, tokens: np.ndarray, before: np.ndarray | None = None, seam_frames: int = 0) -> np.ndarray:
         """The same of a plan alone: tokens int32 [t', h', w'] of whole groups, without the DiT.
