@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -99,6 +101,28 @@ def test_a_push_that_breaks_off_leaves_nothing_that_looks_whole(nodes: tuple[Nod
     with pytest.raises(OSError, match="config"):
         mirror.push(folder)
     assert not mirror.exists(two("codec") / "lineage.json") and mirror.exists(two("codec") / "model.safetensors")
+
+
+def test_an_upload_that_is_stopped_leaves_no_shorter_file(nodes: tuple[Node, Node]) -> None:
+    one, two = nodes
+    path, size = one("weights"), 16 << 20
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for seconds in (0.01, 0.05, 0.2):
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            with suppress(KeyboardInterrupt):
+                mirror.upload(path, path)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert not mirror.exists(two("weights")) or len(mirror.read(two("weights"))) == size
+            mirror.remove(two("weights"))
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_what_is_half_written_stays_here(nodes: tuple[Node, Node]) -> None:

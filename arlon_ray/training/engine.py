@@ -34,12 +34,14 @@ from arlon_ray.training.state import Piece, SavedState, buffers, whole, write_st
 class Losses:
     """What an objective returns: the scalar to minimise, scalar tensors to log (detached), and how long its input was.
 
-    `tokens`: elements of the sequences that the model went through, 0 where it has none.
+    `tokens`: elements of the sequences that the model went through, 0 where it has none. `asked`: over how many of them
+    loss and metrics are means, where batches of one size differ in it.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
+    asked: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +99,28 @@ def test_a_dit_is_given_the_frames_of_an_earlier_caption(parts: dict[str, Path])
     assert loss() == loss(given_frames=torch.zeros(4, dtype=torch.int64))
     assert loss(given_frames=torch.full((4,), 17)) != loss()
     assert loss(given_frames=torch.full((4,), 34)) == 0
+
+
+def test_held_out_clips_count_for_what_they_are_asked(parts: dict[str, Path]) -> None:
+    """A batch of which nothing is asked is no batch of loss 0."""
+    config = small_config()
+
+    class Changing(ToySource):
+        given = (0, 34)
+
+        def held_out_batches(self, batch_size: int) -> Iterator[dict[str, Any]]:
+            for seed, frames in enumerate(self.given):
+                yield self._draw(seed, 4) | {"given_frames": torch.full((4,), frames)}
+
+    source = Changing(config, 4)
+    stages = [DitStage(config, source, paths(parts), {})]
+    stages += [ArStage(config, source, ArPaths(parts["codec_fine"], parts["vae"]), {})]
+    for stage in stages:
+        objective = stage.objective().eval()
+        with_both = stage.evaluate(objective, torch.device("cpu")).metrics
+        source.given = (0,)
+        assert with_both == stage.evaluate(objective, torch.device("cpu")).metrics and with_both["loss"] > 0
+        source.given = (0, 34)
 
 
 def test_an_ar_with_a_sink_sees_the_beginning_and_any_place_behind_it(parts: dict[str, Path]) -> None:

@@ -7,6 +7,7 @@ start on pictures: then the little that word order is worth is not lost in what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from arlon_ray.models.ar import ArTransformer, frame_times
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
-from arlon_ray.training.stages.latents import BatchSource, cut, group_window, is_given, look, trimmed
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, is_given, look, on_held_out, trimmed
 
 PICTURED = 4
 
@@ -64,10 +65,11 @@ class ArObjective(nn.Module):
             inputs = torch.where(noisy, other, inputs)
         logits, targets = self.model(text, mask, inputs, times).float().flatten(0, 3), tokens.flatten()
         weight = asked[:, :, None, None].expand_as(tokens).flatten().float()
-        count = weight.sum().clamp(min=1)
+        asked_for = weight.sum()
+        count = asked_for.clamp(min=1)
         loss = (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / count
         accuracy = ((logits.argmax(-1) == targets) * weight).sum() / count
-        return Losses(loss, {"accuracy": accuracy}, targets.numel())
+        return Losses(loss, {"accuracy": accuracy}, targets.numel(), asked_for)
 
     def window(self, batch: dict[str, Any], generator: torch.Generator | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Tokens [B, t', h', w'] of as many groups as sampling ever has at once, when their frames are [t'], and which
@@ -126,23 +128,11 @@ class ArStage:
 
     def evaluate(self, objective: nn.Module, device: torch.device) -> Evaluation:
         """Loss, perplexity and accuracy on held-out clips; sampled plans beside true ones, decoded without DiT."""
-        generator = torch.Generator(device=device).manual_seed(self.seed)
-        losses, accuracies, first = [], [], None
-        with torch.no_grad():
-            for batch in self.source.held_out_batches(self.training.batch_size):
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                result = objective(moved, generator)
-                losses.append(float(result.loss))
-                accuracies.append(float(result.metrics["accuracy"]))
-                first = first or moved
+        found, first = on_held_out(objective, self.source, self.training.batch_size, device, self.seed)
         if first is None:
             return Evaluation()
-        loss = sum(losses) / len(losses)
-        metrics = {
-            "loss": loss,
-            "perplexity": float(torch.tensor(loss).exp()),
-            "accuracy": sum(accuracies) / len(accuracies),
-        }
+        loss = found["loss"]
+        metrics = {"loss": loss, "perplexity": math.exp(loss), "accuracy": found["accuracy"]}
         return Evaluation(metrics, {"sampled": self._picture(objective.model, first, device)})  # type: ignore[arg-type]
 
     def _picture(self, model: ArTransformer, batch: dict[str, Any], device: torch.device) -> Any:

@@ -32,7 +32,7 @@ from arlon_ray.models.dit import STDiT3
 from arlon_ray.models.injection import Modulation
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
-from arlon_ray.training.stages.latents import BatchSource, cut, group_window, is_given, look, trimmed
+from arlon_ray.training.stages.latents import BatchSource, cut, group_window, is_given, look, on_held_out, trimmed
 
 PICTURED = 4
 
@@ -87,8 +87,9 @@ class DitObjective(nn.Module):
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
-        loss = (error * noisy).sum() / noisy.sum().clamp(min=1)
-        return Losses(loss, gates(condition.injection), count * self.dit.token_count(x0.shape[2:]))
+        asked = noisy.sum()
+        loss = (error * noisy).sum() / asked.clamp(min=1)
+        return Losses(loss, gates(condition.injection), count * self.dit.token_count(x0.shape[2:]), asked)
 
     def _segment(
         self, batch: dict[str, Any], generator: torch.Generator | None
@@ -173,17 +174,12 @@ class DitStage:
 
     def evaluate(self, objective: nn.Module, device: torch.device) -> Evaluation:
         """Loss on held-out clips at fixed noise and times; true clips beside sampled ones (guided by true tokens)."""
-        generator = torch.Generator(device=device).manual_seed(self.seed)
-        losses, first = [], None
+        found, first = on_held_out(objective, self.source, self.training.batch_size, device, self.seed)
+        if first is None:
+            return Evaluation()
         with torch.no_grad():
-            for batch in self.source.held_out_batches(self.training.batch_size):
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                losses.append(float(objective(moved, generator).loss))
-                first = first or moved
-            if first is None:
-                return Evaluation()
             picture = self._picture(objective, first, device)  # type: ignore[arg-type]
-        return Evaluation({"loss": sum(losses) / len(losses)}, {"sampled": picture})
+        return Evaluation({"loss": found["loss"]}, {"sampled": picture})
 
     def _picture(self, objective: DitObjective, batch: dict[str, Any], device: torch.device) -> Any:
         options, video = default_options(self.config.sampling), self.config.video

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS
 from arlon_ray.models.vae import VideoVAE, load_vae
+from arlon_ray.training.engine import Losses
 
 
 class BatchSource(Protocol):
@@ -57,6 +58,26 @@ def is_given(batch: dict[str, Any], latents: int, per_token: int = 1) -> Tensor:
     per_latent = (GROUP_FRAMES - 1) // (GROUP_LATENTS - 1)
     begins = at // GROUP_LATENTS * GROUP_FRAMES + (at % GROUP_LATENTS - 1) * per_latent + 1
     return begins.where(at % GROUP_LATENTS > 0, at // GROUP_LATENTS * GROUP_FRAMES) < batch["given_frames"][:, None]
+
+
+@torch.no_grad()
+def on_held_out(
+    objective: nn.Module, source: BatchSource, batch_size: int, device: torch.device, seed: int
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Loss and metrics of an objective on the held-out clips: means over all that it was asked for in them, so that
+    clips with little to ask count for little. And their first batch, on the device; ({}, None) where there are none.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    sums: dict[str, float] = {}
+    asked, first = 0.0, None
+    for batch in source.held_out_batches(batch_size):
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        losses: Losses = objective(moved, generator)
+        weight = float(losses.tokens if losses.asked is None else losses.asked)
+        for name, value in {"loss": losses.loss, **losses.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * weight
+        asked, first = asked + weight, first or moved
+    return {name: value / max(asked, 1.0) for name, value in sums.items()}, first
 
 
 def trimmed(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
