@@ -166,8 +166,8 @@ def _ar_segment(settings: str, folder: Path) -> Built:
     config = config_of(settings)
     ar, length = _filled(training.stage_model(config, "ar")), 8
     known = config.ar_window_groups - config.segment.groups + config.segment.overlap_groups
-    grid = counts.token_grid(config, config.vqvae.fine, config.ar_window_groups)
-    context = torch.zeros(counts.token_grid(config, config.vqvae.fine, known), dtype=torch.long)
+    grid = config.token_grid(config.vqvae.fine, config.ar_window_groups)
+    context = torch.zeros(config.token_grid(config.vqvae.fine, known), dtype=torch.long)
     text = torch.randn(1, length, config.text.dim), torch.ones(1, length, dtype=torch.bool)
     options, blocks = default_options(config.sampling), counts.ar_blocks(config, config.ar_window_groups)
     batch = SamplingBatch(ar, length + blocks)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, DataConfig, VideoConfig
+from arlon_ray.config import GROUP_FRAMES, LATENT_FRAMES, DataConfig, VideoConfig
 from data_pipeline import schema
 from data_pipeline.buckets import nearest, shapes
 from data_pipeline.footage import Footage, FootageError, open_footage, scan
@@ -18,8 +18,6 @@ from data_pipeline.sources import Caption, SourceFile
 
 #: Slack, in frames, for time stamps that are rounded (milliseconds in Matroska, float32 in decord).
 SLACK_FRAMES = 0.05
-#: Frames of a latent frame, but for the first of a group.
-LATENT_FRAMES = (GROUP_FRAMES - 1) // (GROUP_LATENTS - 1)
 #: Longer side, in pixels, at which shots are looked for.
 SHOT_SIDE = 160
 NO_CAPTION = "neither in the list of videos nor in a .txt or .json beside the file"

@@ -23,11 +23,14 @@ from typing import Any
 
 import psutil
 
+from arlon_ray import mirror
 from arlon_ray.training.loop import StoppedError
 
 BEAT_S = 5.0
 #: A holder whose file has not changed for so long is gone. Clocks of several machines are not compared.
 GONE_S = 45.0
+#: Ray's namespace of the actors that say who is at work in a bucket.
+CLAIMS = "arlon-outputs"
 _SIZE = 1024  # bytes of a file: one write, so that nobody reads half of it
 
 
@@ -55,11 +58,51 @@ def holding(folder: Path, name: str) -> Iterator[None]:
         held.let_go()
 
 
+@contextmanager
+def claimed(folder: Path, name: str) -> Iterator[None]:
+    """`holding` for a folder in a bucket, where no file is made only once, among the jobs of the Ray cluster that this
+    one is connected to: who is at work there has an actor, which dies with its job and its node. Raises BusyError.
+
+    Nothing for other folders.
+    """
+    location = mirror.origin(folder)
+    if location is None:
+        yield
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    me = _holder()
+    beside_me = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"name": f"{location}/{name}", "namespace": CLAIMS, "get_if_exists": True, "num_cpus": 0}
+    claim: Any = ray.remote(_Claim)
+    claim = claim.options(**options, scheduling_strategy=beside_me)
+    while True:
+        actor = claim.remote(me)
+        with suppress(ray.exceptions.RayActorError):  # it was about to end
+            found = ray.get(actor.holder.remote())
+            break
+    if found["id"] != me["id"]:
+        raise BusyError(_busy(location, found))
+    try:
+        yield
+    finally:
+        ray.kill(actor)
+
+
+class _Claim:
+    def __init__(self, holder: dict[str, Any]) -> None:
+        self._holder = holder
+
+    def holder(self) -> dict[str, Any]:
+        return self._holder
+
+
 class _Held:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
         self._number, self._beats = 0, 0
-        self._me = {"id": uuid.uuid4().hex, "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **_place(), "job": _job()}
+        self._me = _holder()
 
     def take(self) -> None:
         """Make the next file. Raises BusyError."""
@@ -102,11 +145,7 @@ class _Held:
                     alive = True
                     break
         if alive:
-            how = f"follow it with `ray job logs -f {first['job']}`" if first.get("job") else "wait until it has ended"
-            raise BusyError(
-                f"{self._folder}: {_described(first)} is at work here since {first.get('since')}: {how}; the same "
-                "command then finds what it has made"
-            )
+            raise BusyError(_busy(self._folder, first))
 
     def beat(self, ended: threading.Event) -> None:
         """Say again and again that this one lives. Ends the process if another has taken its place."""
@@ -154,6 +193,19 @@ class _Held:
 
     def _path(self, number: int) -> Path:
         return self._folder / f".{self._name}.job-{number:06d}"
+
+
+def _holder() -> dict[str, Any]:
+    """What says who this is."""
+    return {"id": uuid.uuid4().hex, "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **_place(), "job": _job()}
+
+
+def _busy(place: str | Path, holder: dict[str, Any]) -> str:
+    how = f"follow it with `ray job logs -f {holder['job']}`" if holder.get("job") else "wait until it has ended"
+    return (
+        f"{place}: {_described(holder)} is at work here since {holder.get('since')}: {how}; the same command then "
+        "finds what it has made"
+    )
 
 
 def _place() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from data_pipeline.sources import find_videos
 from jobs.command_line import InputError, collection, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
 from jobs.gates import Gates, check_ar, check_codec
-from jobs.holding import holding
+from jobs.holding import claimed, holding
 from jobs.preprocess import run_preprocess
 from jobs.ray_session import connect
 from jobs.ray_training import check_workers
@@ -79,7 +79,12 @@ class Pipeline:
         """All stages, in one Ray session and under one MLflow run. Raises BusyError while another job does the same."""
         self.check()
         key = config_fingerprint(self.config)
-        with holding(self.output, "pipeline"), connect(self.config), self.tracking.pipeline("pipeline", key=key):
+        with (
+            holding(self.output, "pipeline"),
+            connect(self.config),
+            claimed(self.output, "pipeline"),
+            self.tracking.pipeline("pipeline", key=key),
+        ):
             bundle = self.train()
             if mirror.origin(self.output) is None:
                 self.serve(bundle)

@@ -31,7 +31,7 @@ from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.sources import SourceFile, find_sources
 from data_pipeline.staging import WORK, Staging
 from jobs.command_line import InputError, collection, existing, output_folder, parser, read_config, run, vae_folder
-from jobs.holding import holding
+from jobs.holding import claimed, holding
 from jobs.ray_session import connect
 
 #: Clips of one part of the work, which is a task of Ray's; more where there would be more parts than Ray handles well.
@@ -127,10 +127,10 @@ def _made(
     todo = _plan(output, there, sources, retry_rejects, overwrite)
     if there is not None and not todo.search:
         return DatasetSummary(output, there, skipped=True)
-    _begin(staging, settings, todo)
-    with connect(config):
+    with connect(config), claimed(output, "dataset"):
+        _begin(staging, settings, todo)
         _encode(config, staging, todo, vae_path)
-    return DatasetSummary(output, _finish(config, staging, output, todo, settings, files), skipped=False)
+        return DatasetSummary(output, _finish(config, staging, output, todo, settings, files), skipped=False)
 
 
 def _plan(output: Path, there: DatasetManifest | None, sources: list[SourceFile], retry: bool, overwrite: bool) -> Plan:

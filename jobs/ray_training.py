@@ -20,7 +20,7 @@ from arlon_ray.training.loop import Reporter, StoppedError, TrainingError, run_s
 from arlon_ray.training.reporting import ConsoleReporter
 from data_pipeline.manifest import differences
 from jobs.command_line import InputError
-from jobs.holding import holding
+from jobs.holding import claimed, holding
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_metrics import RayMetrics
@@ -94,7 +94,7 @@ def train_stage(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_FILE, dict(settings or {}))
         run = tracking.stage(name, key=key, training=training, parents=parents or {}) if tracking else nullcontext()
-        with run as tracked, connect(config):
+        with connect(config), claimed(output.parent, output.name), run as tracked:
             console = [ConsoleReporter(name, training.steps)] if reporters is None else list(reporters)
             reader = JournalReader(folder, [*console, *([tracked] if tracked else []), RayMetrics(name)])
             _check_resources(name, config, reader)

@@ -1,25 +1,40 @@
-"""A real S3 server for tests, in a thread of this process."""
+"""A real S3 server for tests, in a thread of this process, and a client of it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
-def s3_server(address: str = "127.0.0.1") -> Iterator[str]:
-    """Yields the part of a URI that names the server; keys are in the environment."""
+def s3_server(*buckets: str, host: str = "127.0.0.1") -> Iterator[str]:
+    """A server with these buckets: yields the part of a URI that names it; keys are in the environment."""
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address=address, port=0)
+    server = ThreadedMotoServer(ip_address=host, port=0)
     server.start()
     before = dict(os.environ)
     os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_EC2_METADATA_DISABLED="true")
-    host, port = server.get_host_and_port()
+    options = "?endpoint_override={}:{}&scheme=http&region=us-east-1".format(*server.get_host_and_port())
     try:
-        yield f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        for bucket in buckets:
+            client_with(options).create_bucket(Bucket=bucket)
+        yield options
     finally:
         server.stop()
         os.environ.clear()
         os.environ.update(before)
+
+
+def endpoint(options: str) -> str:
+    """The server's URL."""
+    return f"http://{dict(part.split('=') for part in options[1:].split('&'))['endpoint_override']}"
+
+
+def client_with(options: str) -> Any:
+    """boto3's client of the server."""
+    import boto3
+
+    return boto3.client("s3", endpoint_url=endpoint(options), region_name="us-east-1")

@@ -16,7 +16,7 @@ import torch
 from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError, finished, load_artifact, save_artifact, whole_folder, write_json
 from jobs.command_line import InputError, existing, output_folder
-from tests.s3 import s3_server
+from tests.s3 import endpoint, s3_server
 
 Node = Callable[[str], Path]
 
@@ -24,11 +24,7 @@ Node = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def options() -> Iterator[str]:
     """The part of a URI that names the server, which has a bucket "bkt"."""
-    import boto3
-
-    with s3_server() as named:
-        address = dict(part.split("=") for part in named[1:].split("&"))["endpoint_override"]
-        boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1").create_bucket(Bucket="bkt")
+    with s3_server("bkt") as named:
         yield named
 
 
@@ -163,9 +159,8 @@ def test_moving_within_the_bucket(nodes: tuple[Node, Node]) -> None:
 def test_a_job_with_wrong_keys_ends_in_one_line(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server looks at keys from the moment that it is told to."""
     monkeypatch.setenv("ARLON_MIRROR", str(tmp_path))
-    address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
     output = f"s3://bkt/run{options}"
-    switch = f"http://{address}/moto-api/reset-auth"
+    switch = f"{endpoint(options)}/moto-api/reset-auth"
     httpx.post(switch, content=b"0").raise_for_status()
     try:
         with pytest.raises(InputError, match=r"cannot be written to.*AWS Error") as raised:

@@ -14,6 +14,7 @@ from arlon_ray.config.load import (
 from arlon_ray.config.models import (
     GROUP_FRAMES,
     GROUP_LATENTS,
+    LATENT_FRAMES,
     ArConfig,
     CodecConfig,
     DitConfig,
@@ -41,6 +42,7 @@ from arlon_ray.config.vae import SpatialVaeConfig, TemporalVaeConfig, VaeConfig
 __all__ = [
     "GROUP_FRAMES",
     "GROUP_LATENTS",
+    "LATENT_FRAMES",
     "TENANT_PATTERN",
     "ArConfig",
     "ClusterConfig",

@@ -13,6 +13,8 @@ from arlon_ray.config.training import TrainingConfig
 #: Frames of one VAE group and the latents it is coded to (Open-Sora v1.2: `micro_frame_size=17`).
 GROUP_FRAMES = 17
 GROUP_LATENTS = 5
+#: Frames that each latent of a group stands for, but for its first, which is one frame.
+LATENT_FRAMES = (GROUP_FRAMES - 1) // (GROUP_LATENTS - 1)
 
 
 class VideoConfig(Section):

@@ -10,7 +10,9 @@ from arlon_ray.config.base import Section
 from arlon_ray.config.data import DataConfig
 from arlon_ray.config.models import (
     GROUP_FRAMES,
+    GROUP_LATENTS,
     ArConfig,
+    CodecConfig,
     DitConfig,
     SegmentConfig,
     TextConfig,
@@ -298,3 +300,9 @@ class Config(Section):
     def latent_grid(self) -> tuple[int, int]:
         """Latent grid (h, w) of one frame."""
         return self.video.height // 8, self.video.width // 8
+
+    def token_grid(self, codec: CodecConfig, groups: int) -> tuple[int, int, int]:
+        """Grid (t, h, w) of a codec's tokens of so many groups."""
+        sizes = (groups * GROUP_LATENTS, *self.latent_grid)
+        t, h, w = (-(-size // patch) for size, patch in zip(sizes, codec.patch, strict=True))
+        return t, h, w

@@ -12,10 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, Config
-
-#: Frames that each latent of a group but the first stands for; the first stands for one.
-FRAMES_PER_LATENT = (GROUP_FRAMES - 1) // (GROUP_LATENTS - 1)
+from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, LATENT_FRAMES, Config
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def storyboard(scenes: Sequence[Scene], config: Config, *, transition: int = 0) 
         end += scene.seconds
         begins.append(_latent_at(end * config.video.fps))
         if begins[-1] == begins[-2]:
-            shortest = FRAMES_PER_LATENT / config.video.fps
+            shortest = LATENT_FRAMES / config.video.fps
             raise ValueError(f"scene {number} lasts {scene.seconds:g} seconds: expected at least {shortest:g}")
     segments = segments_for(end, config)
     prompts = [scene.prompt for scene in scenes]
@@ -91,9 +88,7 @@ def storyboard(scenes: Sequence[Scene], config: Config, *, transition: int = 0) 
 def _latent_at(frame: float) -> int:
     """The latent frame that begins nearest to a frame; groups begin with a latent of one frame."""
     group, rest = divmod(frame, GROUP_FRAMES)
-    return int(group) * GROUP_LATENTS + (
-        0 if rest < 0.5 else min(GROUP_LATENTS, 1 + round((rest - 1) / FRAMES_PER_LATENT))
-    )
+    return int(group) * GROUP_LATENTS + (0 if rest < 0.5 else min(GROUP_LATENTS, 1 + round((rest - 1) / LATENT_FRAMES)))
 
 
 def _segment_text(prompts: list[str], begins: list[int], index: int, config: Config, transition: int) -> SegmentText:

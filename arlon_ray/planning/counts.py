@@ -57,16 +57,9 @@ class Work:
         return self.products + self.attention
 
 
-def token_grid(config: Config, codec: CodecConfig, groups: int) -> tuple[int, int, int]:
-    """Grid (t, h, w) of the tokens of so many groups."""
-    sizes = (groups * GROUP_LATENTS, *config.latent_grid)
-    t, h, w = (-(-size // patch) for size, patch in zip(sizes, codec.patch, strict=True))
-    return t, h, w
-
-
 def ar_blocks(config: Config, groups: int) -> int:
     """Steps of the transformer for so many groups: blocks of fine tokens."""
-    t, h, w = token_grid(config, config.vqvae.fine, groups)
+    t, h, w = config.token_grid(config.vqvae.fine, groups)
     rows, columns = config.ar.block
     return t * -(-h // rows) * -(-w // columns)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import ceil, log2, prod
 
 from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, Config
-from arlon_ray.planning.counts import token_grid
 
 #: Bytes of the columns beside latent and embedding: names, spans, scores, and what Parquet adds.
 ROW_BYTES = 400
@@ -51,7 +50,7 @@ def latent_row_bytes(config: Config, groups: int, caption_tokens: int) -> float:
 def token_row_bytes(config: Config, groups: int) -> float:
     """A row of the tokens of both codecs: Parquet packs them into the bits that their codes need."""
     bits = sum(
-        prod(token_grid(config, codec, groups)) * ceil(log2(codec.codebook_size))
+        prod(config.token_grid(codec, groups)) * ceil(log2(codec.codebook_size))
         for codec in (config.vqvae.fine, config.vqvae.coarse)
     )
     return 60 + bits / 8

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, CodecConfig, Config, TrainingConfig
+from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, Config, TrainingConfig
 from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.dit import STDiT3
@@ -228,20 +228,13 @@ def _text(config: Config, batch: int) -> tuple[Tensor, Tensor]:
     return torch.empty(batch, length, config.text.dim), torch.ones(batch, length, dtype=torch.bool)
 
 
-def _tokens(config: Config, codec: CodecConfig, groups: int) -> tuple[int, int, int]:
-    """Grid of the tokens of so many groups."""
-    sizes = (groups * GROUP_LATENTS, *config.latent_grid)
-    t, h, w = (-(-size // patch) for size, patch in zip(sizes, codec.patch, strict=True))
-    return t, h, w
-
-
 def _ar(config: Config, batch: int) -> Probe:
     codec, text = config.vqvae.fine, config.text
     model = ArTransformer(config.ar, codebook_size=codec.codebook_size, text_dim=text.dim, max_text=text.max_tokens)
     groups = min(config.ar_window_groups, max(config.data.bucket_groups))
 
     def loss() -> Tensor:
-        tokens = torch.zeros(batch, *_tokens(config, codec, groups), dtype=torch.int64)
+        tokens = torch.zeros(batch, *config.token_grid(codec, groups), dtype=torch.int64)
         logits = model(*_text(config, batch), tokens).float().flatten(0, 3)
         return F.cross_entropy(logits, tokens.flatten())
 

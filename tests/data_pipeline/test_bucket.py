@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import boto3
 import pytest
 
 from arlon_ray import mirror
@@ -19,7 +18,7 @@ from data_pipeline.staging import Staging
 from data_pipeline.synthetic import write_samples
 from jobs.preprocess import run_preprocess
 from tests.data_pipeline.test_kills import JOB
-from tests.s3 import s3_server
+from tests.s3 import client_with, s3_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,10 +30,8 @@ SETTINGS = ["data.bucket_groups=[2]", "data.encoders=1", "data.encode_batch=2"]
 def test_a_killed_run_goes_on_on_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("tiny", SETTINGS)
     write_samples(tmp_path / "videos", CLIPS, 0, config.video, (2,))
-    with s3_server() as options:
-        address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
-        client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
-        client.create_bucket(Bucket="runs")
+    with s3_server("runs") as options:
+        client = client_with(options)
         output = f"s3://runs/dataset{options}"
         command = [sys.executable, "-c", JOB, "--input", str(tmp_path / "videos"), "--output", output]
         command += [word for setting in SETTINGS for word in ("--set", setting)]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pyarrow.csv
 import pytest
@@ -21,7 +20,7 @@ from data_pipeline.pixels import PixelClips
 from data_pipeline.sources import find_sources
 from jobs.command_line import InputError, collection
 from tests.data_pipeline.inputs import numbered, numbers_of, write_video
-from tests.s3 import s3_server
+from tests.s3 import client_with, s3_server
 
 VIDEO = VideoConfig(height=32, width=32, fps=16)
 NAMES = ["a/one.mp4", "a/b/tw o.mp4", "thré%e.mp4"]
@@ -30,15 +29,14 @@ NAMES = ["a/one.mp4", "a/b/tw o.mp4", "thré%e.mp4"]
 @pytest.fixture(scope="module")
 def options() -> Iterator[str]:
     """The part of a URI that names the server; keys are in the environment."""
-    with s3_server() as named:
+    with s3_server("footage") as named:
         yield named
 
 
 @pytest.fixture(scope="module")
 def client(options: str) -> Any:
     """A client of the server, to put files there."""
-    address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
-    return boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+    return client_with(options)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bucket(client: Any, local: Path) -> str:
     """The collection in the bucket; the URI without options."""
-    client.create_bucket(Bucket="footage")
     for path in local.rglob("*"):
         if path.is_file():
             client.upload_file(str(path), "footage", f"set/{path.relative_to(local).as_posix()}")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from arlon_ray import __version__, mirror
@@ -73,16 +72,12 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("hosts")
-    with separate_hosts(4, folder, NETWORK) as four, s3_server(f"{NETWORK}.254") as options:
-        client(options).create_bucket(Bucket="runs")
-        with ray_on(four, folder) as address:
-            yield Place(four, address, options, folder)
-
-
-def client(options: str) -> Any:
-    """A client of the S3 server."""
-    address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
-    return boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+    with (
+        separate_hosts(4, folder, NETWORK) as four,
+        s3_server("runs", host=f"{NETWORK}.254") as options,
+        ray_on(four, folder) as address,
+    ):
+        yield Place(four, address, options, folder)
 
 
 def where_they_ran(place: Place, kind: str) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from arlon_ray import mirror
 from jobs import holding as module
 from jobs.holding import BusyError, holding
 
@@ -45,10 +47,10 @@ while came < 6:
 """
 
 
-def started(program: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+def started(program: str, folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     """A process that runs it."""
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(folder)], cwd=ROOT, env={**os.environ, **environment},
+        [sys.executable, "-c", program, str(folder), *more], cwd=ROOT, env={**os.environ, **environment},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -136,3 +138,50 @@ def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
         assert (tmp_path / ".pipeline.job-000002").read_text() == "{}"
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+#: Claims an output in a bucket among the jobs of a cluster, says so, and waits to be killed, or for a line.
+CLAIMANT = """
+import sys, ray
+from pathlib import Path
+from jobs.holding import BusyError, claimed
+ray.init(address=sys.argv[2], namespace=sys.argv[3], log_to_driver=False)
+try:
+    with claimed(Path(sys.argv[1]), "pipeline"):
+        print("holds", flush=True)
+        sys.stdin.readline()
+except BusyError as busy:
+    print(busy, flush=True)
+"""
+
+
+@pytest.mark.ray
+def test_in_a_bucket_one_job_of_a_cluster_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    where = "s3://bucket/run"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        address = ray.get_runtime_context().gcs_address
+
+        def claimant(node: str) -> subprocess.Popen[str]:
+            """A job on a node with a mirror of its own."""
+            monkeypatch.setenv("ARLON_MIRROR", str(tmp_path / node))
+            return started(CLAIMANT, mirror.local(where), address, node)
+
+        for end in ("told", "killed"):
+            first = claimant("one")
+            assert first.stdout is not None and first.stdout.readline() == "holds\n"
+            second, _ = claimant("two").communicate(timeout=60)
+            assert re.match(rf"s3://bucket/run: process {first.pid} on .* is at work here since", second)
+            if end == "told":
+                first.communicate("\n", timeout=60)
+            else:
+                first.kill()
+                first.wait()
+                time.sleep(2)  # Ray ends what a driver leaves
+        third = claimant("two")
+        assert third.stdout is not None and third.stdout.readline() == "holds\n"
+        third.communicate("\n", timeout=60)
+    finally:
+        ray.shutdown()

@@ -10,15 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
+from arlon_ray import mirror
 from arlon_ray.artifact import load_artifact
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import load_config
+from arlon_ray.config import load_config, override
 from arlon_ray.generation.video import read_video
 from benchmarks.codebooks import main as compare_codebooks
 from data_pipeline.synthetic import write_samples
+from jobs.ray_session import connect
+from jobs.serve_demo import free_port
+from serve.app import serve_bundle
 from tests.bundles import SMALL
+from tests.s3 import s3_server
 
 pytestmark = pytest.mark.ray
 
@@ -31,7 +37,7 @@ QUICK = [
 ]
 
 
-def command(folder: Path, videos: Path) -> list[str]:
+def command(folder: str | Path, videos: Path) -> list[str]:
     overrides = [word for setting in QUICK for word in ("--set", setting)]
     job = str(ROOT / "jobs" / "pipeline.py")
     return [sys.executable, job, "--output", str(folder), "--input", str(videos), *overrides]
@@ -104,6 +110,35 @@ def test_variants_of_its_bundle_and_codebooks_on_its_data(videos: Path, output: 
         subprocess.run(command(output, videos), cwd=ROOT, check=True, timeout=500)
     _check_ablation(output, tmp_path / "ablation")
     _check_codebooks(output, tmp_path / "codebooks.json")
+
+
+@pytest.mark.slow
+def test_into_a_bucket_and_served_from_there_by_another_node(videos: Path, tmp_path: Path, monkeypatch) -> None:
+    with s3_server("runs") as options:
+        run = f"s3://runs/tiny{options}"
+        words = command(run, videos)
+        monkeypatch.setenv("ARLON_MIRROR", str(tmp_path / "one"))
+        for again in (False, True):
+            ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=500)
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+            assert ("(there already)" in ended.stdout) == again and ("samples/s" in ended.stdout) != again
+        bundle = f"s3://runs/tiny/bundle{options}"
+        assert f"--bundle '{bundle}'" in ended.stdout
+
+        monkeypatch.setenv("ARLON_MIRROR", str(tmp_path / "two"))
+        opened = load_bundle(mirror.local(bundle))
+        config = override(opened.config, [f"serve.port={free_port()}"])
+        with connect(config), serve_bundle(config, opened, tmp_path / "served") as url:
+            client = httpx.Client(base_url=url, timeout=60)
+            video = client.post("/v1/videos", json={"prompt": "a red ball", "num_segments": 2, "seed": 1}).json()
+            begin = time.monotonic()
+            while video["status"] not in ("completed", "failed"):
+                assert time.monotonic() - begin < 120, video
+                time.sleep(0.2)
+                video = client.get(f"/v1/videos/{video['id']}").json()
+            assert video["status"] == "completed", video
+            (tmp_path / "a.mp4").write_bytes(client.get(f"/v1/videos/{video['id']}/content").content)
+        assert read_video(tmp_path / "a.mp4").shape == (34 + 17, 64, 64, 3)
 
 
 def _check_ablation(output: Path, results: Path) -> None:

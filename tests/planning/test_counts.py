@@ -64,7 +64,7 @@ def test_the_dit_is_counted_as_torch_counts_it(preset: str, settings: tuple[str,
 @pytest.mark.parametrize(("preset", "block"), [("tiny", "[1,1]"), ("tiny", "[2,4]"), ("small", "[4,4]")])
 def test_the_ar_is_counted_as_torch_counts_it(preset: str, block: str) -> None:
     config = load_config(preset, [f"ar.block={block}"])
-    grid = counts.token_grid(config, config.vqvae.fine, 2)
+    grid = config.token_grid(config.vqvae.fine, 2)
 
     def forward() -> Callable[[], Any]:
         ar, tokens = training._BUILD["ar"](config), torch.zeros(1, *grid, dtype=torch.int64)

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from arlon_ray.config import load_config
-from arlon_ray.planning.counts import token_grid
 from arlon_ray.planning.dataset import clips_of, latent_row_bytes, token_row_bytes
 from data_pipeline.clips import split_spans
 from data_pipeline.parquet import WRITTEN
@@ -58,7 +57,7 @@ def test_token_rows_are_as_long_as_in_a_file(preset: str, tmp_path: Path) -> Non
         row: dict[str, object] = {"clip_id": i}
         for role in ("fine", "coarse"):
             codec = getattr(config.vqvae, role)
-            grid = token_grid(config, codec, 3)
+            grid = config.token_grid(codec, 3)
             row[f"tokens_{role}"] = generator.integers(codec.codebook_size, size=int(np.prod(grid))).tolist()
             row[f"grid_{role}"] = list(grid)
         rows.append(row)

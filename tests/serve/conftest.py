@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from serve.blobs import Blobs
@@ -61,10 +60,7 @@ def visit(chromium: Any, tmp_path: Path) -> Iterator[Visiting]:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """The address of an empty place in a bucket."""
-    with s3_server() as options:
-        address = dict(part.split("=") for part in options[1:].split("&"))["endpoint_override"]
-        client = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
-        client.create_bucket(Bucket="videos")
+    with s3_server("videos") as options:
         yield f"s3://videos/PLACE{options}"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS
+from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, LATENT_FRAMES
 from arlon_ray.models.vae import VideoVAE, load_vae
 from arlon_ray.training.engine import Losses
 
@@ -55,8 +55,7 @@ def is_given(batch: dict[str, Any], latents: int, per_token: int = 1) -> Tensor:
     if "given_frames" not in batch:
         return torch.zeros(len(values), latents // per_token, dtype=torch.bool, device=values.device)
     at = torch.arange(0, latents, per_token, device=values.device)
-    per_latent = (GROUP_FRAMES - 1) // (GROUP_LATENTS - 1)
-    begins = at // GROUP_LATENTS * GROUP_FRAMES + (at % GROUP_LATENTS - 1) * per_latent + 1
+    begins = at // GROUP_LATENTS * GROUP_FRAMES + (at % GROUP_LATENTS - 1) * LATENT_FRAMES + 1
     return begins.where(at % GROUP_LATENTS > 0, at // GROUP_LATENTS * GROUP_FRAMES) < batch["given_frames"][:, None]
 
 
