@@ -7,9 +7,9 @@ on where it was). A stage whose result is there ends at once, so a run may be cl
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
+import uuid
 from datetime import timedelta
 from typing import Any
 
@@ -52,11 +52,13 @@ BAD_INPUT = 2
 
 
 class RayJob(BaseOperator):
-    """One job, from its submission to its end. A task that is stopped, or tried again, leaves no job behind."""
+    """One job, from its submission to its end. A task that is stopped stops its job; one whose worker is lost, or that
+    is tried again, goes on with the job that it began, if that still runs.
+    """
 
     template_fields = ("command",)
 
-    def __init__(self, *, command: str, **others: Any) -> None:
+    def __init__(self, *, command: list[str], **others: Any) -> None:
         super().__init__(**others)
         self.command = command
         self.job = ""
@@ -65,15 +67,15 @@ class RayJob(BaseOperator):
         from ray.job_submission import JobSubmissionClient
 
         client, task = JobSubmissionClient(), context["ti"]
-        # a try has one name: a worker that was lost, and its task that comes back, find the job that they began
-        self.job = re.sub(r"[^\w-]", "-", f"{task.run_id}-{task.task_id}-{task.try_number}")
-        if self.job not in {each.submission_id for each in client.list_jobs()}:
-            client.submit_job(
-                entrypoint=" ".join(shlex.quote(word) for word in shlex.split(self.command)),
-                submission_id=self.job,
-                entrypoint_num_cpus=1,
-                metadata={"dag": task.dag_id, "task": task.task_id},
-            )
+        about = {"dag": task.dag_id, "run": task.run_id, "task": task.task_id}
+        running = [each for each in client.list_jobs() if each.metadata == about and not each.status.is_terminal()]
+        if running:
+            self.job = running[0].submission_id
+        else:
+            self.job = f"{task.task_id}-{uuid.uuid4().hex[:12]}"
+            entrypoint = shlex.join(self.command)
+            client.submit_job(entrypoint=entrypoint, submission_id=self.job, entrypoint_num_cpus=1, metadata=about)
+        self.log.info("ray job logs -f %s", self.job)
         while not (status := client.get_job_status(self.job)).is_terminal():
             time.sleep(10)
         self.log.info("%s", client.get_job_logs(self.job)[-20_000:])
@@ -90,11 +92,11 @@ class RayJob(BaseOperator):
             JobSubmissionClient().stop_job(self.job)
 
 
-def filled(command: str) -> str:
-    """A command with the run's parameters, as Airflow's templates have them."""
+def filled(command: str) -> list[str]:
+    """A command's words with the run's parameters, as Airflow's templates have them."""
     for name in ("config", "videos", "root"):
-        command = command.replace(name.upper(), f"{{{{ params.{name} }}}}")
-    return command
+        command = command.replace(name.upper(), f"{{{{params.{name}}}}}")
+    return command.split()
 
 
 with DAG(

@@ -180,6 +180,7 @@ class Exchange:
             return self._refuse(str(user_config), error)
         if self._task:
             self._task.cancel()
+            await asyncio.wait([self._task])
         if wanted == self._service.model.path:
             self.state = "none"
             return None
@@ -203,7 +204,11 @@ class Exchange:
         try:
             model = await asyncio.to_thread(self._opened, wanted)
             await try_out(model, self._stages)
-            await self._use(model)
+            use = asyncio.create_task(self._use(model))
+            try:
+                await asyncio.shield(use)
+            finally:  # what is served and what is noted are one, also where a newer wish comes between
+                await use
         except (ArtifactError, ConfigError, StageError) as error:
             self._refuse(wanted, error)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -167,6 +168,31 @@ async def test_a_newer_wish_takes_the_place_of_one_that_is_being_tried(tmp_path:
         here.stages.gate.set()
         await here.want(TWO)
         assert (await here.health())["bundle"] == "two"
+
+
+@driven
+async def test_what_is_noted_is_what_is_served_where_a_wish_comes_while_it_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as here:
+        (begun, go_on, written), write = (threading.Event() for _ in range(3)), LastServed.write
+
+        def slow(served: LastServed, path: str) -> None:
+            begun.set()
+            assert go_on.wait(10)
+            write(served, path)
+            written.set()
+
+        monkeypatch.setattr(LastServed, "write", slow)
+        await here.exchange.want({"bundle": TWO})
+        await asyncio.to_thread(begun.wait, 10)
+        back = asyncio.create_task(here.want(ONE))
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await back
+        await asyncio.to_thread(written.wait, 10)
+        assert (await here.health())["bundle"] == "one"
+        assert here.exchange._served.read() == ONE
 
 
 @pytest.mark.parametrize("there", [True, False])
