@@ -32,7 +32,7 @@ from data_pipeline.parquet import open_parquet, read_table
 from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.tokens import stray_token
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run
-from jobs.holding import claimed, holding
+from jobs.holding import alone
 from jobs.ray_session import connect
 
 #: The settings of a run that is under way; the finished folder has them in its manifest.
@@ -57,7 +57,7 @@ def run_extract_tokens(
     where `output` holds tokens that were made otherwise (unless `overwrite`); BusyError while another job makes
     `output`. All of that before Ray starts.
     """
-    with holding(output, "tokens"):
+    with alone(config, output, "tokens"):
         return _extracted(config, dataset, fine, coarse, output, overwrite)
 
 
@@ -82,7 +82,7 @@ def _extracted(config: Config, dataset: Path, fine: Path, coarse: Path, output: 
     _prepare(output, there, settings, overwrite)
     missing = _missing(files, sizes)
     total = sum(open_parquet(source).metadata.num_rows for source, _ in missing)
-    with connect(config), claimed(output, "tokens"):
+    with connect(config):
         # imported once Ray is there: it takes seconds, and bad input must not wait for it
         from data_pipeline.ray_pipeline import extract_all_tokens
 

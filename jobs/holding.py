@@ -16,15 +16,18 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import psutil
 
 from arlon_ray import mirror
+from arlon_ray.config import Config
 from arlon_ray.training.loop import StoppedError
+from jobs.ray_session import connect
 
 BEAT_S = 5.0
 #: A holder whose file has not changed for so long is gone. Clocks of several machines are not compared.
@@ -59,6 +62,14 @@ def holding(folder: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
+def alone(config: Config, folder: Path, name: str) -> Iterator[None]:
+    """`holding`, and for a folder in a bucket `claimed` too, on a Ray that is connected to for it. Raises BusyError."""
+    connected = nullcontext() if mirror.origin(folder) is None else connect(config)
+    with holding(folder, name), connected, claimed(folder, name):
+        yield
+
+
+@contextmanager
 def claimed(folder: Path, name: str) -> Iterator[None]:
     """`holding` for a folder in a bucket, where no file is made only once, among the jobs of the Ray cluster that this
     one is connected to: who is at work there has an actor, which dies with its job and its node. Raises BusyError.
@@ -72,22 +83,33 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    me = _holder()
+    me, place = _holder(), _place_in_bucket(location)
     beside_me = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options: dict[str, Any] = {"name": f"{location}/{name}", "namespace": CLAIMS, "get_if_exists": True, "num_cpus": 0}
+    options: dict[str, Any] = {"name": f"{place}/{name}", "namespace": CLAIMS, "get_if_exists": True, "num_cpus": 0}
     claim: Any = ray.remote(_Claim)
     claim = claim.options(**options, scheduling_strategy=beside_me)
-    while True:
-        actor = claim.remote(me)
-        with suppress(ray.exceptions.RayActorError):  # it was about to end
+    for further in reversed(range(5)):
+        try:
+            actor = claim.remote(me)
             found = ray.get(actor.holder.remote())
             break
+        except ray.exceptions.RayActorError:  # it was about to end
+            if not further:
+                raise
+            time.sleep(0.5)
     if found["id"] != me["id"]:
-        raise BusyError(_busy(location, found))
+        raise BusyError(_busy(place, found))
     try:
         yield
     finally:
         ray.kill(actor)
+
+
+def _place_in_bucket(location: str) -> str:
+    """What a URI names, without keys and options of access."""
+    parts = urlsplit(location)
+    server = dict(parse_qsl(parts.query)).get("endpoint_override", "")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" + (f" of {server}" if server else "")
 
 
 class _Claim:

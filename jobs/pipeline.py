@@ -21,7 +21,7 @@ from data_pipeline.sources import find_videos
 from jobs.command_line import InputError, collection, output_folder, parser, read_config, run, vae_folder
 from jobs.extract_tokens import run_extract_tokens
 from jobs.gates import Gates, check_ar, check_codec
-from jobs.holding import claimed, holding
+from jobs.holding import alone
 from jobs.preprocess import run_preprocess
 from jobs.ray_session import connect
 from jobs.ray_training import check_workers
@@ -80,9 +80,8 @@ class Pipeline:
         self.check()
         key = config_fingerprint(self.config)
         with (
-            holding(self.output, "pipeline"),
+            alone(self.config, self.output, "pipeline"),
             connect(self.config),
-            claimed(self.output, "pipeline"),
             self.tracking.pipeline("pipeline", key=key),
         ):
             bundle = self.train()

@@ -31,7 +31,7 @@ from data_pipeline.schema import SCHEMA_VERSION
 from data_pipeline.sources import SourceFile, find_sources
 from data_pipeline.staging import WORK, Staging
 from jobs.command_line import InputError, collection, existing, output_folder, parser, read_config, run, vae_folder
-from jobs.holding import claimed, holding
+from jobs.holding import alone
 from jobs.ray_session import connect
 
 #: Clips of one part of the work, which is a task of Ray's; more where there would be more parts than Ray handles well.
@@ -102,7 +102,7 @@ def run_preprocess(
     sources = find_sources(source, config.data)
     if not sources:
         raise InputError(f"--input {source}: no video files (.mp4, .mkv, .webm, …)")
-    with holding(output, "dataset"):
+    with alone(config, output, "dataset"):
         return _made(config, sources, output, settings, vae_path, overwrite, retry_rejects)
 
 
@@ -127,10 +127,10 @@ def _made(
     todo = _plan(output, there, sources, retry_rejects, overwrite)
     if there is not None and not todo.search:
         return DatasetSummary(output, there, skipped=True)
-    with connect(config), claimed(output, "dataset"):
-        _begin(staging, settings, todo)
+    _begin(staging, settings, todo)
+    with connect(config):
         _encode(config, staging, todo, vae_path)
-        return DatasetSummary(output, _finish(config, staging, output, todo, settings, files), skipped=False)
+    return DatasetSummary(output, _finish(config, staging, output, todo, settings, files), skipped=False)
 
 
 def _plan(output: Path, there: DatasetManifest | None, sources: list[SourceFile], retry: bool, overwrite: bool) -> Plan:

@@ -20,7 +20,7 @@ from arlon_ray.training.loop import Reporter, StoppedError, TrainingError, run_s
 from arlon_ray.training.reporting import ConsoleReporter
 from data_pipeline.manifest import differences
 from jobs.command_line import InputError
-from jobs.holding import claimed, holding
+from jobs.holding import alone
 from jobs.journal import FailureNote, JournalReader, JournalReporter
 from jobs.ray_checkpoints import RayCheckpoints, RayWatch, stop_file, storage_is_back
 from jobs.ray_metrics import RayMetrics
@@ -88,13 +88,13 @@ def train_stage(
     """
     check_workers(name, training, config)
     output = output.absolute()
-    with holding(output.parent, output.name):
+    with alone(config, output.parent, output.name):
         folder = storage_folder(output) / f"{name}-{key[:16]}"
         _refuse_other_settings(folder, settings or {}, output)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_FILE, dict(settings or {}))
         run = tracking.stage(name, key=key, training=training, parents=parents or {}) if tracking else nullcontext()
-        with connect(config), claimed(output.parent, output.name), run as tracked:
+        with run as tracked, connect(config):
             console = [ConsoleReporter(name, training.steps)] if reporters is None else list(reporters)
             reader = JournalReader(folder, [*console, *([tracked] if tracked else []), RayMetrics(name)])
             _check_resources(name, config, reader)

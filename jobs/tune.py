@@ -27,7 +27,7 @@ from arlon_ray.training.memory import training_of
 from arlon_ray.training.reporting import QuietReporter
 from data_pipeline.manifest import settings_key
 from jobs.command_line import InputError, existing, output_folder, parser, read_config, run, vae_folder
-from jobs.holding import claimed, holding
+from jobs.holding import alone
 from jobs.ray_session import connect
 from jobs.stage_runs import Role, StageOutcome, run_ar, run_codec, run_dit
 from jobs.tracking import Tracking, tracking_uri
@@ -202,7 +202,7 @@ def main() -> None:
     config = read_config(arguments)
     space = read_space(existing(arguments.space, "--space"), config)
     paths, output = _paths(arguments, config), output_folder(arguments)
-    with holding(output, "tune"), connect(config), claimed(output, "tune"):
+    with alone(config, output, "tune"), connect(config):
         found = search(
             config,
             arguments.stage,

@@ -166,6 +166,8 @@ class DitDeployment:
 
     def __init__(self, bundle: str, device: str, threads: int, max_batch: int, log: LogSettings | None = None) -> None:
         self._reports = _Reports("dit", log)
+        # lanes are worth a thread each, also where a replica has asked for one core or a share of it
+        threads = max(threads, min(LANES, len(os.sched_getaffinity(0))))
         self._models = LoadedModels(partial(_Renderer, threads, max_batch), device, bundle)
         self._counts = {"steps": 0, "segments": 0}
         self._news = StepNews()
@@ -267,9 +269,7 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
             graceful_shutdown_timeout_s=5,
         )(kind)
         device = "cuda" if settings.num_gpus else "cpu"
-        # the DiT's lanes are worth a thread each, also where a replica has asked for a share of a core
-        least = min(LANES, os.cpu_count() or 1) if kind is DitDeployment else 1
-        return deployment.bind(bundle, device, max(least, int(settings.num_cpus)), *arguments, log)
+        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments, log)
 
     log: LogSettings = (config.serve.log_format, config.serve.log_level)
     return (

@@ -163,6 +163,7 @@ class Exchange:
         self._opened, self._first = opened, first
         self._started = False
         self._task: asyncio.Task[None] | None = None
+        self._one_wish = asyncio.Lock()
         #: "none", "trying" or "refused": what became of the latest wish.
         self.state = "none"
 
@@ -172,6 +173,10 @@ class Exchange:
         At first the service starts with what was served last, if that is still there: what is wanted may be just what
         was refused before.
         """
+        async with self._one_wish:
+            await self._want(user_config)
+
+    async def _want(self, user_config: Any) -> None:
         if not self._started:
             await self._begin()
         try:
@@ -208,7 +213,7 @@ class Exchange:
             try:
                 await asyncio.shield(use)
             finally:  # what is served and what is noted are one, also where a newer wish comes between
-                await use
+                await asyncio.wait([use])
         except (ArtifactError, ConfigError, StageError) as error:
             self._refuse(wanted, error)
         except Exception as error:

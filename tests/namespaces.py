@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import uuid
@@ -111,6 +112,8 @@ def _clear(address: str) -> None:
     for found in json.loads(_ip("-json", "addr", "show", "to", address) or "[]"):
         if not (bridge := found.get("ifname")):
             continue
+        if not re.fullmatch("br[0-9a-f]{6}", bridge):
+            raise OSError(f"{address} is the address of {bridge}, which is not ours")
         left = [name for name in _names() if f"-{bridge.removeprefix('br')}-" in name]
         if any(_ip("netns", "pids", name).strip() for name in left):
             raise OSError(f"{address} is in use: programs run on the hosts of {bridge}")

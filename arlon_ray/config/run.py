@@ -117,7 +117,11 @@ class DeploymentConfig(Section):
     max_batch: int = Field(
         8, ge=1, description="AR and DiT: requests that share the model's steps; bounds the memory of a replica"
     )
-    num_cpus: float = Field(0.5, ge=0)
+    num_cpus: float = Field(
+        0.5,
+        ge=0,
+        description="what Ray reserves for a replica, and with how many threads it computes: one at least, the DiT two",
+    )
     num_gpus: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")

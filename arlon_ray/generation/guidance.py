@@ -135,9 +135,9 @@ def velocities(
 
     `lates`: of each field; as many layers for all, and either all of them have something to reuse or none has.
 
-    On a CPU each is to the last bit what it is alone: rows of a product of matrices do not depend on each other, and
-    what would (few rows, for which there are other kernels) is computed field by field. On a GPU, where kernels are
-    chosen by the size of the batch, they are equal within rounding.
+    On a CPU, with one thread an operation, each is to the last bit what it is alone: rows of a product of matrices do
+    not depend on each other, and what would (few rows, for which there are other kernels) is computed field by field.
+    With more threads, and on a GPU, where kernels are chosen by the size of the batch, they are equal within rounding.
     """
     rows = [field.rows(x, time) for field, x, time in zip(together.fields, xs, times, strict=True)]
     embedded, features = rows[0]

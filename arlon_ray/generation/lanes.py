@@ -1,8 +1,8 @@
 """The rows of one step side by side on the processor: each lane's rows are computed by a thread of its own.
 
 Threads within every operation wait for one another hundreds of times a step: for a small model two of them are hardly
-faster than one. Lanes meet once a step. What is computed of a row does not depend on the rows beside it, so it is the
-same in any lane, to the last bit.
+faster than one. Lanes meet once a step. What one thread computes of a row does not depend on the rows beside it, so it
+is the same in any lane, to the last bit. That is not so of operations with many threads: there are no lanes of them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from arlon_ray.generation.overlapped import computing_with
 
 T = TypeVar("T")
 
-#: One for each branch of guidance. As many whatever the batch, or its bits would depend on it: lanes share the threads.
+#: One for each branch of guidance, with a thread each.
 LANES = 2
 _here = threading.local()
 
 
 @contextmanager
 def in_lanes(device: torch.device) -> Iterator[None]:
-    """The block's `side_by_side` has lanes, if this thread computes on the processor with more than one thread.
+    """The block's `side_by_side` has lanes, if this thread computes on the processor with as many threads as those.
 
-    All of the block computes with a lane's share of them.
+    All of the block then computes with one.
     """
-    if device.type != "cpu" or torch.get_num_threads() < LANES:
+    if device.type != "cpu" or torch.get_num_threads() != LANES:
         yield
         return
-    with computing_with(torch.get_num_threads() // LANES):
+    with computing_with(1):
         _here.lanes = LANES
         try:
             yield
@@ -55,10 +55,9 @@ def side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
     """What the calls return, each made in a lane, without gradients. Raises what the first that fails raises."""
     if len(calls) == 1:
         return [calls[0]()]
-    threads = torch.get_num_threads()
 
     def made(call: Callable[[], T]) -> T:
-        with computing_with(threads), torch.no_grad():
+        with computing_with(1), torch.no_grad():
             return call()
 
     first, *others = calls

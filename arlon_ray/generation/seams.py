@@ -53,14 +53,14 @@ def _joined(last: Frames, group: Frames, count: int) -> Frames:
     places = np.stack(np.meshgrid(np.arange(size[1]), np.arange(size[0])), -1).astype(np.float32)
     picture, grey = last.astype(np.float32), grey_of(last)
     jump = _jump(picture, grey, group, places)
-    joined = []
+    joined = np.empty_like(group[:count])
     for k, frame in enumerate(group[:count]):
         weight = 1 - (k + 1) / (count + 1)
         back = flow_between(grey_of(frame), grey, size, fast=True)
         drawn = places + weight * _at(jump, places + back)
         shown, carried = _at(frame, drawn), _at(picture, drawn + _at(back, drawn))
-        joined.append(shown + weight * _alike(carried, shown) * (carried - shown))
-    return np.stack(joined).round().clip(0, 255).astype(np.uint8)
+        joined[k] = (shown + weight * _alike(carried, shown) * (carried - shown)).round().clip(0, 255)
+    return joined
 
 
 def _jump(picture: Field, grey: Grey, group: Frames, places: Field) -> Field:

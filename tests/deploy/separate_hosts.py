@@ -55,14 +55,15 @@ class SeparateHost:
     @property
     def environment(self) -> dict[str, str]:
         """What this host's programs find. Compiled extensions are code: they are shared."""
-        extensions = Path.home() / ".cache" / "torch_extensions" / f"py3{sys.version_info[1]}_cpu"
+        from jobs.shared_memory_op import extensions_folder  # which imports DeepSpeed
+
         return {
             **os.environ,
             "HOME": str(self.folder / "home"),
             "TMPDIR": str(self.folder / "home"),
             "PATH": path_with_interpreter(),
             "PYTHONPATH": str(ROOT),
-            "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(extensions)),
+            "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "a-token-of-all-hosts",
             "RAY_USAGE_STATS_ENABLED": "0",

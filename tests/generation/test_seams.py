@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from arlon_ray.config import SamplingConfig
 from arlon_ray.evaluation.joins import join_figures
 from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.generation.seams import Frames, blend_seams
@@ -16,6 +17,7 @@ from arlon_ray.training.stages.vae import to_frames, to_video
 from data_pipeline.decode import Clip
 from tests.bundles import make_random_bundle
 
+FRAMES = SamplingConfig().seam_frames
 VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
 
 
@@ -34,11 +36,12 @@ def moving(count: int, first: int = 0) -> Frames:
 def test_a_shift_of_brightness_is_spread_and_ends_stay() -> None:
     frames = moving(34)
     frames[17:] = frames[17:] + 9
-    blended = blend_seams(frames, None, 8)
-    assert np.array_equal(blended[:17], frames[:17]) and np.array_equal(blended[25:], frames[25:])
+    blended = blend_seams(frames, None, FRAMES)
+    behind = 17 + FRAMES
+    assert np.array_equal(blended[:17], frames[:17]) and np.array_equal(blended[behind:], frames[behind:])
     jump = lambda video: float(abs(video[17].astype(float).mean() - video[16].astype(float).mean()))  # noqa: E731
     assert jump(blended) < 0.3 * jump(frames)
-    steps = np.diff(blended[16:27].astype(float).mean((1, 2, 3)))
+    steps = np.diff(blended[16 : behind + 2].astype(float).mean((1, 2, 3)))
     assert steps.max() < 2.5  # no other place gets the jump instead
 
 
@@ -57,19 +60,19 @@ def test_a_jump_of_motion_is_drawn_back_and_motion_is_not() -> None:
         best = [np.argmin([np.abs(place - frame[:, 8:56]).mean() for place in places]) / 10 for frame in frames]
         return np.diff(best)
 
-    jumping = steps(blend_seams(pan(3), None, 8))
+    jumping = steps(blend_seams(pan(3), None, FRAMES))
     assert steps(pan(3))[16] > 3.5 and jumping[16] < 2 and jumping.max() < 2
-    assert np.abs(steps(blend_seams(pan(0), None, 8)) - 1).max() < 0.2
+    assert np.abs(steps(blend_seams(pan(0), None, FRAMES)) - 1).max() < 0.2
 
 
 def test_the_frame_before_the_first_is_a_border_too() -> None:
     frames = moving(17, first=17) + 9
-    whole = blend_seams(np.concatenate([moving(17), frames]), None, 8)
-    assert np.array_equal(blend_seams(frames, moving(17)[-1], 8), whole[17:])
-    assert np.array_equal(blend_seams(frames, None, 8), frames)
+    whole = blend_seams(np.concatenate([moving(17), frames]), None, FRAMES)
+    assert np.array_equal(blend_seams(frames, moving(17)[-1], FRAMES), whole[17:])
+    assert np.array_equal(blend_seams(frames, None, FRAMES), frames)
 
 
-@pytest.mark.parametrize("count", [0, 8, 16])
+@pytest.mark.parametrize("count", [0, FRAMES, 16])
 def test_a_cut_stays_a_cut(count: int) -> None:
     frames = np.concatenate([moving(17), 255 - moving(17)])
     blended = blend_seams(frames, None, count)
@@ -82,9 +85,9 @@ def test_segments_are_blended_as_one_video(tmp_path: Path) -> None:
     sampling = generator.bundle.config.sampling
     plain, blended = (
         np.concatenate(list(generator.generate(["a", "b", "c"], 1, default_options(sampling, seam_frames=count))))
-        for count in (0, 8)
+        for count in (0, FRAMES)
     )
-    assert np.array_equal(blended, blend_seams(plain, None, 8)) and not np.array_equal(plain, blended)
+    assert np.array_equal(blended, blend_seams(plain, None, FRAMES)) and not np.array_equal(plain, blended)
 
 
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason="the real clips are not part of the repository")
@@ -93,8 +96,8 @@ def test_nothing_shows_on_real_footage() -> None:
     clip = Clip(str(VIDEOS / "bikes.mp4"), 128, 160, 16.0)
     true = clip.read(0, min(clip.frames // 17 * 17, 68))
     decoded = to_frames(vae.decode(vae.encode(to_video(true[None]))))[0]
-    blended, borders = blend_seams(decoded, None, 8), range(17, len(true), 17)
+    blended, borders = blend_seams(decoded, None, FRAMES), range(17, len(true), 17)
     before, after = (join_figures(video, list(borders))["join_difference"] for video in (decoded, blended))
     assert before > 1.2 and after < 1.1
     error = [float(np.square(video.astype(float) - true).mean()) for video in (decoded, blended)]
-    assert error[1] < 1.25 * error[0]  # the price: what is drawn back is not where it was
+    assert error[1] < 1.4 * error[0]  # the price: what is drawn back is not where it was

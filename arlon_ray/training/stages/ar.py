@@ -132,7 +132,8 @@ class ArStage:
         if first is None:
             return Evaluation()
         loss = found["loss"]
-        metrics = {"loss": loss, "perplexity": math.exp(loss), "accuracy": found["accuracy"]}
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        metrics = {"loss": loss, "perplexity": perplexity, "accuracy": found["accuracy"]}
         return Evaluation(metrics, {"sampled": self._picture(objective.model, first, device)})  # type: ignore[arg-type]
 
     def _picture(self, model: ArTransformer, batch: dict[str, Any], device: torch.device) -> Any:

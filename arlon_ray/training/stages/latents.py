@@ -64,7 +64,7 @@ def on_held_out(
     objective: nn.Module, source: BatchSource, batch_size: int, device: torch.device, seed: int
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Loss and metrics of an objective on the held-out clips: means over all that it was asked for in them, so that
-    clips with little to ask count for little. And their first batch, on the device; ({}, None) where there are none.
+    clips with little to ask count for little. And their first batch, on the device; ({}, None) where nothing is asked.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     sums: dict[str, float] = {}
@@ -76,7 +76,7 @@ def on_held_out(
         for name, value in {"loss": losses.loss, **losses.metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value) * weight
         asked, first = asked + weight, first or moved
-    return {name: value / max(asked, 1.0) for name, value in sums.items()}, first
+    return ({name: value / asked for name, value in sums.items()}, first) if asked else ({}, None)
 
 
 def trimmed(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
