@@ -79,22 +79,33 @@ def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path
     """Put stage artefacts ("vae", and the others of `PARTS`) into a bundle, with the text encoder if it is a folder.
 
     `text` is the identity of the text encoder. Large files are linked where they can be (artefacts never change), all
-    others copied. Raises ArtifactError if a part is missing or was trained on another one than the one given.
+    others copied; what is there already is not written again. Raises ArtifactError if a part is missing or was trained
+    on another one than the one given.
     """
     artifacts = {name: load_artifact(folder, PARTS[name][1]) for name, folder in parts.items()}
     _check(artifacts, text, "bundle")
+    fingerprints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
+    # how it is served is not what its weights were trained with: defaults stay those of the code that serves it
+    serving = config.serve.model_dump(mode="json", exclude_defaults=True)
+    recorded = {**config.model_dump(mode="json"), "serve": serving}
+    manifest = {"config": recorded, "parts": fingerprints, "text": text}
+    if _is_there(path, manifest):
+        return mirror.local(path)
     with whole_folder(path) as folder:
         for name, artifact in artifacts.items():
             shutil.copytree(artifact.path, folder / PARTS[name][0], copy_function=_link)
         if config.text.path is not None:
             shutil.copytree(fetched(config.text.path), folder / TEXT, copy_function=_link)
-        fingerprints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
-        # how it is served is not what its weights were trained with: defaults stay those of the code that serves it
-        serving = config.serve.model_dump(mode="json", exclude_defaults=True)
-        recorded = {**config.model_dump(mode="json"), "serve": serving}
-        manifest = {"config": recorded, "parts": fingerprints, "text": text}
         write_json(folder / MANIFEST, manifest)
     return mirror.local(path)
+
+
+def _is_there(path: str | Path, manifest: dict[str, Any]) -> bool:
+    """Whether the bundle of this manifest is there, and whole."""
+    try:
+        return _read_json(Bundle(path).path / MANIFEST) == manifest
+    except ArtifactError:
+        return False
 
 
 def _link(source: str, target: str) -> None:

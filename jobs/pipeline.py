@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from arlon_ray import mirror
-from arlon_ray.artifact import ArtifactError, load_artifact
-from arlon_ray.bundle import PARTS, Bundle, save_bundle
+from arlon_ray.artifact import load_artifact
+from arlon_ray.bundle import save_bundle
 from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.training.stages.dit import initial_dit, text_only
 from data_pipeline.sources import find_videos
@@ -122,7 +122,8 @@ class Pipeline:
             "ar": ar,
             **self._dits(dataset, tokens, vae, (fine, coarse)),
         }
-        return stage("bundle", lambda: self._bundle(parts), lambda path: str(path.name))
+        text = load_artifact(parts["ar"], "ar").lineage.parents["text"]
+        return stage("bundle", lambda: save_bundle(output / "bundle", config, parts, text), lambda path: str(path.name))
 
     def _vae(self, videos: str) -> Path:
         if self.config.vae.train:
@@ -168,21 +169,6 @@ class Pipeline:
         outcome: StageOutcome = self.ledger.stage(name, work, figure)
         self.trained_now = not outcome.skipped
         return outcome.artifact.path
-
-    def _bundle(self, parts: dict[str, Path]) -> Path:
-        """Write the bundle, unless the one that is there has these very parts and this configuration."""
-        path = self.output / "bundle"
-        wanted = {name: load_artifact(part, PARTS[name][1]).fingerprint for name, part in parts.items()}
-        try:
-            there = Bundle(path)
-            found = {name: artifact.fingerprint for name, artifact in there.artifacts.items()}
-            same_text = there.config.model_copy(update={"text": self.config.text})  # its path is the bundle's own
-            if found == wanted and same_text == self.config:
-                return path
-        except ArtifactError:
-            pass
-        identity = load_artifact(parts["ar"], "ar").lineage.parents["text"]
-        return save_bundle(path, self.config, parts, identity)
 
     def serve(self, bundle: Path) -> None:
         """Serve the bundle, ask it for a long video over HTTP, and save what comes back; unless that is there."""

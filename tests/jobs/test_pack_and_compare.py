@@ -79,6 +79,12 @@ def test_stages_become_a_bundle(tmp_path: Path) -> None:
     assert {n: a.fingerprint for n, a in made.artifacts.items()} == {
         n: a.fingerprint for n, a in whole.artifacts.items()
     }
+    written = (made.path / "bundle.json").stat()
+    assert run_script("make_bundle", *common, *flags).returncode == 0
+    assert (made.path / "bundle.json").stat().st_ino == written.st_ino, "it was there already"
+    (made.path / "ar" / "config.json").write_text("{}")
+    assert run_script("make_bundle", *common, *flags).returncode == 0
+    assert Bundle(made.path).artifacts["ar"].fingerprint == whole.artifacts["ar"].fingerprint
     other = Bundle(make_random_bundle(tmp_path / "other", "vqvae.fine.width=24"))
     mixed = run_script("make_bundle", *common, *flags, "--codec-fine", str(other.artifacts["codec_fine"].path))
     assert mixed.returncode == 2 and "was trained on codec_fine" in mixed.stderr and mixed.stderr.count("\n") == 1
