@@ -80,10 +80,11 @@ def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path
 
     `text` is the identity of the text encoder. Large files are linked where they can be (artefacts never change), all
     others copied; what is there already is not written again. Raises ArtifactError if a part is missing or was trained
-    on another one than the one given.
+    on another one than the one given, or the DiT with another anchor.
     """
     artifacts = {name: load_artifact(folder, PARTS[name][1]) for name, folder in parts.items()}
     _check(artifacts, text, "bundle")
+    _check_anchor(artifacts, config)
     fingerprints = {name: artifact.fingerprint for name, artifact in artifacts.items()}
     # how it is served is not what its weights were trained with: defaults stay those of the code that serves it
     serving = config.serve.model_dump(mode="json", exclude_defaults=True)
@@ -98,6 +99,17 @@ def save_bundle(path: str | Path, config: Config, parts: Mapping[str, str | Path
             shutil.copytree(fetched(config.text.path), folder / TEXT, copy_function=_link)
         write_json(folder / MANIFEST, manifest)
     return mirror.local(path)
+
+
+def _check_anchor(artifacts: Mapping[str, Artifact], config: Config) -> None:
+    """What segments hand on must be what the DiT was trained to be given."""
+    if (dit := artifacts.get("dit")) is None:
+        return
+    trained, wanted = dit.config.get("anchor_groups", 0), config.dit.anchor_groups
+    if trained != wanted:
+        raise ArtifactError(
+            f"bundle: dit was trained with anchor_groups={trained}: set dit.anchor_groups={trained} (here: {wanted})"
+        )
 
 
 def _is_there(path: str | Path, manifest: dict[str, Any]) -> bool:

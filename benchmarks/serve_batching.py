@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.generation import behind_overlap, default_options
+from arlon_ray.generation import HandOver, default_options
 from benchmarks.machine import machine
 from jobs.command_line import BOX, existing, parser, run
 from serve.work import Job
@@ -148,14 +148,14 @@ class Service:
             async for tokens in self.ar.stream("plan", job):
                 planned.put_nowait(tokens.value)
 
-        digest, overlap, decoding = hashlib.sha256(), None, None
+        digest, handed, decoding = hashlib.sha256(), None, None
         async with asyncio.TaskGroup() as group:
             group.create_task(plan())
             for index in range(len(job.prompts)):
                 dit = min(self.dits, key=lambda stage: stage.busy)
-                latents = (await dit.call("render", job, index, await planned.get(), overlap)).value
+                latents = (await dit.call("render", job, index, await planned.get(), handed)).value
                 digest.update(latents.tobytes())
-                overlap = behind_overlap(overlap, latents)[:, -self.config.segment.overlap_latents :]
+                handed = HandOver.of(self.config).after(handed, latents, index)
                 before: Any = (await decoding).value.last if decoding else None
                 decoding = group.create_task(self.decoder.call("decode", job, index, latents, before))
         return digest.hexdigest()

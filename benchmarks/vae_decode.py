@@ -20,7 +20,7 @@ import torch
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
-from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, behind_overlap, default_options
+from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, HandOver, default_options
 from arlon_ray.generation.overlapped import Threads, computing_with, in_background
 from benchmarks.machine import in_turns, machine, peak_memory_mib, tell
 
@@ -38,10 +38,10 @@ class Work:
 
     def rendered(self) -> Iterator[np.ndarray]:
         """New latents [C, n, h, w] of each segment."""
-        keep, overlap = self.bundle.config.segment.overlap_latents, None
+        handed = None
         for index, tokens in enumerate(self.plans):
-            latents = self.renderer.render(PROMPT, tokens, overlap, 0, index, self.options).latents
-            overlap = behind_overlap(overlap, latents)[:, -keep:]
+            latents = self.renderer.render(PROMPT, tokens, handed, 0, index, self.options).latents
+            handed = HandOver.of(self.bundle.config).after(handed, latents, index)
             yield latents
 
     def one_by_one(self, latents: np.ndarray) -> np.ndarray:

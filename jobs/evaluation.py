@@ -24,7 +24,7 @@ from arlon_ray.evaluation.joins import drift_figures, join_figures
 from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
 from arlon_ray.evaluation.scenes import Frames
 from arlon_ray.evaluation.tokens import wrong_tokens
-from arlon_ray.generation import GenerationOptions, VideoGenerator, behind_overlap, default_options
+from arlon_ray.generation import GenerationOptions, HandOver, VideoGenerator, default_options
 from arlon_ray.models.text import load_token_counter
 from arlon_ray.training.stages.vae import to_frames, to_video
 from data_pipeline.synthetic import render
@@ -230,22 +230,22 @@ class Evaluator:
         options = default_options(self.bundle.config.sampling, **row.changes)
         options = options.model_copy(update={"baseline": row.model == "text-only"})
         tokens = self._tokens(row, index, prompt, options)
-        keep, seed = self.bundle.config.segment.overlap_latents, self.seed + index
+        hand_over, seed = HandOver.of(self.bundle.config), self.seed + index
         frames: list[Frames] = []
-        parts, overlap = np.zeros(3), None
+        parts, handed = np.zeros(3), None
         for number in range(self.segments):
             times = [time.perf_counter()]
             plan = next(tokens)
             times.append(time.perf_counter())
-            latents = self.generator.renderer.render(prompt.text, plan, overlap, seed, number, options).latents
+            latents = self.generator.renderer.render(prompt.text, plan, handed, seed, number, options).latents
             times.append(time.perf_counter())
             last = frames[-1][-1] if frames else None
             frames.append(self.generator.decoder.decode(latents, last, options.seam_frames))
             times.append(time.perf_counter())
             parts += np.diff(times)
-            overlap = behind_overlap(overlap, latents)[:, -keep:]
+            handed = hand_over.after(handed, latents, number)
             if row.handover == "pixels":
-                overlap = self._encoded_again(overlap)
+                handed[:, -hand_over.overlap :] = self._encoded_again(handed[:, -hand_over.overlap :])
         planning, rendering, decoding = parts.tolist()
         return np.concatenate(frames), (planning if row.model == "guided" else 0.0, rendering, decoding)
 

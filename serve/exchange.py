@@ -95,8 +95,8 @@ async def try_out(model: ServedModel, stages: Stages) -> None:
     options = default_options(model.config.sampling, steps=1)
     job = Job(TRIAL, ("a trial",), 0, options, bundle=model.bundle, bundle_path=model.path)
     with tempfile.TemporaryDirectory(prefix="arlon-trial-") as folder:
-        files, segment = JobFiles(Blobs(Path(folder)), job.id), model.config.segment
-        await Orchestrator(job, stages, files, _Nobody(), segment=segment, planned_ahead=1).run()
+        files = JobFiles(Blobs(Path(folder)), job.id)
+        await Orchestrator(job, stages, files, _Nobody(), config=model.config, planned_ahead=1).run()
 
 
 class _Nobody:

@@ -242,7 +242,7 @@ class VideoMaker(VideoReader):
             config, files = self.model.config, self._files(active.job)
             orchestrator = Orchestrator(
                 active.job, self._stages, files, active,
-                segment=config.segment, planned_ahead=config.serve.planned_ahead,
+                config=config, planned_ahead=config.serve.planned_ahead,
             )  # fmt: skip
             active.partial = orchestrator.partial
             try:

@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from arlon_ray.config import SegmentConfig
-from arlon_ray.generation import behind_overlap
+from arlon_ray.config import Config
+from arlon_ray.generation import HandOver, behind_overlap
 from serve.job_files import JobFiles, Restored, SegmentRecord
 from serve.metrics import Stage
 from serve.schema import SegmentStatus
@@ -68,11 +68,11 @@ class Orchestrator:
         files: JobFiles,
         watcher: Watcher,
         *,
-        segment: SegmentConfig,
+        config: Config,
         planned_ahead: int,
     ) -> None:
         self._job, self._stages, self._files, self._watcher = job, stages, files, watcher
-        self._segment = segment
+        self._segment, self._hand_over = config.segment, HandOver.of(config)
         self._window = PlanWindow(planned_ahead)
         # bounded by the window: nothing is planned that the window does not admit
         self._planned: asyncio.Queue[Tokens] = asyncio.Queue()
@@ -218,19 +218,19 @@ class Orchestrator:
 
     async def _render(self, group: asyncio.TaskGroup) -> None:
         """Render segment by segment; decoding runs one segment behind."""
-        overlap = self._state.overlap if self._state.done else self._given
+        handed, prompts = self._state.overlap if self._state.done else self._given, self._job.prompts
         decoding: asyncio.Task[Frame] | None = None
-        for index in range(self._state.done, len(self._job.prompts)):
+        for index in range(self._state.done, len(prompts)):
             tokens = None if self._job.options.baseline else await self._planned.get()
             await self._window.advance(index)
             await self._watcher.segment(index, "rendering")
-            latents = await self._rendered(index, tokens, overlap)
-            history = behind_overlap(overlap, latents)
+            taken = self._hand_over.taken(handed, goes_on=index > 0 and prompts[index - 1] == prompts[index])
+            latents = await self._rendered(index, tokens, taken)
+            handed = np.ascontiguousarray(self._hand_over.after(taken, latents, index))
             if index == 0:
-                latents = history  # what it starts from is its first frame
-            overlap = np.ascontiguousarray(history[:, -self._segment.overlap_latents :])
+                latents = behind_overlap(taken, latents)  # what it starts from is its first frame
             before = await decoding if decoding else self._state.last
-            decoding = group.create_task(self._decode(index, tokens, latents, overlap, before))
+            decoding = group.create_task(self._decode(index, tokens, latents, handed, before))
 
     async def _rendered(self, index: int, tokens: Tokens | None, overlap: Latents | None) -> Latents:
         def call() -> Awaitable[Timed[Latents]]:

@@ -121,6 +121,8 @@ def test_parts_trained_on_another_codebook_are_refused(tmp_path: Path) -> None:
         save_bundle(tmp_path / "bundle", config, {**parts, "codec_fine": other.path}, identity)
     with pytest.raises(ArtifactError, match="trained on text"):
         save_bundle(tmp_path / "bundle", config, parts, "minilm:other")
+    with pytest.raises(ArtifactError, match="anchor_groups=0: set"):
+        save_bundle(tmp_path / "bundle", small_config("dit.anchor_groups=1"), parts, identity)
     assert not (tmp_path / "bundle").exists()
 
 

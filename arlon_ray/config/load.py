@@ -91,6 +91,8 @@ def _effective(value: Any) -> Any:
         return value
     chosen = value.get("keep_best")  # then the weights that are exported depend on when they are evaluated
     without = {*WITHOUT_EFFECT, "keep_best"} if not chosen else {*WITHOUT_EFFECT} - {"evaluate_every"}
+    if value.get("anchor_groups") == 0:  # what was made before there were any goes on
+        without |= {"anchor_groups", "anchor_share"}
     return {name: _effective(inner) for name, inner in value.items() if name not in without}
 
 

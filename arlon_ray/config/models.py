@@ -213,6 +213,11 @@ class DitConfig(Section):
     temporal_attention: Literal["temporal", "joint"] = Field(
         "temporal", description="`joint`: temporal blocks attend over all tokens of the segment, not one place"
     )
+    anchor_groups: int = Field(
+        0,
+        ge=0,
+        description="groups that the prompt began with, which the DiT is given beside the overlap, however long ago",
+    )
     injection: InjectionConfig = InjectionConfig()
     coarse_probability: float = Field(0.5, ge=0, le=1, description="share of samples guided by the coarse codec")
     uncertainty_probability: float = Field(0.3, ge=0, le=1, description="share of samples with perturbed statistics")
@@ -224,6 +229,7 @@ class DitConfig(Section):
     )
     text_dropout: float = Field(0.1, ge=0, lt=1)
     token_dropout: float = Field(0.1, ge=0, lt=1)
+    anchor_share: float = Field(0.5, ge=0, le=1, description="share of the batches that have their anchor_groups")
     masks: FrameMaskConfig = FrameMaskConfig()
     time_base_pixels: int = Field(512 * 512, ge=1, description="resolution at which the time-step transform is neutral")
     time_scale: float = Field(1.0, gt=0)

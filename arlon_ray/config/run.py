@@ -259,6 +259,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
+        if self.dit.anchor_groups > (new := self.segment.groups - self.segment.overlap_groups):
+            raise ValueError(f"dit.anchor_groups={self.dit.anchor_groups}: a segment adds only {new}")
         if self.dit.in_channels != self.vae.latent_channels:
             raise ValueError(
                 f"dit.in_channels={self.dit.in_channels} must equal vae.latent_channels={self.vae.latent_channels}"
@@ -299,6 +301,11 @@ class Config(Section):
         """The most groups that the AR ever has at once when it plans."""
         seen = self.ar.sink_groups + self.ar.context_groups
         return max(self.segment.groups, seen + self.segment.groups - self.segment.overlap_groups)
+
+    @property
+    def anchor_latents(self) -> int:
+        """Latent frames that the DiT is given of what the prompt began with."""
+        return self.dit.anchor_groups * GROUP_LATENTS
 
     @property
     def latent_grid(self) -> tuple[int, int]:

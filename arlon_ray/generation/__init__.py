@@ -8,7 +8,7 @@ from arlon_ray.generation.options import GenerationOptions, default_options
 from arlon_ray.generation.overlapped import Timeline
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.project import Project, ProjectError, ProjectSegment
-from arlon_ray.generation.rendering import DiTRenderer, SegmentLatents, behind_overlap
+from arlon_ray.generation.rendering import DiTRenderer, HandOver, SegmentLatents, behind_overlap
 from arlon_ray.generation.storyboard import (
     ChangingText,
     Scene,
@@ -28,6 +28,7 @@ __all__ = [
     "FrameDecoder",
     "GenerationOptions",
     "Given",
+    "HandOver",
     "Project",
     "ProjectError",
     "ProjectSegment",

@@ -11,7 +11,7 @@ from arlon_ray.generation.generator import VideoGenerator
 from arlon_ray.generation.overlapped import Threads, computing_with
 from arlon_ray.generation.planning import Beginning
 from arlon_ray.generation.project import Project, ProjectSegment
-from arlon_ray.generation.rendering import behind_overlap
+from arlon_ray.generation.rendering import HandOver, behind_overlap
 from arlon_ray.generation.storyboard import SegmentText
 
 
@@ -21,6 +21,7 @@ class VideoEditor:
     def __init__(self, generator: VideoGenerator, project: Project) -> None:
         self.generator, self.project = generator, project
         self.segment = generator.bundle.config.segment
+        self._hand_over = HandOver.of(generator.bundle.config)
         #: Those that the video was made with: bits depend on how many there are.
         self._threads = Threads.shared(generator.bundle.device)
 
@@ -80,7 +81,7 @@ class VideoEditor:
                 planned = planner.go_on(before, texts, seed, index, options, begin=begin)
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
-        overlap = self._latents_before(index)
+        overlap = self._taken_over(index, text)
         with computing_with(self._threads.dit):
             made = self.generator.renderer.render(text, guide, overlap, seed, index, options, after=after)
         self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
@@ -97,16 +98,31 @@ class VideoEditor:
 
     def _beginning(self, index: int, text: SegmentText) -> Beginning | None:
         """What the prompt of segment `index` began with, if that was before it and the AR does not lose sight of it."""
-        planner, first = self.generator.planner, index
-        if planner is None or not planner.model.config.sink_groups:
+        planner, first = self.generator.planner, self._first_of_prompt(index, text)
+        if planner is None or not planner.model.config.sink_groups or first == index:
             return None
-        found: ProjectSegment | None = None
-        while first and (earlier := self.project.read(first - 1)).text == text:
-            found, first = earlier, first - 1
-        if found is None:
-            return None
+        found = self.project.read(first)
         assert found.tokens is not None, "a guided project has tokens"
         return planner.beginning(torch.from_numpy(found.tokens).long().to(self.generator.bundle.device), first)
+
+    def _taken_over(self, index: int, text: SegmentText) -> np.ndarray | None:
+        """What segment `index` takes over."""
+        found = self._latents_before(index)
+        first = self._first_of_prompt(index, text)
+        if first == index or not self._hand_over.anchor:
+            return found
+        begin = self.project.read(first).latents
+        if first == 0 and self.project.start:
+            begin = behind_overlap(self.project.start.latents, begin)
+        assert found is not None
+        return np.concatenate([begin[:, : self._hand_over.anchor], found], axis=1)
+
+    def _first_of_prompt(self, index: int, text: SegmentText) -> int:
+        """The segment that the prompt of segment `index`, which is `text`, began with."""
+        first = index
+        while first and self.project.read(first - 1).text == text:
+            first -= 1
+        return first
 
     def _latents_before(self, index: int) -> np.ndarray | None:
         """The overlap that segment `index` takes over."""

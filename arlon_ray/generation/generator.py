@@ -18,7 +18,7 @@ from arlon_ray.generation.options import GenerationOptions, default_options
 from arlon_ray.generation.overlapped import Threads, Timeline, computing_with, in_background
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.project import Project, ProjectSegment
-from arlon_ray.generation.rendering import DiTRenderer, behind_overlap
+from arlon_ray.generation.rendering import DiTRenderer, HandOver, behind_overlap
 from arlon_ray.generation.storyboard import SegmentText
 
 
@@ -82,25 +82,25 @@ class VideoGenerator:
         threads: Threads,
     ) -> Iterator[np.ndarray]:
         """The latents [C, n, h, w] to show of each segment."""
-        keep = self.bundle.config.segment.overlap_latents
-        overlap = given.latents if given else None
+        hand_over = HandOver.of(self.bundle.config)
+        handed = given.latents if given else None
         plans: Iterator[SegmentTokens] = iter(())
         if self.planner is not None and not options.baseline:
-            planned = _timed(self.planner.plan(prompts, seed, options, given=overlap), timeline)
+            planned = _timed(self.planner.plan(prompts, seed, options, given=handed), timeline)
             plans = in_background(planned, 1, threads.ar)
         try:
             for index, prompt in enumerate(prompts):
                 plan = next(plans, None)
                 tokens = plan.tokens if plan else None
+                taken = hand_over.taken(handed, goes_on=index > 0 and prompts[index - 1] == prompt)
                 after = until.latents if until and index == len(prompts) - 1 else None
                 guide = tokens if tokens is None or after is None else self._led_up(tokens, after)
-                render = partial(self.renderer.render, prompt, guide, overlap, seed, index, options, after=after)
+                render = partial(self.renderer.render, prompt, guide, taken, seed, index, options, after=after)
                 latents = timeline.timed("dit", index, render).latents
                 if project is not None:
                     project.write(index, ProjectSegment(prompt, seed, latents, tokens))
-                history = behind_overlap(overlap, latents)
-                overlap = history[:, -keep:]
-                yield history if index == 0 and given and given.shown else latents
+                handed = hand_over.after(taken, latents, index)
+                yield behind_overlap(taken, latents) if index == 0 and given and given.shown else latents
         finally:
             if (close := getattr(plans, "close", None)) is not None:
                 close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arlon_ray.bundle import Bundle
-from arlon_ray.config import GROUP_LATENTS
+from arlon_ray.config import GROUP_LATENTS, Config
 from arlon_ray.diffusion.rectified_flow import add_noise, schedule, time_ratio
 from arlon_ray.diffusion.solvers import FlowPath
 from arlon_ray.generation.batching import Member, run_alone
@@ -35,6 +35,37 @@ class SegmentLatents:
 
     index: int
     latents: np.ndarray
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What one segment of a video hands on to the next: latents [C, k, h, w], the last `overlap` of which are its end.
+
+    Before them are the first `anchor` latents that its prompt began with, where the DiT looks back on those
+    (`dit.anchor_groups`): what is handed on from segment to segment alone drifts.
+    """
+
+    overlap: int
+    anchor: int = 0
+
+    @classmethod
+    def of(cls, config: Config) -> HandOver:
+        """As a bundle of this configuration hands over."""
+        return cls(config.segment.overlap_latents, config.anchor_latents)
+
+    def taken(self, handed: np.ndarray | None, goes_on: bool) -> np.ndarray | None:
+        """What the next segment takes over of it: another prompt (not `goes_on`) does not look back on this one's."""
+        return handed if handed is None or goes_on else handed[:, -self.overlap :]
+
+    def after(self, taken: np.ndarray | None, made: np.ndarray, index: int) -> np.ndarray:
+        """What segment `index` hands on, which has taken over `taken` and made the latents `made`."""
+        anchored = taken is not None and taken.shape[1] > self.overlap
+        end = behind_overlap(taken, made)[:, -self.overlap :]
+        if not self.anchor:
+            return end
+        assert taken is not None or not anchored
+        begin = taken if anchored else made if index else behind_overlap(taken, made)
+        return np.concatenate([begin[:, : self.anchor], end], axis=1)  # type: ignore[index]
 
 
 def behind_overlap(overlap: np.ndarray | None, latents: np.ndarray) -> np.ndarray:
@@ -173,11 +204,12 @@ class DiTRenderer:
     ) -> SegmentLatents:
         """Render segment `index`: `tokens` [t', h', w'] (None with `options.baseline`), `overlap` float32 [C, k, h, w].
 
-        `overlap` is what the segment before ended with, or what the first one starts from (`Given`; None: nothing), at
-        most the overlap's o latents. `after` [C, m, h, w], whole groups, is what comes behind the segment, where that
-        is there already: then the tokens are those of t + m latents. Both stay exactly as they are, and are not part of
-        what is returned. `on_step(i)` is called before every evaluation of the DiT (`options.evaluations`) and may
-        raise. Raises ValueError on shapes that do not fit, and FloatingPointError if what was made is not finite.
+        `overlap` is what the segment before handed on (`HandOver`): at most the o latents of its end, before them the
+        anchor; or what the first one starts from (`Given`; None: nothing). `after` [C, m, h, w], whole groups, is what
+        comes behind the segment, where that is there already: then the tokens are those of t + m latents. Both stay
+        exactly as they are, and are not part of what is returned. `on_step(i)` is called before every evaluation of the
+        DiT (`options.evaluations`) and may raise. Raises ValueError on shapes that do not fit, and FloatingPointError
+        if what was made is not finite.
         """
         request = self.rendering(prompt, tokens, overlap, seed, index, options, on_step, after)
         return run_alone(DenoisingBatch(), request)
@@ -198,50 +230,59 @@ class DiTRenderer:
         device, segment = self.bundle.device, self.config.segment
         height, width = self.config.latent_grid
         channels = self.dit.config.in_channels
-        kept = _given_latents("overlap", overlap, (channels, height, width), segment.overlap_latents)
+        model = self.bundle.baseline if options.baseline else self.dit
+        most = segment.overlap_latents + self.config.anchor_latents
+        kept = _given_latents("overlap", overlap, (channels, height, width), most)
+        anchor = max(0, kept - segment.overlap_latents)
+        if overlap is not None and anchor and not model.config.anchor_groups:  # the baseline was not trained with one
+            overlap, kept, anchor = overlap[:, anchor:], kept - anchor, 0
         behind = _given_latents("after", after, (channels, height, width))
         if behind % GROUP_LATENTS:
             raise ValueError(f"after has {behind} latent frames: expected whole groups of {GROUP_LATENTS}")
-        shape = (segment.latents + behind, height, width)
+        shown = segment.latents + behind  # without the anchor
+        shape = (anchor + shown, height, width)
         given = torch.zeros(1, channels, *shape, device=device)
         noisy = torch.ones(1, shape[0], dtype=torch.bool, device=device)
-        for known, where in ((overlap, slice(kept)), (after, slice(segment.latents, None))):
+        for known, where in ((overlap, slice(kept)), (after, slice(anchor + segment.latents, None))):
             if known is not None:
                 given[0, :, where] = torch.from_numpy(known).to(device)
                 noisy[:, where] = False
         size = (self.config.video.height, self.config.video.width)
-        model = self.bundle.baseline if options.baseline else self.dit
         if options.cache_layers >= (depth := model.config.depth):
             raise ValueError(f"cache_layers={options.cache_layers}: expected at most {depth - 1} of {depth} layers")
         with in_lanes(device):
-            coarse = None if options.baseline else self._coarse(tokens, shape[0])
-            text, shares = self._encoded(prompt, behind)
+            coarse = None if options.baseline else self._coarse(tokens, shown)
+            text, shares = self._encoded(prompt, anchor, behind)
             negative = self.text.encode([options.negative_prompt]) if options.negative_prompt else None
         generator = segment_generator(seed, index, "dit", device)
-        noise = torch.randn(given.shape, generator=generator, device=device)
-        ratio = time_ratio(*size, shape[0], self.config.dit.time_base_pixels) * self.config.dit.time_scale
+        noise = torch.randn(1, channels, shown, height, width, generator=generator, device=device)
+        ratio = time_ratio(*size, shown, self.config.dit.time_base_pixels) * self.config.dit.time_scale
         times = schedule(options.steps, ratio * options.time_shift, options.start)
         if options.start < 1.0:
             if coarse is None:
                 raise ValueError(f"start={options.start}: the baseline has no tokens to start from; expected 1")
             noise = add_noise(coarse, noise, noise.new_full((1,), times[0]))
+        if anchor:  # its guide is itself
+            noise = torch.cat([given[:, :, :anchor], noise], 2)
+            coarse = None if coarse is None else torch.cat([given[:, :, :anchor], coarse], 2)
         path = FlowPath(noise, times, (noisy, given), options.solver)
         cache = StepCache(options.cache_layers, options.cache_every)
-        fps, new = self.config.video.fps, slice(kept, segment.latents)
+        fps, new = self.config.video.fps, slice(kept, anchor + segment.latents)
         with self.bundle.at_work(model):
             with in_lanes(device):
                 field = guided_velocity(model, shape, text, coarse, noisy, fps, size, options, shares, negative)
             return (yield Denoising(index, field, path, new, cache, on_step))
 
-    def _encoded(self, text: SegmentText, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    def _encoded(self, text: SegmentText, before: int, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Embeddings [V, L, E] and mask [V, L] of a segment's texts, and their shares of each latent frame.
 
-        `behind`: frames that are given behind the segment's, which have the shares of its last one.
+        `before`, `behind`: frames that are given there, which have the shares of its first and of its last one.
         """
         if isinstance(text, str):
             return self.text.encode([text]), None
         shares = torch.tensor(text.shares, device=self.bundle.device)
-        return self.text.encode(list(text.prompts)), torch.cat([shares, shares[:, -1:].expand(-1, behind)], 1)
+        ends = shares[:, :1].expand(-1, before), shares[:, -1:].expand(-1, behind)
+        return self.text.encode(list(text.prompts)), torch.cat([ends[0], shares, ends[1]], 1)
 
     def _coarse(self, tokens: np.ndarray | None, latents: int) -> Tensor:
         if self.codec is None:

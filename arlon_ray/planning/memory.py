@@ -120,7 +120,7 @@ def _as_deep(config: Config, layers: int) -> Config:
 def _dit_working(config: Config, precision: Weights, dtype: torch.dtype, length: int) -> int:
     """What a step holds, with all that is prepared for the segment."""
     dit = cast(STDiT3, _in(stage_model(config, "dit"), precision, dtype))
-    rows, latent = branches(config), (config.segment.latents, *config.latent_grid)
+    rows, latent = branches(config), (config.anchor_latents + config.segment.latents, *config.latent_grid)
     guided = config.dit.injection.enabled and not config.sampling.baseline
 
     def step() -> object:

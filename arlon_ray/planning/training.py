@@ -75,7 +75,7 @@ def sample_work(config: Config, stage: str, text: int | None = None) -> Work:
     if stage == "ar":
         return ar_forward(config, groups, length) * TRAINING
     if stage == "dit":
-        grid = dit_grid(config, groups)
+        grid = dit_grid(config, groups + config.dit.anchor_groups)
         return (dit_forward(config.dit, *grid, length, 1) + dit_condition(config.dit, *grid, length, 1)) * TRAINING
     role = stage.removeprefix("vqvae_")
     return (codec_group(config, role, True) + codec_group(config, role, False)) * (TRAINING * groups)

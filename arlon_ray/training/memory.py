@@ -246,7 +246,8 @@ def _dit(config: Config, batch: int) -> Probe:
     if config.dit.train_only == "injection" and dit.injection is not None:
         dit.requires_grad_(False)
         dit.injection.requires_grad_(True)
-    frames = -(-min(config.segment.groups * GROUP_LATENTS, _frames(config)) // config.dit.training.sequence_parallel)
+    frames = config.anchor_latents + min(config.segment.latents, _frames(config))
+    frames = -(-frames // config.dit.training.sequence_parallel)
     codecs = (config.vqvae.fine, config.vqvae.coarse) if guided else ()
     frozen = sum(parameter_counts(LatentCodec(codec, config.vae.latent_channels))[0] for codec in codecs)
 

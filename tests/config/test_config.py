@@ -34,6 +34,7 @@ def test_overrides_are_typed_yaml() -> None:
         ("dit.training.steps=many", "dit.training.steps='many'"),
         ("dit.training.steps=0", "greater than or equal to 1"),
         ("segment.overlap_groups=2", "must be smaller than groups=2"),
+        ("dit.anchor_groups=2", "dit.anchor_groups=2: a segment adds only 1"),
         ("vae.latent_channels=4", "dit.in_channels=8 must equal vae.latent_channels=4"),
         ("video.height=60", "multiple of 8"),
         ("name.x=1", "name is a value, not a section"),

@@ -26,7 +26,13 @@ from tests.bundles import make_random_bundle
 
 @pytest.fixture(
     scope="module",
-    params=[(), ("segment.groups=3", "ar.sink_groups=1"), ("segment.groups=3", "segment.overlap_groups=2")],
+    params=[
+        (),
+        ("segment.groups=3", "ar.sink_groups=1"),
+        ("segment.groups=3", "segment.overlap_groups=2"),
+        ("ar.sink_groups=1", "dit.anchor_groups=1"),
+        ("segment.groups=4", "segment.overlap_groups=2", "dit.anchor_groups=2"),
+    ],
 )
 def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
     return VideoGenerator.from_bundle(make_random_bundle(tmp_path_factory.mktemp("bundle") / "b", *request.param))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from arlon_ray.generation import (
     ArPlanner,
     ChangingText,
     DiTRenderer,
+    HandOver,
     VideoGenerator,
     default_options,
     given_clip,
@@ -87,6 +89,49 @@ def test_the_overlap_is_seen_by_the_next_segment(generator: VideoGenerator) -> N
     two = renderer.render("a", tokens, overlap + 1, 0, 1, options).latents
     assert one.shape == (8, 5, 8, 8)
     assert np.abs(one - two).max() > 1e-4
+
+
+def test_what_a_prompt_began_with_is_handed_on_as_long_as_it_lasts(tmp_path: Path) -> None:
+    generator = VideoGenerator.from_bundle(make_random_bundle(tmp_path / "b", "dit.anchor_groups=1"))
+    renderer, seen = generator.renderer, dict[int, np.ndarray | None]()
+    plain = renderer.render
+
+    def render(prompt: Any, tokens: Any, overlap: Any, seed: int, index: int, *more: Any, **named: Any) -> Any:
+        made[index], seen[index] = plain(prompt, tokens, overlap, seed, index, *more, **named), overlap
+        return made[index]
+
+    renderer.render, made = render, dict[int, Any]()  # type: ignore[method-assign]
+    prompts, options = ["a", "a", "a", "b", "b", "b"], default_options(generator.bundle.config.sampling, steps=2)
+    frames = list(generator.generate(prompts, 1, options))
+    assert [len(part) for part in frames] == [34, *[17] * 5] and seen[0] is None
+    for index in range(1, 6):
+        overlap, end = seen[index], made[index - 1].latents[:, -5:]
+        assert overlap is not None and np.array_equal(overlap[:, -5:], end)
+        if index == 3:  # another prompt
+            assert overlap.shape[1] == 5
+        else:
+            assert np.array_equal(overlap[:, :5], made[0 if index < 3 else 3].latents[:, :5])
+    # it is seen, and is no part of what comes out; a DiT that was not trained on it, the baseline's too, does without
+    tokens, overlap = np.zeros((10, 4, 4), np.int32), seen[2]
+    assert overlap is not None
+    one, other = (
+        plain("a", tokens, each, 0, 2, options).latents
+        for each in (overlap, overlap + (np.arange(10) < 5)[:, None, None])
+    )
+    assert one.shape == other.shape == (8, 5, 8, 8) and np.abs(one - other).max() > 1e-4
+    renderer.dit.config = renderer.dit.config.model_copy(update={"anchor_groups": 0})
+    one, other = (plain("a", tokens, each, 0, 2, options).latents for each in (overlap, overlap[:, 5:]))
+    assert np.array_equal(one, other)
+
+
+def test_what_a_video_starts_from_is_its_anchor() -> None:
+    hand_over, start, made = HandOver(5, 5), np.zeros((1, 1, 1, 1)), np.ones((1, 9, 1, 1))
+    handed = hand_over.after(start, made, 0)
+    assert handed[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1] + [1] * 5
+    later = hand_over.after(hand_over.taken(handed, goes_on=True), 2 * made[:, :5], 1)
+    assert later[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1] + [2] * 5
+    changed = hand_over.after(hand_over.taken(later, goes_on=False), 3 * made[:, :5], 2)
+    assert changed[0, :, 0, 0].tolist() == [3] * 10
 
 
 def test_sampling_can_start_from_the_latent_of_the_tokens(generator: VideoGenerator) -> None:

@@ -118,6 +118,23 @@ def test_an_overlap_longer_than_what_is_new_reaches_further_back(tmp_path: Path)
     play(scenario, tmp_path, "segment.groups=3", "segment.overlap_groups=2")
 
 
+def test_what_a_prompt_began_with_is_handed_on(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        segments = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"}]
+        made = await until(client, (await post(client, segments=segments))["id"], "completed")
+        body = {"prompt": "b", "seconds": "1", "video": {"id": made["id"]}}
+        extended = (await client.post("/v1/videos/extensions", json=body)).json()
+        await until(client, extended["id"], "completed")
+        first, *others = [None if each is None else each[0, :, 0, 0].tolist() for each in stages.overlaps]
+        assert first is None
+        begins = [0, 1, 2, 3, 4], [300, 301, 302, 303, 304]
+        ends = [[5, 6, 7, 8, 9], *([100 * n, *range(100 * n + 1, 100 * n + 5)] for n in range(1, 5))]
+        expected = [begins[0] + ends[0], begins[0] + ends[1], ends[2], begins[1] + ends[3], begins[1] + ends[4]]
+        assert others == expected
+
+    play(scenario, tmp_path, "dit.anchor_groups=1")
+
+
 def test_the_model_is_named_as_requests_may_name_it(tmp_path: Path) -> None:
     async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
         listed = (await client.get("/v1/models")).json()

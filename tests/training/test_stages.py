@@ -101,6 +101,25 @@ def test_a_dit_is_given_the_frames_of_an_earlier_caption(parts: dict[str, Path])
     assert loss(given_frames=torch.full((4,), 34)) == 0
 
 
+def test_a_dit_is_given_what_clips_began_with(parts: dict[str, Path]) -> None:
+    config = small_config("dit.anchor_groups=1", "dit.anchor_share=0.5", "dit.masks.overlap=0")
+    source = ToySource(config, 4, groups=3)
+    objective = DitStage(config, source, paths(parts), {}).objective()
+    batch, own = source.batch(0, 0, 1), torch.tensor([0, 0, 17, 0])
+    found = [objective._anchor(batch, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    assert {each.shape[2] for each in found} == {0, 5}
+    assert all(torch.equal(each, batch["latents"][:, :, : each.shape[2]]) for each in found)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
+    assert not any(objective._anchor(batch | {"given_frames": own}, each).shape[2] for each in generators)
+    for share in (0.0, 1.0):
+        changed = config.model_copy(update={"dit": config.dit.model_copy(update={"anchor_share": share})})
+        objective.config = changed
+        losses = objective(batch, torch.Generator().manual_seed(0))
+        assert losses.loss.isfinite() and 0 < losses.asked <= 4 * 10
+        assert losses.tokens == 4 * objective.dit.token_count((10 + 5 * int(share), *config.latent_grid))
+        losses.loss.backward()
+
+
 def test_held_out_clips_count_for_what_they_are_asked(parts: dict[str, Path]) -> None:
     """A batch of which nothing is asked is no batch of loss 0."""
     config = small_config()

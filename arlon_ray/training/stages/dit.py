@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from arlon_ray.artifact import LINEAGE, Artifact, ArtifactError, load_artifact, save_artifact
 from arlon_ray.bundle import MANIFEST, PARTS
@@ -61,6 +62,8 @@ class DitObjective(nn.Module):
         """Squared error of the velocity at drawn times, over frames that carry noise; the gates as figures."""
         x0, tokens, given = self._segment(batch, generator)
         count, _, frames = x0.shape[:3]
+        anchor = self._anchor(batch, generator)
+        x0 = torch.cat([anchor, x0], 2)
         device, settings, video = x0.device, self.config.dit, self.config.video
 
         def chosen(probability: float) -> Tensor:
@@ -74,7 +77,9 @@ class DitObjective(nn.Module):
         null = self.dit.y_embedder.y_embedding[: text.shape[1]]
         text = torch.where(chosen(settings.text_dropout)[:, None, None], null, text)
         size = (video.height, video.width)
-        guide = self.guide(tokens, chosen(settings.coarse_probability)) if tokens else None
+        guide = None
+        if tokens:  # that of the anchor is itself
+            guide = torch.cat([anchor, self.guide(tokens, chosen(settings.coarse_probability))], 2)
         condition = self.dit.condition(
             tuple(x0.shape[2:]),  # type: ignore[arg-type]
             text, real, batch["fps"], size, guide, ~chosen(settings.token_dropout), generator,
@@ -84,6 +89,7 @@ class DitObjective(nn.Module):
         noise = torch.randn(x0.shape, generator=generator, device=device)
         overlap = self.config.segment.overlap_latents
         noisy = sample_noisy(settings.masks, count, frames, overlap, generator, device) & ~given
+        noisy = F.pad(noisy, (anchor.shape[2], 0))
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
@@ -105,6 +111,17 @@ class DitObjective(nn.Module):
             return x0, None, given
         fine, coarse = (cut(batch[name], window, groups, axis=1) for name in ("tokens_fine", "tokens_coarse"))
         return x0, (fine, coarse), given
+
+    def _anchor(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """The latents [B, C, a, h, w] that the clips begin with, as segments behind the first are given them; of some
+        batches, and of clips that begin with an earlier caption, none.
+        """
+        latents, settings = batch["latents"], self.config.dit
+        if not settings.anchor_groups:
+            return latents[:, :, :0]
+        drawn = torch.rand((), generator=generator, device=latents.device) < settings.anchor_share
+        own = not bool(is_given(batch, latents.shape[2]).any())
+        return latents[:, :, : self.config.anchor_latents if own and bool(drawn) else 0]
 
     def _drawn_by_ar(
         self,
