@@ -119,7 +119,7 @@ def test_into_a_bucket_and_served_from_there_by_another_node(videos: Path, tmp_p
         words = command(run, videos)
         monkeypatch.setenv("ARLON_MIRROR", str(tmp_path / "one"))
         for again in (False, True):
-            ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=500)
+            ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
             assert ended.returncode == 0, ended.stdout + ended.stderr
             assert ("(there already)" in ended.stdout) == again and ("samples/s" in ended.stdout) != again
         bundle = f"s3://runs/tiny/bundle{options}"
