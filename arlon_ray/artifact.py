@@ -159,8 +159,17 @@ def save_artifact(
             for name, value in tensors.items()
         }
         save_file(stored, folder / WEIGHTS)
+        let_others_read(folder / WEIGHTS)
         lineage = record(folder, kind=kind, config=config, parents=parents, metrics=metrics, key=key)
     return Artifact(mirror.local(path), dict(config), lineage)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a file the mode of any new file here: safetensors writes files that only their owner may read."""
+    other = path.with_name(f".{path.name}.mode")
+    other.touch()
+    shutil.copymode(other, path)
+    other.unlink()
 
 
 def record(

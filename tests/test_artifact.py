@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,17 @@ def test_a_text_only_bundle_needs_nothing_of_guidance_and_half_of_it_is_refused(
         save_bundle(tmp_path / "half", config, {**text_only, "codec_fine": parts["codec_fine"]}, identity)
     with pytest.raises(ArtifactError, match="dit_base is missing"):
         save_bundle(tmp_path / "none", config, {"vae": parts["vae"]}, identity)
+
+
+def test_others_may_read_what_they_may_read_here(tmp_path: Path) -> None:
+    """As any new file: safetensors' own are their writer's alone, and the next stage may run as another user."""
+    before = os.umask(0o027)
+    try:
+        save_artifact(tmp_path / "codec", kind="codec", config={}, tensors={"w": torch.ones(2)})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "codec").iterdir()}
+    assert modes == dict.fromkeys(("config.json", "lineage.json", "model.safetensors"), 0o640)
 
 
 def test_models_load_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

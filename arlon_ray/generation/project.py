@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from arlon_ray.artifact import one_line, write_json
+from arlon_ray.artifact import let_others_read, one_line, write_json
 from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.storyboard import ChangingText, SegmentText
@@ -107,6 +107,7 @@ class Project:
 def _save(path: Path, arrays: Mapping[str, np.ndarray], noted: Mapping[str, str]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, dict(noted))
+    let_others_read(partial)
     partial.replace(path)
 
 

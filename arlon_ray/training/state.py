@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from arlon_ray.artifact import let_others_read
+
 STEPS, CHECKSUM = "steps", "crc32"
 
 
@@ -75,6 +77,7 @@ def write_state(folder: Path, pieces: Iterable[Piece], steps: int, rank: int = 0
         f"{piece.name}:{piece.key}:{piece.start}": piece.values.detach().to("cpu", copy=True) for piece in pieces
     }
     save_file(tensors, path, {STEPS: str(steps), CHECKSUM: str(_checksum(sorted(tensors.items())))})
+    let_others_read(path)
     with safe_open(path, "pt") as written:
         if len(written.keys()) != len(tensors):
             raise OSError(f"{path}: {len(written.keys())} of {len(tensors)} tensors can be read back")
