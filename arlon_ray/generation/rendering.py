@@ -59,13 +59,13 @@ class HandOver:
 
     def after(self, taken: np.ndarray | None, made: np.ndarray, index: int) -> np.ndarray:
         """What segment `index` hands on, which has taken over `taken` and made the latents `made`."""
-        anchored = taken is not None and taken.shape[1] > self.overlap
-        end = behind_overlap(taken, made)[:, -self.overlap :]
+        history = behind_overlap(taken, made)
+        end = history[:, -self.overlap :]
         if not self.anchor:
             return end
-        assert taken is not None or not anchored
-        begin = taken if anchored else made if index else behind_overlap(taken, made)
-        return np.concatenate([begin[:, : self.anchor], end], axis=1)  # type: ignore[index]
+        anchored = taken is not None and taken.shape[1] > self.overlap
+        begin = history if anchored or not index else made
+        return np.concatenate([begin[:, : self.anchor], end], axis=1)
 
 
 def behind_overlap(overlap: np.ndarray | None, latents: np.ndarray) -> np.ndarray:
