@@ -55,7 +55,7 @@ def run_extract_tokens(
 
     Raises ArtifactError where a codec is missing, does not fit the latents, or was trained on another VAE's; InputError
     where `output` holds tokens that were made otherwise (unless `overwrite`); BusyError while another job makes
-    `output`. All of that before Ray starts.
+    `output`. All of that before Ray starts, unless `output` lies in a bucket.
     """
     with alone(config, output, "tokens"):
         return _extracted(config, dataset, fine, coarse, output, overwrite)

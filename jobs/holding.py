@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -64,22 +64,19 @@ def holding(folder: Path, name: str) -> Iterator[None]:
 @contextmanager
 def alone(config: Config, folder: Path, name: str) -> Iterator[None]:
     """`holding`, and for a folder in a bucket `claimed` too, on a Ray that is connected to for it. Raises BusyError."""
-    connected = nullcontext() if mirror.origin(folder) is None else connect(config)
-    with holding(folder, name), connected, claimed(folder, name):
+    with ExitStack() as held:
+        held.enter_context(holding(folder, name))
+        if (location := mirror.origin(folder)) is not None:
+            held.enter_context(connect(config))
+            held.enter_context(claimed(location, name))
         yield
 
 
 @contextmanager
-def claimed(folder: Path, name: str) -> Iterator[None]:
+def claimed(location: str, name: str) -> Iterator[None]:
     """`holding` for a folder in a bucket, where no file is made only once, among the jobs of the Ray cluster that this
     one is connected to: who is at work there has an actor, which dies with its job and its node. Raises BusyError.
-
-    Nothing for other folders.
     """
-    location = mirror.origin(folder)
-    if location is None:
-        yield
-        return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -91,7 +91,7 @@ def run_preprocess(
     dataset again, and nothing that is in it. Raises InputError where there are no videos, or where `output` holds a
     dataset that was made with other settings (unless `overwrite`); ArtifactError where the VAE, the text encoder or the
     captioner cannot be used, or where the input lacks what the dataset was made of; BusyError while another job makes
-    `output`. All of that before Ray starts.
+    `output`. All of that before Ray starts, unless `output` lies in a bucket.
     """
     vae_path = vae_folder(str(vae) if vae else None, config)
     text = text_identity(config.text)

@@ -224,7 +224,7 @@ class Orchestrator:
             tokens = None if self._job.options.baseline else await self._planned.get()
             await self._window.advance(index)
             await self._watcher.segment(index, "rendering")
-            taken = self._hand_over.taken(handed, goes_on=index > 0 and prompts[index - 1] == prompts[index])
+            taken = self._hand_over.taken(handed, prompts, index)
             latents = await self._rendered(index, tokens, taken)
             handed = np.ascontiguousarray(self._hand_over.after(taken, latents, index))
             if index == 0:

@@ -73,15 +73,16 @@ class VideoEditor:
         tokens_after: np.ndarray | None = None,
     ) -> None:
         tokens, planner, options = None, self.generator.planner, self.project.options
+        first = self._first_of_prompt(index, text)
         if planner is not None and not options.baseline:
             earlier = [self.project.read(number) for number in planner.looked_at(index)]
             texts = [*(segment.text for segment in earlier), text]
-            before, begin = self._tokens_of(earlier, index), self._beginning(index, text)
+            before, begin = self._tokens_of(earlier, index), self._beginning(first, index)
             with computing_with(self._threads.ar):
                 planned = planner.go_on(before, texts, seed, index, options, begin=begin)
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
-        overlap = self._taken_over(index, text)
+        overlap = self._taken_over(first, index)
         with computing_with(self._threads.dit):
             made = self.generator.renderer.render(text, guide, overlap, seed, index, options, after=after)
         self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
@@ -96,31 +97,30 @@ class VideoEditor:
         assert len(known) == len(earlier), "a guided project has tokens"
         return planner.joined(known, index - len(earlier))
 
-    def _beginning(self, index: int, text: SegmentText) -> Beginning | None:
+    def _beginning(self, first: int, index: int) -> Beginning | None:
         """What the prompt of segment `index` began with, if that was before it and the AR does not lose sight of it."""
-        planner, first = self.generator.planner, self._first_of_prompt(index, text)
+        planner = self.generator.planner
         if planner is None or not planner.model.config.sink_groups or first == index:
             return None
         found = self.project.read(first)
         assert found.tokens is not None, "a guided project has tokens"
         return planner.beginning(torch.from_numpy(found.tokens).long().to(self.generator.bundle.device), first)
 
-    def _taken_over(self, index: int, text: SegmentText) -> np.ndarray | None:
-        """What segment `index` takes over."""
+    def _taken_over(self, first: int, index: int) -> np.ndarray | None:
+        """What segment `index`, whose prompt began with segment `first`, takes over."""
         found = self._latents_before(index)
-        first = self._first_of_prompt(index, text)
-        if first == index or not self._hand_over.anchor:
+        if found is None or first == index or not self._hand_over.anchor:
             return found
-        begin = self.project.read(first).latents
-        if first == 0 and self.project.start:
-            begin = behind_overlap(self.project.start.latents, begin)
-        assert found is not None
-        return np.concatenate([begin[:, : self._hand_over.anchor], found], axis=1)
+        begun = self._hand_over.after(self._latents_before(first), self.project.read(first).latents, first)
+        return np.concatenate([begun[:, : self._hand_over.anchor], found], axis=1)
 
     def _first_of_prompt(self, index: int, text: SegmentText) -> int:
-        """The segment that the prompt of segment `index`, which is `text`, began with."""
-        first = index
-        while first and self.project.read(first - 1).text == text:
+        """The segment that the prompt of segment `index`, which is `text`, began with; where neither AR nor DiT looks
+        back on that, segment `index`.
+        """
+        planner, first = self.generator.planner, index
+        looked_back_on = self._hand_over.anchor or (planner is not None and planner.model.config.sink_groups)
+        while looked_back_on and first and self.project.read(first - 1).text == text:
             first -= 1
         return first
 

@@ -92,7 +92,7 @@ class VideoGenerator:
             for index, prompt in enumerate(prompts):
                 plan = next(plans, None)
                 tokens = plan.tokens if plan else None
-                taken = hand_over.taken(handed, goes_on=index > 0 and prompts[index - 1] == prompt)
+                taken = hand_over.taken(handed, prompts, index)
                 after = until.latents if until and index == len(prompts) - 1 else None
                 guide = tokens if tokens is None or after is None else self._led_up(tokens, after)
                 render = partial(self.renderer.render, prompt, guide, taken, seed, index, options, after=after)

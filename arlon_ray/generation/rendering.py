@@ -5,7 +5,7 @@ Legend: C latent channels, t latent frames of a segment, o of them the overlap, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,9 +53,11 @@ class HandOver:
         """As a bundle of this configuration hands over."""
         return cls(config.segment.overlap_latents, config.anchor_latents)
 
-    def taken(self, handed: np.ndarray | None, goes_on: bool) -> np.ndarray | None:
-        """What the next segment takes over of it: another prompt (not `goes_on`) does not look back on this one's."""
-        return handed if handed is None or goes_on else handed[:, -self.overlap :]
+    def taken(self, handed: np.ndarray | None, texts: Sequence[SegmentText], index: int) -> np.ndarray | None:
+        """What segment `index` takes over of it: a prompt does not look back on what another one began with."""
+        if handed is None or (index and texts[index - 1] == texts[index]):
+            return handed
+        return handed[:, -self.overlap :]
 
     def after(self, taken: np.ndarray | None, made: np.ndarray, index: int) -> np.ndarray:
         """What segment `index` hands on, which has taken over `taken` and made the latents `made`."""

@@ -72,7 +72,7 @@ def test_the_frame_before_the_first_is_a_border_too() -> None:
     assert np.array_equal(blend_seams(frames, None, FRAMES), frames)
 
 
-@pytest.mark.parametrize("count", [0, FRAMES, 16])
+@pytest.mark.parametrize("count", [0, 8, FRAMES, 16])
 def test_a_cut_stays_a_cut(count: int) -> None:
     frames = np.concatenate([moving(17), 255 - moving(17)])
     blended = blend_seams(frames, None, count)
@@ -99,5 +99,7 @@ def test_nothing_shows_on_real_footage() -> None:
     blended, borders = blend_seams(decoded, None, FRAMES), range(17, len(true), 17)
     before, after = (join_figures(video, list(borders))["join_difference"] for video in (decoded, blended))
     assert before > 1.2 and after < 1.1
-    error = [float(np.square(video.astype(float) - true).mean()) for video in (decoded, blended)]
-    assert error[1] < 1.4 * error[0]  # the price: what is drawn back is not where it was
+    shorter = blend_seams(decoded, None, 8)
+    error = [float(np.square(video.astype(float) - true).mean()) for video in (decoded, shorter, blended)]
+    # the price, more with the frames: what is drawn back is not where it was
+    assert error[1] < 1.25 * error[0] and error[2] < 1.4 * error[0]

@@ -144,10 +144,11 @@ def test_one_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
 CLAIMANT = """
 import sys, ray
 from pathlib import Path
+from arlon_ray import mirror
 from jobs.holding import BusyError, claimed
 ray.init(address=sys.argv[2], namespace=sys.argv[3], log_to_driver=False)
 try:
-    with claimed(Path(sys.argv[1]), "pipeline"):
+    with claimed(mirror.origin(Path(sys.argv[1])), "pipeline"):
         print("holds", flush=True)
         sys.stdin.readline()
 except BusyError as busy:
