@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serve.job_store import Event, JobStore
+from serve.job_store import Event, JobStore, state_of
 from serve.metrics import Metrics, Stage
 from serve.schema import SegmentStatus, Video, VideoError
 from serve.work import Job, Timed
@@ -24,6 +24,7 @@ logger = getLogger("ray.serve")
 #: Share of the progress, in percent, that a segment in this state has made.
 _PROGRESS: dict[SegmentStatus, int] = {"queued": 0, "planned": 10, "rendering": 10, "rendered": 90, "completed": 100}
 _PIECE = 2**16  # bytes of a stream that are sent at once
+_TOGETHER_S = 0.25  # for which a state that changes waits for the next one: both are written at once
 _QUIET_S = 15.0  # without an event, after which a comment keeps the connection open
 
 
@@ -48,6 +49,8 @@ class Active:
     _saved: int = 0  # events that the store has
     _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     _pending: asyncio.Task[None] | None = None  # a save that has not yet looked at the video
+    _later: asyncio.TimerHandle | None = None  # begins one
+    _saved_job: Job | None = None  # that the store has
 
     @property
     def id(self) -> str:
@@ -65,17 +68,27 @@ class Active:
 
     async def save(self) -> None:
         """Write the state, how it is made, and the new events."""
-        # one after the other, or an older state might be written last; a copy, for the video changes meanwhile
+        # one after the other, or an older state might be written last
         async with self._saving:
             self._pending = None
-            new, video = self.past[self._saved :], self.video.model_copy(deep=True)
-            await asyncio.to_thread(self.store.save, video, new, self.job, self.deadline)
-            self._saved += len(new)
+            if self._later is not None:
+                self._later.cancel()
+                self._later = None
+            # as it is now, for the video changes meanwhile
+            new, state, job = self.past[self._saved :], state_of(self.video), self.job
+            changed = job if job is not self._saved_job else None
+            await asyncio.to_thread(self.store.save, state, new, changed, self.deadline)
+            self._saved, self._saved_job = self._saved + len(new), job
 
     def save_soon(self) -> None:
         """Write the state without keeping the work waiting; changes that come together are written together."""
         if self._pending is None:
             self._pending = asyncio.create_task(self._try_to_save())
+
+    def save_later(self) -> None:
+        """The same for what a restart can do without: in a moment, with what comes meanwhile."""
+        if self._pending is None and self._later is None:
+            self._later = asyncio.get_running_loop().call_later(_TOGETHER_S, self.save_soon)
 
     async def _try_to_save(self) -> None:
         try:
@@ -147,7 +160,10 @@ class Active:
             self.tell(f"segment.{status}", index=index)
         else:
             self.tell()
-        self.save_soon()
+        if status == "completed":
+            self.save_soon()
+        else:
+            self.save_later()
 
     async def step(self, index: int, step: int) -> None:
         """See `Watcher`."""

@@ -36,6 +36,9 @@ UNFINISHED = ("queued", "in_progress")
 _AT_ONCE = 500  # values in one query
 DAY_S = 86_400
 
+#: Columns of a job's row, by name: what `state_of` gives and `JobStore.save` writes.
+State = dict[str, Any]
+
 
 class Base(DeclarativeBase):
     """Of all tables of the service."""
@@ -148,13 +151,12 @@ class JobStore:
         `segments` are counted to the owner's day. Raises DayUsedError if these would be more than `per_day`.
         """
         row = _Row(
-            id=new.video.id,
             kind=new.video.object,
             owner=new.owner,
             deadline=new.deadline,
             idempotency_key=new.idempotency_key,
             request_digest=new.request_digest,
-            **_state(new.video),
+            **state_of(new.video),
             job=JOB.dump_python(new.job, mode="json"),
         )
         try:
@@ -212,23 +214,24 @@ class JobStore:
             return _stored(row) if row else None
 
     def save(
-        self, video: Video, events: Sequence[Event] = (), job: Job | None = None, deadline: float | None = None
+        self, state: State, events: Sequence[Event] = (), job: Job | None = None, deadline: float | None = None
     ) -> None:
         """Write the state of a video, and what has happened to it; with `job`, also how it is made, and until when.
 
         One that has been deleted stays deleted. Events that are there already are not written again.
         """
-        values = _state(video)
+        values = dict(state)
+        video_id = values.pop("id")
         if job is not None:
             values |= {"job": JOB.dump_python(job, mode="json"), "deadline": deadline}
         with Session(self._engine) as session, session.begin():
-            found = session.execute(update(_Row).where(_Row.id == video.id).values(**values))
-            if not found.rowcount:  # type: ignore[attr-defined]
+            found = session.execute(update(_Row).where(_Row.id == video_id).values(**values))
+            if not found.rowcount or not events:  # type: ignore[attr-defined]
                 return
             # the connection may have broken behind a commit that nobody heard of
-            there = session.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == video.id)) or 0
+            there = session.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == video_id)) or 0
             session.add_all(
-                _EventRow(job_id=video.id, number=each.number, type=each.type, data=each.data)
+                _EventRow(job_id=video_id, number=each.number, type=each.type, data=each.data)
                 for each in events
                 if each.number is not None and each.number > there
             )
@@ -297,8 +300,10 @@ class JobStore:
             return [JOB.validate_python(job) for job in rows]
 
 
-def _state(video: Video) -> dict[str, Any]:
-    return {"status": video.status, "video": video.model_dump(mode="json"), "expires_at": video.expires_at}
+def state_of(video: Video) -> State:
+    """The state of a video as it is now, as `JobStore.save` takes it."""
+    shown = video.model_dump(mode="json")
+    return {"id": video.id, "status": video.status, "video": shown, "expires_at": video.expires_at}
 
 
 def _stored(row: _Row) -> Stored:

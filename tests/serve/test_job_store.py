@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, text
 from arlon_ray.config import load_config
 from arlon_ray.generation import ChangingText
 from serve.callers import LOCAL, Caller
-from serve.job_store import Event, JobStore, Stored
+from serve.job_store import Event, JobStore, Stored, state_of
 from serve.schema import SegmentState, Status, Video
 from serve.work import Job
 from tests.postgres import postgres
@@ -84,11 +84,11 @@ def test_saving_does_not_bring_back_a_deleted_video(url: str) -> None:
     new = stored("a")
     store.add(new)
     new.video.status = "in_progress"
-    store.save(new.video, [Event("in_progress", {}, 1)])
+    store.save(state_of(new.video), [Event("in_progress", {}, 1)])
     found = store.get("a", LOCAL)
     assert found and found.video.status == "in_progress"
     assert store.delete("a")
-    store.save(new.video, [Event("completed", {}, 2)])
+    store.save(state_of(new.video), [Event("completed", {}, 2)])
     assert store.get("a", LOCAL) is None and store.events("a") == []
     assert not store.delete("a")
     store.close()
@@ -98,8 +98,8 @@ def test_events_are_kept_in_order(url: str) -> None:
     store = JobStore(url)
     new = stored("a")
     store.add(new)
-    store.save(new.video, [Event("in_progress", {}, 1), Event("segment.planned", {"index": 0}, 2)])
-    store.save(new.video, [Event("completed", {}, 3)])
+    store.save(state_of(new.video), [Event("in_progress", {}, 1), Event("segment.planned", {"index": 0}, 2)])
+    store.save(state_of(new.video), [Event("completed", {}, 3)])
     assert [event.number for event in store.events("a")] == [1, 2, 3]
     assert store.events("a", 1) == [Event("segment.planned", {"index": 0}, 2), Event("completed", {}, 3)]
     store.close()
@@ -150,7 +150,7 @@ def test_threads_write_at_the_same_time(url: str) -> None:
                 new = stored(f"{number}-{count}")
                 store.add(new)
                 new.video.status = "completed"
-                store.save(new.video, [Event("completed", {}, 1)])
+                store.save(state_of(new.video), [Event("completed", {}, 1)])
         except Exception as error:
             errors.append(error)
 
