@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from logging import getLogger
 from typing import Any
 
@@ -26,35 +27,51 @@ logger = getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
-class RemotePermit:
-    """A `Permit` that travels: asks the API deployment, which knows the orchestrators.
+class _Remote:
+    """Something of the API deployment that travels with a call.
 
-    `plan` is the one that asks: not every plan of a job is one that somebody still waits for.
+    A handle that arrives with each call would be a router of its own at its first use, which Ray keeps, with work
+    several times a second, as long as the process lives: what arrives shares one.
     """
 
     api: DeploymentHandle
-    plan: str
+    name: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (type(self), self.api.deployment_name, self.api.app_name, self.name)
+
+
+def _arrived(kind: type[_Remote], deployment: str, app: str, name: str) -> _Remote:
+    return kind(_handle(deployment, app), name)
+
+
+@cache
+def _handle(deployment: str, app: str) -> DeploymentHandle:
+    return DeploymentHandle(deployment, app)
+
+
+class RemotePermit(_Remote):
+    """A `Permit` that travels: asks the API deployment, which knows the orchestrators.
+
+    Its name is that of the plan that asks: not every plan of a job is one that somebody still waits for.
+    """
 
     async def __call__(self, index: int) -> bool:
-        return await self.api.may_plan.remote(self.plan, index)
+        return await self.api.may_plan.remote(self.name, index)
 
 
-@dataclass(frozen=True)
-class RemoteTold:
-    """A `Told` that travels."""
-
-    api: DeploymentHandle
-    rendering: str
+class RemoteTold(_Remote):
+    """A `Told` that travels; its name is that of the rendering."""
 
     async def __call__(self, index: int, step: int) -> None:
-        await self.api.told.remote([(self.rendering, index, step)])
+        await self.api.told.remote([(self.name, index, step)])
 
 
 async def tell_together(news: Sequence[tuple[Told, int, int]]) -> None:
     """Tell (who, segment, step) of many renderings: all that go to the API in one call."""
     far = [(told, index, step) for told, index, step in news if isinstance(told, RemoteTold)]
     if far:  # there is one API
-        await far[0][0].api.told.remote([(told.rendering, index, step) for told, index, step in far])
+        await far[0][0].api.told.remote([(told.name, index, step) for told, index, step in far])
     for told, index, step in news:
         if not isinstance(told, RemoteTold):
             await told(index, step)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve.handle import DeploymentHandle
 
-from serve.handles import RemoteTold
+from serve.handles import RemotePermit, RemoteTold
 from serve.step_news import StepNews
 from tests.serve.play import driven
 
@@ -75,3 +77,12 @@ async def test_news_that_do_not_arrive_end_nothing() -> None:
     news.note(told, 0, 2)
     await asyncio.sleep(0.15)
     assert heard == [1, 2]
+
+
+def test_what_arrives_shares_one_handle() -> None:
+    """Each handle is a router, which Ray keeps as long as the process lives."""
+    sent = [RemoteTold(DeploymentHandle("API", "app"), "a"), RemotePermit(DeploymentHandle("API", "app"), "b")]
+    first, second = (pickle.loads(pickle.dumps(each)) for each in sent)
+    assert (type(first), first.name, type(second), second.name) == (RemoteTold, "a", RemotePermit, "b")
+    assert first.api is second.api
+    assert (first.api.deployment_name, first.api.app_name) == ("API", "app")
