@@ -19,7 +19,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,21 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {**found, "max": round(max(values), 2)}
 
 
+@contextmanager
+def no_service() -> Iterator[None]:
+    """Within the block nothing runs that Ray has started here: an idle service takes a part of a core, too."""
+    stopped = psutil.Process().children(recursive=True)
+    try:
+        for each in stopped:
+            with suppress(psutil.Error):
+                each.suspend()
+        yield
+    finally:
+        for each in stopped:
+            with suppress(psutil.Error):
+                each.resume()
+
+
 def overhead(url: str, bundle: Path, segments: int, runs: int) -> dict[str, Any]:
     """Seconds of one video served and made in this process, in turns."""
     generator = VideoGenerator.from_bundle(bundle)
@@ -210,12 +226,14 @@ def overhead(url: str, bundle: Path, segments: int, runs: int) -> dict[str, Any]
             http.get(f"/v1/videos/{made}/events")
             http.get(f"/v1/videos/{made}/content")
             served = time.perf_counter() - begin
-            begin = time.perf_counter()
-            parts = generator.generate([PROMPTS[0]] * segments, turn, options)
-            join_fragments([encode_fragment(frames, fps) for frames in parts], Path(folder) / "video.mp4")
+            with no_service():
+                begin = time.perf_counter()
+                parts = generator.generate([PROMPTS[0]] * segments, turn, options)
+                join_fragments([encode_fragment(frames, fps) for frames in parts], Path(folder) / "video.mp4")
+                in_process = time.perf_counter() - begin
             if turn:  # the first of each warms up
                 seconds["served"].append(served)
-                seconds["in_process"].append(time.perf_counter() - begin)
+                seconds["in_process"].append(in_process)
     ratios = [a / b for a, b in zip(seconds["served"], seconds["in_process"], strict=True)]
     return {
         "segments": segments,

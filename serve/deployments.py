@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,7 @@ from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
 
+_NICER = 15
 _LATEST = 32  # steps whose batches are reported
 _LEAST_LOOK_BACK_S = 10.5  # Ray's replicas report every 10 seconds
 AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
@@ -73,6 +76,7 @@ class _Planner(BatchWorker):
 
     def __init__(self, threads: int, max_batch: int, bundle: Bundle) -> None:
         super().__init__(threads)
+        self.now(_give_way, bundle.device)
         self.model = self.now(ArPlanner, bundle)
         self.use(self.model.batch(max_batch))
 
@@ -91,6 +95,7 @@ class _Decoder(_Worker):
 
     def __init__(self, threads: int, bundle: Bundle) -> None:
         super().__init__(threads)
+        self.now(_give_way, bundle.device)
         self.model = self.now(FrameDecoder, bundle)
 
 
@@ -277,6 +282,18 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
         bound(DitDeployment, DIT, config.serve.dit, config.serve.dit.max_batch),
         bound(DecoderDeployment, DECODER, config.serve.decoder, config.video.fps),
     )
+
+
+def _give_way(device: torch.device) -> None:
+    """This thread, and those that it will start, leave a processor of `device` to the DiT where both want it.
+
+    A video's segments wait for the DiT alone: AR and decoder have time until its next one is there. Event loops keep
+    their place.
+    """
+    if device.type != "cpu" or sys.platform != "linux":  # elsewhere a thread has no niceness of its own
+        return
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICER)
 
 
 def _largest(models: Iterable[BatchWorker]) -> int:

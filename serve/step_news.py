@@ -1,4 +1,4 @@
-"""News of denoising steps: a replica tells them a few times a second, those of all its renderings in one call."""
+"""News of denoising steps: a replica tells them twice a second, those of all its renderings in one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve.work import Told
 
 #: Between two tellings. A call to the API costs both sides milliseconds of a core, of which a small model's step has
 #: tens; for a bar that moves this is often enough.
-PAUSE_S = 0.2
+PAUSE_S = 0.4
 
 
 class StepNews:
