@@ -213,24 +213,36 @@ def no_service() -> Iterator[None]:
                 each.resume()
 
 
+def made_here(generator: VideoGenerator, segments: int, seed: int) -> float:
+    """Seconds of one video, made in this process while there is no service."""
+    options, fps = default_options(generator.bundle.config.sampling), generator.bundle.config.video.fps
+    with no_service(), tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        parts = generator.generate([PROMPTS[seed % len(PROMPTS)]] * segments, seed, options)
+        join_fragments([encode_fragment(frames, fps) for frames in parts], Path(folder) / "video.mp4")
+        return time.perf_counter() - begin
+
+
+def alone(bundle: Path, segments: int, videos: int = 20) -> float:
+    """Segments a second of one process that makes the clients' videos one after another."""
+    generator = VideoGenerator.from_bundle(bundle)
+    made_here(generator, segments, 0)  # warms up
+    return segments * videos / sum(made_here(generator, segments, seed) for seed in range(videos))
+
+
 def overhead(url: str, bundle: Path, segments: int, runs: int) -> dict[str, Any]:
     """Seconds of one video served and made in this process, in turns."""
     generator = VideoGenerator.from_bundle(bundle)
-    options, fps = default_options(generator.bundle.config.sampling), generator.bundle.config.video.fps
     seconds: dict[str, list[float]] = {"served": [], "in_process": []}
-    with httpx.Client(base_url=url, timeout=600) as http, tempfile.TemporaryDirectory() as folder:
+    with httpx.Client(base_url=url, timeout=600) as http:
         for turn in range(runs + 1):
             begin = time.perf_counter()
-            body = {"prompt": PROMPTS[0], "num_segments": segments, "seed": turn}
+            body = {"prompt": PROMPTS[turn % len(PROMPTS)], "num_segments": segments, "seed": turn}
             made = http.post("/v1/videos", json=body).json()["id"]
             http.get(f"/v1/videos/{made}/events")
             http.get(f"/v1/videos/{made}/content")
             served = time.perf_counter() - begin
-            with no_service():
-                begin = time.perf_counter()
-                parts = generator.generate([PROMPTS[0]] * segments, turn, options)
-                join_fragments([encode_fragment(frames, fps) for frames in parts], Path(folder) / "video.mp4")
-                in_process = time.perf_counter() - begin
+            in_process = made_here(generator, segments, turn)
             if turn:  # the first of each warms up
                 seconds["served"].append(served)
                 seconds["in_process"].append(in_process)
@@ -269,7 +281,10 @@ def main() -> None:
             print(f"8 at once: {result['together']['faster']:.2f} times faster than one after another", flush=True)
             print(json.dumps(result["together"]["cpu_s"], indent=2))
         if "load" in arguments.parts:
+            before = alone(bundle.path, arguments.segments)
             result["load"] = asyncio.run(load(url, arguments.clients, arguments.seconds, arguments.segments))
+            one_process = statistics.mean((before, alone(bundle.path, arguments.segments)))
+            result["load"]["one_process_segments_per_s"] = round(one_process, 2)
             print(json.dumps(result["load"], indent=2))
     Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
 
