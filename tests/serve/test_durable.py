@@ -73,6 +73,32 @@ def test_a_new_process_goes_on_behind_the_last_finished_segment(tmp_path: Path, 
     play(after, tmp_path)
 
 
+def test_what_a_restart_can_do_without_is_written_with_the_next_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned, rendered, decoded: every one of them is an event, and none a transaction of its own."""
+    monkeypatch.setattr("serve.active._TOGETHER_S", 60.0)
+    written: list[tuple[str, ...]] = []
+    save = JobStore.save
+
+    def counted(store: JobStore, state: Any, new: Any, *others: Any) -> None:
+        written.append(tuple(event.type for event in new))
+        save(store, state, new, *others)
+
+    monkeypatch.setattr(JobStore, "save", counted)
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        video = await until(client, (await post(client, prompt="a", num_segments=SEGMENTS))["id"], "completed")
+        assert len(written) <= 1 + SEGMENTS + 1  # its beginning, its segments, its end
+        events = [event for each in written for event in each]
+        kinds = ("segment.planned", "segment.rendered", "segment.completed")
+        assert all(events.count(kind) == SEGMENTS for kind in kinds)
+        told = (await client.get(f"/v1/videos/{video['id']}/events")).text
+        assert [line for line in told.splitlines() if line.startswith("event: ")] == [f"event: {one}" for one in events]
+
+    play(scenario, tmp_path)
+
+
 @pytest.mark.parametrize("stage", ["plan", "render", "decode"])
 def test_a_lost_replica_costs_a_call_and_no_video(tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.orchestrator._PAUSE_S", 0.01)
