@@ -24,7 +24,7 @@ from arlon_ray.evaluation.joins import drift_figures, join_figures
 from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
 from arlon_ray.evaluation.scenes import Frames
 from arlon_ray.evaluation.tokens import wrong_tokens
-from arlon_ray.generation import GenerationOptions, HandOver, VideoGenerator, default_options
+from arlon_ray.generation import GenerationOptions, HandOver, VideoGenerator, default_options, segment_options
 from arlon_ray.models.text import load_token_counter
 from arlon_ray.training.stages.vae import to_frames, to_video
 from data_pipeline.synthetic import render
@@ -237,7 +237,8 @@ class Evaluator:
             times = [time.perf_counter()]
             plan = next(tokens)
             times.append(time.perf_counter())
-            latents = self.generator.renderer.render(prompt.text, plan, handed, seed, number, options).latents
+            its = segment_options(options, [prompt.text] * self.segments, number)
+            latents = self.generator.renderer.render(prompt.text, plan, handed, seed, number, its).latents
             times.append(time.perf_counter())
             last = frames[-1][-1] if frames else None
             frames.append(self.generator.decoder.decode(latents, last, options.seam_frames))

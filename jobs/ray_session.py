@@ -153,7 +153,7 @@ def _set_environment() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # How often Serve's controller looks, ten times a second by itself: a tenth of a core of which a laptop has two.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
-    # A local Ray's workers are not nicer than others by themselves (15): AR and decoder, which give way to the DiT, could
-    # not be any nicer.
+    # A local Ray's workers are not nicer than others by themselves (15): AR and decoder, which give way to the DiT,
+    # could not be any nicer.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -25,6 +25,7 @@ from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config, DeploymentConfig
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, given_picture
 from arlon_ray.generation.lanes import LANES
+from arlon_ray.generation.options import segment_options
 from arlon_ray.generation.rendering import DenoisingBatch
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
@@ -193,11 +194,12 @@ class DitDeployment:
             if told is not None:
                 loop.call_soon_threadsafe(self._news.note, told, index, step + 1)
 
+        options = segment_options(job.options, job.prompts, index)
         async with self._models.of(job) as renderer:
             try:
                 rendered = await renderer.run(
                     lambda: renderer.model.rendering(
-                        job.prompts[index], _own(tokens), _own(overlap), job.seed, index, job.options, on_step
+                        job.prompts[index], _own(tokens), _own(overlap), job.seed, index, options, on_step
                     )
                 )
             finally:

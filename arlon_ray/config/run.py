@@ -58,6 +58,12 @@ class SamplingConfig(Section):
     solver: Solver = Field("euler", description="midpoint and heun evaluate the DiT twice a step, the others once")
     guidance_scale: float = Field(2.0, ge=0, description="text guidance of the DiT")
     token_guidance_scale: float = Field(1.0, ge=0, description="token guidance of the DiT; 1 costs nothing")
+    continued_guidance: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of the DiT's text guidance where a text goes on from segment to segment; 0 costs nothing",
+    )
     time_shift: float = Field(
         1.0,
         gt=0,

@@ -4,7 +4,7 @@ from arlon_ray.generation.decoding import FrameDecoder
 from arlon_ray.generation.editing import VideoEditor
 from arlon_ray.generation.generator import VideoGenerator
 from arlon_ray.generation.given import Given, given_clip, given_picture
-from arlon_ray.generation.options import GenerationOptions, default_options
+from arlon_ray.generation.options import GenerationOptions, default_options, segment_options
 from arlon_ray.generation.overlapped import Timeline
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.project import Project, ProjectError, ProjectSegment
@@ -46,6 +46,7 @@ __all__ = [
     "new_frames",
     "playing_time",
     "prompt_of",
+    "segment_options",
     "segments_for",
     "spread_prompts",
     "storyboard",

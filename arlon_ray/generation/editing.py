@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from arlon_ray.generation.generator import VideoGenerator
+from arlon_ray.generation.options import segment_options
 from arlon_ray.generation.overlapped import Threads, computing_with
 from arlon_ray.generation.planning import Beginning
 from arlon_ray.generation.project import Project, ProjectSegment
@@ -83,8 +84,10 @@ class VideoEditor:
             tokens = planned[-planner.segment_frames :].int().cpu().numpy()
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
         overlap = self._taken_over(first, index)
+        texts = [*([self.project.read(index - 1).text] if index else []), text]
+        its = segment_options(options, texts, len(texts) - 1)
         with computing_with(self._threads.dit):
-            made = self.generator.renderer.render(text, guide, overlap, seed, index, options, after=after)
+            made = self.generator.renderer.render(text, guide, overlap, seed, index, its, after=after)
         self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
 
     def _tokens_of(self, earlier: Sequence[ProjectSegment], index: int) -> torch.Tensor:

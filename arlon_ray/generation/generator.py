@@ -14,7 +14,7 @@ import torch
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.generation.decoding import FrameDecoder
 from arlon_ray.generation.given import Given
-from arlon_ray.generation.options import GenerationOptions, default_options
+from arlon_ray.generation.options import GenerationOptions, default_options, segment_options
 from arlon_ray.generation.overlapped import Threads, Timeline, computing_with, in_background
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.project import Project, ProjectSegment
@@ -95,7 +95,8 @@ class VideoGenerator:
                 taken = hand_over.taken(handed, prompts, index)
                 after = until.latents if until and index == len(prompts) - 1 else None
                 guide = tokens if tokens is None or after is None else self._led_up(tokens, after)
-                render = partial(self.renderer.render, prompt, guide, taken, seed, index, options, after=after)
+                its = segment_options(options, prompts, index)
+                render = partial(self.renderer.render, prompt, guide, taken, seed, index, its, after=after)
                 latents = timeline.timed("dit", index, render).latents
                 if project is not None:
                     project.write(index, ProjectSegment(prompt, seed, latents, tokens))

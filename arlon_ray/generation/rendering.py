@@ -22,7 +22,7 @@ from arlon_ray.generation.lanes import in_lanes
 from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
-from arlon_ray.generation.storyboard import SegmentText
+from arlon_ray.generation.storyboard import SegmentText, goes_on
 from arlon_ray.models.dit import LateLayers
 
 #: What fields share is kept of so many of the latest sets: intervals and caches make them change from step to step.
@@ -55,7 +55,7 @@ class HandOver:
 
     def taken(self, handed: np.ndarray | None, texts: Sequence[SegmentText], index: int) -> np.ndarray | None:
         """What segment `index` takes over of it: a prompt does not look back on what another one began with."""
-        if handed is None or (index and texts[index - 1] == texts[index]):
+        if handed is None or goes_on(texts, index):
             return handed
         return handed[:, -self.overlap :]
 

@@ -54,6 +54,11 @@ def prompt_of(text: SegmentText, first: int = 0) -> str:
     return text.prompts[totals.index(max(totals))]
 
 
+def goes_on(texts: Sequence[SegmentText], index: int) -> bool:
+    """Whether the text of segment `index` is that of the segment before."""
+    return index > 0 and texts[index - 1] == texts[index]
+
+
 def spread_prompts(prompts: Sequence[str], segments: int) -> list[str]:
     """A prompt for each of `segments`, in order and evenly. Raises ValueError if a prompt gets no segment."""
     if not prompts or segments < len(prompts):

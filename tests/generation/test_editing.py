@@ -89,6 +89,20 @@ def test_extending_is_making_a_longer_video(generator: VideoGenerator, tmp_path:
     assert all(np.array_equal(a, b) for a, b in zip(whole, editor.frames(), strict=True))
 
 
+def test_text_that_goes_on_is_guided_as_it_was(tmp_path: Path) -> None:
+    bundle = make_random_bundle(tmp_path / "b", "sampling.guidance_scale=3", "sampling.continued_guidance=0")
+    generator = VideoGenerator.from_bundle(bundle)
+    project, whole = made(generator, tmp_path / "p", ["a", "a", "b"])
+    for index in (0, 1, 2):
+        VideoEditor(generator, made(generator, tmp_path / str(index), ["a", "a", "b"][: index + 1])[0]).reroll(index, 3)
+        again = Project.open(tmp_path / str(index), generator.bundle.fingerprint)
+        assert np.array_equal(again.read(index).latents, project.read(index).latents)
+    short, _ = made(generator, tmp_path / "short", ["a"])
+    editor = VideoEditor(generator, short)
+    assert list(editor.extend(["a", "b"], seed=3)) == [1, 2]
+    assert all(np.array_equal(a, b) for a, b in zip(whole, editor.frames(), strict=True))
+
+
 def test_a_start_is_part_of_the_project(generator: VideoGenerator, tmp_path: Path) -> None:
     options = default_options(generator.bundle.config.sampling, steps=2)
     start = given_picture(generator.bundle, np.full((64, 64, 3), 200, np.uint8))

@@ -160,6 +160,27 @@ def test_every_guidance_scale_of_one_is_free_and_others_change_the_video(generat
     assert np.abs(plain - render(guidance_scale=1.0, token_guidance_scale=1.0, baseline=True)).max() > 1e-4
 
 
+def test_text_that_goes_on_is_guided_less(generator: VideoGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[float] = []
+    render = generator.renderer.render
+
+    def told(prompt: Any, tokens: Any, overlap: Any, seed: int, index: int, options: Any, **named: Any) -> Any:
+        scales.append(options.guidance_scale)
+        return render(prompt, tokens, overlap, seed, index, options, **named)
+
+    monkeypatch.setattr(generator.renderer, "render", told)
+    half = tuple(float(i < 5) for i in range(10))
+    between = ChangingText(("a", "b"), (half, tuple(1 - share for share in half)))
+
+    def video(share: float) -> list[np.ndarray]:
+        options = default_options(generator.bundle.config.sampling, guidance_scale=3.0, continued_guidance=share)
+        return list(generator.generate(["a", "a", between, "b", "b"], 1, options))
+
+    whole, none, _ = video(1.0), video(0.0), video(0.25)
+    assert scales == [3.0] * 5 + [3.0, 1.0, 3.0, 3.0, 1.0] + [3.0, 1.5, 3.0, 3.0, 1.5]
+    assert np.array_equal(whole[0], none[0]) and not np.array_equal(whole[1], none[1])
+
+
 def test_rendering_stops_between_steps(generator: VideoGenerator) -> None:
     steps = []
 

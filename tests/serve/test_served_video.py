@@ -83,7 +83,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     single = [f"serve.{stage}.max_replicas=1" for stage in ("ar", "dit", "decoder")]
     bundle = make_random_bundle(
         folder / "bundle", "dit.depth=6", "dit.hidden_size=64", f"serve.port={free_port()}", "serve.max_running=1",
-        "serve.max_queued=1", *single,
+        "serve.max_queued=1", "sampling.continued_guidance=0.5", *single,
     )  # fmt: skip
     opened = load_bundle(bundle)
     config, data = opened.config, folder / "data"
