@@ -20,9 +20,10 @@ def segment_options(options: GenerationOptions, texts: Sequence[SegmentText], in
     """The options that segment `index` is rendered with: 1 + c·(s − 1) instead of s where its text goes on.
 
     What a segment takes over is guided already. Guided again in each of many, what stays where it is turns into
-    artefacts (docs/long_video.md). s: `guidance_scale`, c: `continued_guidance`.
+    artefacts (docs/long_video.md). s: `guidance_scale`, c: `continued_guidance`. A baseline has no plan that would hold
+    it to its text: it is guided everywhere.
     """
-    if options.continued_guidance == 1.0 or not goes_on(texts, index):
+    if options.baseline or options.continued_guidance == 1.0 or not goes_on(texts, index):
         return options
     scale = 1 + options.continued_guidance * (options.guidance_scale - 1)
     return options.model_copy(update={"guidance_scale": scale})

@@ -179,6 +179,12 @@ def test_text_that_goes_on_is_guided_less(generator: VideoGenerator, monkeypatch
     whole, none, _ = video(1.0), video(0.0), video(0.25)
     assert scales == [3.0] * 5 + [3.0, 1.0, 3.0, 3.0, 1.0] + [3.0, 1.5, 3.0, 3.0, 1.5]
     assert np.array_equal(whole[0], none[0]) and not np.array_equal(whole[1], none[1])
+    options = default_options(
+        generator.bundle.config.sampling, continued_guidance=0.0, guidance_scale=3.0, baseline=True
+    )
+    scales.clear()
+    list(generator.generate(["a", "a"], 1, options))
+    assert scales == [3.0, 3.0]
 
 
 def test_rendering_stops_between_steps(generator: VideoGenerator) -> None:
