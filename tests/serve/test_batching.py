@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from arlon_ray.generation import DiTRenderer, VideoGenerator, default_options
+from arlon_ray.generation import DiTRenderer, VideoGenerator, default_options, segment_options
 from serve.batching import BatchWorker, Cancelled
 from serve.deployments import ArDeployment, DecoderDeployment, DitDeployment
 from serve.work import Job, Timed, Tokens
@@ -104,7 +104,8 @@ async def test_segments_of_many_are_those_of_each(dit: DitDeployment, generator:
         *(dit.render(*each, listen if number == 4 else None) for number, each in enumerate(arguments))
     )
     for (each, index, plan_of_it, taken), ours in zip(arguments, made, strict=True):
-        alone = generator.renderer.render(each.prompts[1], plan_of_it, taken, each.seed, index, each.options)
+        its = segment_options(each.options, each.prompts, index)
+        alone = generator.renderer.render(each.prompts[1], plan_of_it, taken, each.seed, index, its)
         assert np.array_equal(ours.value, alone.latents)
     after = dit.statistics()
     assert after["steps"] - before["steps"] == 1 + 2 + 5 + 4 + 10 + 6 and after["segments"] - before["segments"] == 6
