@@ -21,7 +21,13 @@ from jobs.storyboards import add_flags, read_scenes, segment_texts
 
 def one_scene(arguments: argparse.Namespace) -> list[Scene]:
     """What the one segment that is made again is about; nothing: what it is about already."""
-    if arguments.storyboard or arguments.seconds or arguments.segments is not None or arguments.transition:
+    if (
+        arguments.storyboard
+        or arguments.seconds
+        or arguments.segments is not None
+        or arguments.transition
+        or arguments.cut
+    ):
         raise InputError("--segment makes one segment again: of the texts only --prompt goes with it")
     if not arguments.prompt:
         return []
@@ -62,7 +68,7 @@ def main() -> None:
         project = Project.open(folder, bundle.fingerprint)
     except ProjectError as error:
         raise InputError(f"--project {error}") from None
-    texts = segment_texts(arguments, scenes, bundle.config) if scenes else []
+    texts = segment_texts(arguments, scenes, bundle.config, len(project)) if scenes else []
     editor, video = VideoEditor(VideoGenerator(bundle), project), GrowingVideo(path)
     edit(editor, arguments.segment, arguments.seed, texts)
     for frames in editor.frames():

@@ -18,6 +18,7 @@ from arlon_ray.evaluation.changes import change_figures
 from arlon_ray.evaluation.metrics import summary
 from arlon_ray.generation import GenerationOptions, VideoGenerator, default_options, storyboard
 from arlon_ray.generation import Scene as Part
+from arlon_ray.generation.storyboard import first_of_shot
 from arlon_ray.generation.video import contact_sheet
 from data_pipeline.worlds import Scene, caption, held_out_scenes, turned
 from jobs.command_line import BOX, InputError, existing, output_folder, parser, run
@@ -44,16 +45,21 @@ def measure_kind(
     count: int,
     seconds: float,
     transition: int,
+    cut: bool,
     options: GenerationOptions,
     output: Path,
 ) -> list[dict[str, float]]:
     """Figures of every video of one kind of change; the first few are pictured."""
     config, rows = generator.bundle.config, []
     for number, (before, after) in enumerate(pairs(generator.bundle, kind, count)):
-        parts = [Part(caption(before), seconds), Part(caption(after), seconds)]
+        parts = [Part(caption(before), seconds), Part(caption(after), seconds, cut)]
         texts = storyboard(parts, config, transition=transition)
-        frames = np.concatenate(list(generator.generate(texts, number, options)))
-        rows.append(change_figures(frames, round(seconds * config.video.fps), before.shots[0], after.shots[0]))
+        made = list(generator.generate(texts, number, options))
+        change = (
+            sum(map(len, made[: first_of_shot(texts, len(texts) - 1)])) if cut else round(seconds * config.video.fps)
+        )
+        frames = np.concatenate(made)
+        rows.append(change_figures(frames, change, before.shots[0], after.shots[0]))
         if number < PICTURED:
             contact_sheet(output / f"{kind}-{number}.png", frames, columns=16, limit=32)
     return rows
@@ -71,6 +77,7 @@ def main() -> None:
     flags.add_argument("--count", type=int, default=16, help="videos of each kind (default: 16)")
     flags.add_argument("--seconds", type=float, default=4.0, help="of each of the two prompts (default: 4)")
     flags.add_argument("--transition", type=int, default=0, help="latent frames over which texts are blended")
+    flags.add_argument("--cut", action="store_true", help="the second prompt begins a new shot")
     flags.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of sampling, repeatable: ar_contrast=false"
     )
@@ -87,10 +94,12 @@ def main() -> None:
     results: dict[str, Sequence[dict[str, float]]] = {}
     for kind in KINDS:
         results[kind] = measure_kind(
-            generator, kind, arguments.count, arguments.seconds, arguments.transition, options, output
+            generator, kind, arguments.count, arguments.seconds, arguments.transition, arguments.cut, options, output
         )
     found = report(results)
-    settings = {"seconds": arguments.seconds, "transition": arguments.transition, "options": changed}
+    settings = {
+        "seconds": arguments.seconds, "transition": arguments.transition, "cut": arguments.cut, "options": changed
+    }  # fmt: skip
     write_json(output / "changes.json", {**settings, **found})
     print(figures_table(found, "change"))
     print(output / "changes.json")

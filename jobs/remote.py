@@ -70,8 +70,8 @@ def _submit(client: Client, arguments: argparse.Namespace) -> None:
     if len(scenes) == 1 and scenes[0].seconds is None:
         body["prompt"] = scenes[0].prompt
     else:
-        timed = [{"prompt": scene.prompt, "seconds": scene.seconds} for scene in scenes]
-        body["segments"] = [{name: value for name, value in part.items() if value is not None} for part in timed]
+        parts = [{"prompt": scene.prompt, "seconds": scene.seconds, "cut": scene.cut or None} for scene in scenes]
+        body["segments"] = [{name: value for name, value in part.items() if value is not None} for part in parts]
     if arguments.seconds and all(scene.seconds is None for scene in scenes):
         body["seconds"] = arguments.seconds[0]
     fields = {"num_segments": arguments.segments, "seed": arguments.seed, "negative_prompt": arguments.negative_prompt}
@@ -192,12 +192,14 @@ def _extend_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("id", metavar="VIDEO")
     flags.add_argument("--prompt", required=True, help="how it goes on")
     flags.add_argument("--seconds", type=float, metavar="S", help="for how long (default: a segment)")
+    flags.add_argument("--cut", action="store_true", help="it begins a new shot, instead of going on from what is seen")
     _waiting(flags)
 
 
 def _extend(client: Client, arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
-    go_on(client, client.extend(arguments.id, arguments.prompt, arguments.seconds), arguments)
+    made = client.extend(arguments.id, arguments.prompt, arguments.seconds, cut=arguments.cut)
+    go_on(client, made, arguments)
 
 
 COMMANDS = {

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from arlon_ray.artifact import one_line
 from arlon_ray.config import Config
-from arlon_ray.generation import Scene, SegmentText, segments_for, spread_prompts, storyboard
+from arlon_ray.generation import Scene, SegmentText, segments_for, spread, storyboard
 from arlon_ray.models.text import load_token_counter
 from jobs.command_line import InputError, existing
 
@@ -21,6 +21,7 @@ class _Part(BaseModel):
 
     prompt: str
     seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    cut: bool = False
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -31,7 +32,17 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument("--segments", type=int, metavar="N", help="length in segments (default: one a prompt)")
     flags.add_argument(
-        "--storyboard", metavar="FILE", help="YAML or JSON: a list of {prompt: …, seconds: …}, instead of --prompt"
+        "--cut",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="prompt N (the first is 1) begins a new shot, instead of going on from what is seen; repeatable",
+    )
+    flags.add_argument(
+        "--storyboard",
+        metavar="FILE",
+        help="YAML or JSON: a list of {prompt: …, seconds: …, cut: true}, instead of --prompt",
     )
     flags.add_argument(
         "--transition", type=int, default=0, metavar="N",
@@ -39,26 +50,27 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def segment_texts(arguments: argparse.Namespace, scenes: list[Scene], config: Config) -> list[SegmentText]:
-    """The text of every segment of these scenes. Raises InputError that names the flag."""
+def segment_texts(
+    arguments: argparse.Namespace, scenes: list[Scene], config: Config, behind: int = 0
+) -> list[SegmentText]:
+    """The text of every segment of these scenes, behind so many that are there. InputError names the flag."""
     _check_lengths(scenes, config, "--storyboard" if arguments.storyboard else "--prompt")
     if scenes[0].seconds is not None:
         if arguments.segments is not None:
             raise InputError("--segments: how long the prompts last says already how long the video is")
         try:
-            return storyboard(scenes, config, transition=arguments.transition)
+            return storyboard(scenes, config, transition=arguments.transition, behind=behind)
         except ValueError as error:
             raise InputError(f"{'--storyboard' if arguments.storyboard else '--seconds'}: {error}") from None
     if arguments.transition:
         raise InputError("--transition: needs to know how long each prompt lasts: give --seconds once for each")
-    prompts = [scene.prompt for scene in scenes]
-    count, flag = len(prompts), "--prompt"
+    count, flag = len(scenes), "--prompt"
     if arguments.segments is not None:
         count, flag = arguments.segments, "--segments"
     elif arguments.seconds:
-        count, flag = segments_for(arguments.seconds[0], config), f"--seconds {arguments.seconds[0]:g}"
+        count, flag = segments_for(arguments.seconds[0], config, behind), f"--seconds {arguments.seconds[0]:g}"
     try:
-        return list[SegmentText](spread_prompts(prompts, count))
+        return spread(scenes, count, behind)
     except ValueError as error:
         raise InputError(f"{flag}: {error}") from None
 
@@ -85,14 +97,20 @@ def _scenes(arguments: argparse.Namespace) -> list[Scene]:
     if arguments.storyboard:
         if seconds:
             raise InputError("--seconds: the storyboard says how long its parts last")
+        if arguments.cut:
+            raise InputError("--cut: the storyboard says where its cuts are (cut: true)")
         return _read(existing(arguments.storyboard, "--storyboard"))
     prompts = arguments.prompt
     if len(seconds) > 1 and len(seconds) != len(prompts):
         raise InputError(
             f"--seconds is there {len(seconds)} times, --prompt {len(prompts)} times: expected once, or as often"
         )
+    for number in arguments.cut:
+        if not 1 <= number <= len(prompts):
+            raise InputError(f"--cut {number}: expected the number of a prompt, 1 to {len(prompts)}")
     each = seconds if len(prompts) == len(seconds) and len(prompts) > 1 else [None] * len(prompts)
-    return [Scene(prompt, length) for prompt, length in zip(prompts, each, strict=True)]
+    parts = enumerate(zip(prompts, each, strict=True), start=1)
+    return [Scene(prompt, length, number in arguments.cut) for number, (prompt, length) in parts]
 
 
 def _read(path: Path) -> list[Scene]:
@@ -109,7 +127,7 @@ def _read(path: Path) -> list[Scene]:
         raise InputError(f"--storyboard {path}: empty; expected a list of prompts")
     if len({part.seconds is None for part in parts}) > 1:
         raise InputError(f"--storyboard {path}: all parts say how many seconds they last, or none does")
-    return [Scene(part.prompt, part.seconds) for part in parts]
+    return [Scene(part.prompt, part.seconds, part.cut) for part in parts]
 
 
 def _check_lengths(scenes: list[Scene], config: Config, flag: str) -> None:

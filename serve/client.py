@@ -97,10 +97,12 @@ class Client:
         """The same seed, length and settings, another text. Raises ClientError."""
         return self._post(f"{_path(video_id)}/remix", {"prompt": prompt})
 
-    def extend(self, video_id: str, prompt: str, seconds: float | None = None) -> Made:
-        """A video that shows this one and goes on for `seconds`, or a segment. Raises ClientError."""
-        length = {} if seconds is None else {"seconds": seconds}
-        return self._post("videos/extensions", {"prompt": prompt, "video": {"id": video_id}, **length})
+    def extend(self, video_id: str, prompt: str, seconds: float | None = None, *, cut: bool = False) -> Made:
+        """A video that shows this one and goes on for `seconds`, or a segment; in a new shot. Raises ClientError."""
+        body: dict[str, Any] = {"prompt": prompt, "video": {"id": video_id}}
+        if seconds is not None:
+            body["seconds"] = seconds
+        return self._post("videos/extensions", {**body, "cut": True} if cut else body)
 
     def render(self, draft_id: str, settings: Mapping[str, Any]) -> Made:
         """The video of a draft's plan. Raises ClientError."""

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from arlon_ray.config import Config
-from arlon_ray.generation import GenerationOptions, SegmentText, new_frames, playing_time, prompt_of
+from arlon_ray.generation import (
+    GenerationOptions,
+    Scene,
+    SegmentText,
+    begins_shot,
+    new_frames,
+    playing_time,
+    prompt_of,
+    spread,
+    with_words,
+)
 from serve.job_store import Stored
 from serve.requests import check_draft, check_model, extended_length, options_of, read_prompts, read_text
 from serve.schema import (
@@ -54,7 +64,8 @@ def extended(stored: Stored, request: ExtendRequest, config: Config, count_token
     """A finished video and more segments behind it: what a longer one with the same seed would have been."""
     prompt, old = read_text(request.prompt, "prompt", config, count_tokens), stored.job
     count = extended_length(request, len(old.prompts), config)
-    prompts = [*old.prompts, *[prompt] * (count - len(old.prompts))]
+    there = len(old.prompts)
+    prompts = [*old.prompts, *spread([Scene(prompt, cut=request.cut)], count - there, behind=there)]
     video, job = _new(VIDEO, prompts, [stored.video.prompt, prompt], old.seed, old.options, config, stored.video.user)
     for segment in video.segments[: len(old.prompts)]:
         segment.status = "completed"
@@ -95,7 +106,7 @@ def rerolled(
         video.segments[i].seed = seed
     if request.prompt is not None:
         text = read_text(request.prompt, "prompt", config, count_tokens)
-        prompts[index] = video.segments[index].prompt = text
+        prompts[index], video.segments[index].prompt = with_words(prompts[index], text), text
         video.prompt = "\n".join(dict.fromkeys(segment.prompt for segment in video.segments))
     for segment in video.segments[index:]:
         segment.status = "queued"
@@ -135,6 +146,7 @@ def _new(
                 prompt=prompt_of(text, config.segment.overlap_latents if index else 0),
                 frames=new_frames(config, index),
                 seed=seed,
+                cut=index > 0 and begins_shot(prompts, index),
             )
             for index, text in enumerate(prompts)
         ],

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from arlon_ray.config import Config
-from arlon_ray.generation import HandOver, behind_overlap
+from arlon_ray.generation import HandOver, begins_shot, behind_overlap
 from serve.job_files import JobFiles, Restored, SegmentRecord
 from serve.metrics import Stage
 from serve.schema import SegmentStatus
@@ -243,10 +243,15 @@ class Orchestrator:
     async def _decode(
         self, index: int, tokens: Tokens | None, latents: Latents, overlap: Latents, before: Frame | None
     ) -> Frame:
-        decoded = await self._lasting("decoding", index, lambda: self._stages.decode(self._job, index, latents, before))
+        last = self._shown_before(index, before)
+        decoded = await self._lasting("decoding", index, lambda: self._stages.decode(self._job, index, latents, last))
         frames = decoded.value
         await self._keep(index, SegmentRecord(tokens, overlap, frames.last, frames.fragment), decoded)
         return frames.last
+
+    def _shown_before(self, index: int, last: Frame | None) -> Frame | None:
+        """The frame before segment `index` that its first ones go on from: none behind a cut."""
+        return None if begins_shot(self._job.prompts, index) else last
 
     async def _preview(self) -> None:
         """Decode segment by segment from the tokens alone."""
@@ -256,7 +261,9 @@ class Orchestrator:
             await self._window.advance(index)
             new = tokens[self._overlap(tokens) if index else 0 :]
             decoded = await self._lasting(
-                "decoding", index, partial(self._stages.preview, self._job, index, new, before)
+                "decoding",
+                index,
+                partial(self._stages.preview, self._job, index, new, self._shown_before(index, before)),
             )
             before = decoded.value.last
             await self._keep(index, SegmentRecord(tokens, None, before, decoded.value.fragment), decoded)

@@ -12,7 +12,7 @@ from arlon_ray.generation import (
     default_options,
     playing_time,
     segments_for,
-    spread_prompts,
+    spread,
     storyboard,
 )
 from serve.schema import ExtendRequest, PlanRequest, RequestError, VideoRequest
@@ -44,7 +44,7 @@ def read_prompts(
     _check_length(count, config, field)
     if count < len(prompts):
         raise RequestError(f"{len(prompts)} prompts need at least as many segments, not {count}", param=field)
-    return list[SegmentText](spread_prompts(prompts, count))
+    return spread(_scenes(request, prompts), count)
 
 
 def _timed_prompts(request: PlanRequest, prompts: list[str], config: Config) -> list[SegmentText]:
@@ -58,11 +58,18 @@ def _timed_prompts(request: PlanRequest, prompts: list[str], config: Config) -> 
             raise RequestError("all segments say how long they last, or none does", param=f"segments.{index}.seconds")
     needed = segments_for(sum(part.seconds or 0.0 for part in parts), config)
     _check_length(needed, config, "segments")
-    scenes = [Scene(prompt, part.seconds) for prompt, part in zip(prompts, parts, strict=True)]
     try:
-        return storyboard(scenes, config, transition=request.transition_latents)
+        texts = storyboard(_scenes(request, prompts), config, transition=request.transition_latents)
     except ValueError as error:
         raise RequestError(str(error), param="segments") from None
+    _check_length(len(texts), config, "segments")  # cuts make whole segments of each shot
+    return texts
+
+
+def _scenes(request: PlanRequest, prompts: list[str]) -> list[Scene]:
+    if request.segments is None:
+        return [Scene(prompt) for prompt in prompts]
+    return [Scene(prompt, part.seconds, part.cut) for prompt, part in zip(prompts, request.segments, strict=True)]
 
 
 def _check_length(segments: int, config: Config, field: str) -> None:

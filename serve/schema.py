@@ -70,6 +70,7 @@ class SegmentPrompt(_Strict):
 
     prompt: Text
     seconds: Seconds | None = None
+    cut: bool = Field(False, description="begins a new shot, instead of going on from what is seen")
 
 
 class ImageReference(_Strict):
@@ -133,6 +134,7 @@ class ExtendRequest(_Strict):
     video: VideoReference
     seconds: Seconds | None = None
     num_segments: int | None = Field(None, ge=1)
+    cut: bool = Field(False, description="begins a new shot, instead of going on from what is seen")
 
 
 class RerollRequest(_Strict):
@@ -166,6 +168,7 @@ class SegmentState(BaseModel):
     status: SegmentStatus = "queued"
     frames: int
     seed: int
+    cut: bool = Field(False, description="begins a new shot")
 
 
 class VideoError(BaseModel):

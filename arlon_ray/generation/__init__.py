@@ -11,19 +11,23 @@ from arlon_ray.generation.project import Project, ProjectError, ProjectSegment
 from arlon_ray.generation.rendering import DiTRenderer, HandOver, SegmentLatents, behind_overlap
 from arlon_ray.generation.storyboard import (
     ChangingText,
+    Cut,
     Scene,
     SegmentText,
+    begins_shot,
     new_frames,
     playing_time,
     prompt_of,
     segments_for,
-    spread_prompts,
+    spread,
     storyboard,
+    with_words,
 )
 
 __all__ = [
     "ArPlanner",
     "ChangingText",
+    "Cut",
     "DiTRenderer",
     "FrameDecoder",
     "GenerationOptions",
@@ -39,6 +43,7 @@ __all__ = [
     "Timeline",
     "VideoEditor",
     "VideoGenerator",
+    "begins_shot",
     "behind_overlap",
     "default_options",
     "given_clip",
@@ -48,6 +53,7 @@ __all__ = [
     "prompt_of",
     "segment_options",
     "segments_for",
-    "spread_prompts",
+    "spread",
     "storyboard",
+    "with_words",
 ]

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from arlon_ray.generation.generator import VideoGenerator
 from arlon_ray.generation.options import segment_options
 from arlon_ray.generation.overlapped import Threads, computing_with
-from arlon_ray.generation.planning import Beginning
+from arlon_ray.generation.planning import ArPlanner
 from arlon_ray.generation.project import Project, ProjectSegment
 from arlon_ray.generation.rendering import HandOver, behind_overlap
-from arlon_ray.generation.storyboard import SegmentText
+from arlon_ray.generation.storyboard import (
+    Cut,
+    SegmentText,
+    begins_shot,
+    first_of_prompt,
+    first_of_shot,
+    with_words,
+)
 
 
 class VideoEditor:
@@ -30,13 +36,14 @@ class VideoEditor:
         """Make segment `index` anew with another seed, and another text if one is given.
 
         It begins behind the segment before, and ends before the first groups of the segment after, which are given to
-        the DiT as those before are (`x_mask`): both joins hold. Raises ValueError for a segment that there is not.
+        the DiT as those before are (`x_mask`): both joins hold, and a cut stays one. Raises ValueError for a segment
+        that is not there.
         """
         if not 0 <= index < len(self.project):
             raise ValueError(f"segment {index}: the video has segments 0 to {len(self.project) - 1}")
-        text = self.project.read(index).text if text is None else text
-        after, tokens_after = None, None
-        if index + 1 < len(self.project):
+        texts, after, tokens_after = self.project.texts(), None, None
+        text = texts[index] if text is None else with_words(texts[index], text)
+        if index + 1 < len(self.project) and not begins_shot(texts, index + 1):
             following = self.project.read(index + 1)
             keep = min(self.segment.overlap_latents, following.latents.shape[1])
             after = following.latents[:, :keep]
@@ -44,14 +51,15 @@ class VideoEditor:
                 per_latent = len(following.tokens) / self.segment.latents
                 first = round(self.segment.overlap_latents * per_latent)
                 tokens_after = following.tokens[first : first + round(keep * per_latent)]
-        self._make(index, seed, text, after, tokens_after)
+        self._make([*texts[:index], text], seed, after, tokens_after)
 
     def extend(self, texts: Sequence[SegmentText], seed: int) -> Iterator[int]:
         """Add a segment for each text; yields the number of each when it is there."""
+        known = self.project.texts()
         for text in texts:
-            index = len(self.project)
-            self._make(index, seed, text)
-            yield index
+            known.append(text)
+            self._make(known, seed)
+            yield len(known) - 1
 
     def frames(self) -> Iterator[np.ndarray]:
         """The video, segment by segment: uint8 [T, H, W, 3]."""
@@ -60,6 +68,8 @@ class VideoEditor:
             latents = segment.latents
             if index == 0 and start is not None and start.shown:
                 latents = behind_overlap(start.latents, latents)
+            if isinstance(segment.text, Cut):
+                last = None
             with computing_with(self._threads.decoder):
                 frames = self.generator.decoder.decode(latents, last, self.project.options.seam_frames)
             last = frames[-1].copy()
@@ -67,72 +77,57 @@ class VideoEditor:
 
     def _make(
         self,
-        index: int,
+        texts: Sequence[SegmentText],
         seed: int,
-        text: SegmentText,
         after: np.ndarray | None = None,
         tokens_after: np.ndarray | None = None,
     ) -> None:
+        """Make the segment of the last of `texts`, which are those of all segments up to it."""
+        index, text = len(texts) - 1, texts[-1]
         tokens, planner, options = None, self.generator.planner, self.project.options
-        first = self._first_of_prompt(index, text)
         if planner is not None and not options.baseline:
-            earlier = [self.project.read(number) for number in planner.looked_at(index)]
-            texts = [*(segment.text for segment in earlier), text]
-            before, begin = self._tokens_of(earlier, index), self._beginning(first, index)
-            with computing_with(self._threads.ar):
-                planned = planner.go_on(before, texts, seed, index, options, begin=begin)
-            tokens = planned[-planner.segment_frames :].int().cpu().numpy()
+            tokens = self._planned(planner, texts, seed)
         guide = tokens if tokens is None or tokens_after is None else np.concatenate([tokens, tokens_after])
-        overlap = self._taken_over(first, index)
-        texts = [*([self.project.read(index - 1).text] if index else []), text]
-        its = segment_options(options, texts, len(texts) - 1)
+        overlap, its = self._taken_over(texts), segment_options(options, texts, index)
         with computing_with(self._threads.dit):
             made = self.generator.renderer.render(text, guide, overlap, seed, index, its, after=after)
         self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
 
-    def _tokens_of(self, earlier: Sequence[ProjectSegment], index: int) -> torch.Tensor:
-        """What the AR plans segment `index` behind: the tokens of the segments that it looks at, or of the start."""
-        planner, start = self.generator.planner, self.project.start
-        assert planner is not None
-        if not earlier:
-            return planner.tokens_of(start.latents if start else None)
-        known = [segment.tokens for segment in earlier if segment.tokens is not None]
-        assert len(known) == len(earlier), "a guided project has tokens"
-        return planner.joined(known, index - len(earlier))
+    def _planned(self, planner: ArPlanner, texts: Sequence[SegmentText], seed: int) -> np.ndarray:
+        """The tokens [t', h', w'] of the segment of the last text."""
+        index, seen = len(texts) - 1, planner.looked_at(texts, len(texts) - 1)
+        looked_at = planner.joined([self._tokens(number) for number in seen], seen.start)
+        if not index and (start := self.project.start):
+            looked_at = planner.tokens_of(start.latents)
+        first, begin = first_of_prompt(texts, index), None
+        if first < index and planner.model.config.sink_groups:
+            begin = planner.beginning(planner.device_tokens(self._tokens(first)), first)
+        heard = [texts[number] for number in (*seen, index)]
+        with computing_with(self._threads.ar):
+            planned = planner.go_on(looked_at, heard, seed, index, self.project.options, begin=begin)
+        before = planner.device_tokens(self._tokens(index - 1)) if index else None
+        return planner.of_segment(planned, before, index).int().cpu().numpy()
 
-    def _beginning(self, first: int, index: int) -> Beginning | None:
-        """What the prompt of segment `index` began with, if that was before it and the AR does not lose sight of it."""
-        planner = self.generator.planner
-        if planner is None or not planner.model.config.sink_groups or first == index:
-            return None
-        found = self.project.read(first)
-        assert found.tokens is not None, "a guided project has tokens"
-        return planner.beginning(torch.from_numpy(found.tokens).long().to(self.generator.bundle.device), first)
+    def _tokens(self, index: int) -> np.ndarray:
+        found = self.project.read(index).tokens
+        assert found is not None, "a guided project has tokens"
+        return found
 
-    def _taken_over(self, first: int, index: int) -> np.ndarray | None:
-        """What segment `index`, whose prompt began with segment `first`, takes over."""
-        found = self._latents_before(index)
-        if found is None or first == index or not self._hand_over.anchor:
+    def _taken_over(self, texts: Sequence[SegmentText]) -> np.ndarray | None:
+        """What the segment of the last text takes over."""
+        index, anchor = len(texts) - 1, self._hand_over.anchor
+        found, first = self._latents_before(texts, index), first_of_prompt(texts, index)
+        if found is None or first == index or not anchor or found.shape[1] < self.segment.overlap_latents:
             return found
-        begun = self._hand_over.after(self._latents_before(first), self.project.read(first).latents, first)
-        return np.concatenate([begun[:, : self._hand_over.anchor], found], axis=1)
+        begun = self._hand_over.after(self._latents_before(texts, first), self.project.read(first).latents, first)
+        return np.concatenate([begun[:, :anchor], found], axis=1)
 
-    def _first_of_prompt(self, index: int, text: SegmentText) -> int:
-        """The segment that the prompt of segment `index`, which is `text`, began with; where neither AR nor DiT looks
-        back on that, segment `index`.
-        """
-        planner, first = self.generator.planner, index
-        looked_back_on = self._hand_over.anchor or (planner is not None and planner.model.config.sink_groups)
-        while looked_back_on and first and self.project.read(first - 1).text == text:
-            first -= 1
-        return first
-
-    def _latents_before(self, index: int) -> np.ndarray | None:
+    def _latents_before(self, texts: Sequence[SegmentText], index: int) -> np.ndarray | None:
         """The overlap that segment `index` takes over."""
-        start = self.project.start
-        found = start.latents if start else None
+        start, begin = self.project.start, first_of_shot(texts, index)
+        found = start.latents if start and not begin else None
         # a segment may add fewer latents than the next one takes over
-        first = max(0, index - 1 - -(-self.segment.overlap_latents // max(1, self._new_latents)))
+        first = max(begin, index - 1 - -(-self.segment.overlap_latents // max(1, self._new_latents)))
         for earlier in range(first, index):
             latents = self.project.read(earlier).latents
             found = latents if earlier == first and first else behind_overlap(found, latents)

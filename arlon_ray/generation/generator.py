@@ -19,7 +19,7 @@ from arlon_ray.generation.overlapped import Threads, Timeline, computing_with, i
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
 from arlon_ray.generation.project import Project, ProjectSegment
 from arlon_ray.generation.rendering import DiTRenderer, HandOver, behind_overlap
-from arlon_ray.generation.storyboard import SegmentText
+from arlon_ray.generation.storyboard import SegmentText, begins_shot
 
 
 class VideoGenerator:
@@ -64,7 +64,8 @@ class VideoGenerator:
         last: np.ndarray | None = None
         with closing(latents):  # type: ignore[type-var]
             for index, shown in enumerate(latents):
-                decode = partial(self.decoder.decode, shown, last, options.seam_frames)
+                before = None if begins_shot(prompts, index) else last
+                decode = partial(self.decoder.decode, shown, before, options.seam_frames)
                 with computing_with(threads.decoder):
                     frames = timeline.timed("decoder", index, decode)
                 last = frames[-1].copy()

@@ -20,7 +20,16 @@ from arlon_ray.generation.batching import run_alone
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.sampling import Sampling, SamplingBatch
 from arlon_ray.generation.seeds import segment_generator
-from arlon_ray.generation.storyboard import SegmentText, prompts_in
+from arlon_ray.generation.storyboard import (
+    ChangingText,
+    SegmentText,
+    begins_shot,
+    first_of_prompt,
+    first_of_shot,
+    goes_on,
+    prompts_in,
+    words_of,
+)
 from arlon_ray.models.ar import frame_times
 
 T = TypeVar("T")
@@ -28,7 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SegmentTokens:
-    """One segment's plan: tokens int32 [t', h', w'] of all its latents, those of the overlap included."""
+    """One segment's plan: tokens int32 [t', h', w'] of all its latents, those of the overlap included.
+
+    Behind a cut these are still those of the segment before, which it does not take over.
+    """
 
     index: int
     tokens: np.ndarray
@@ -119,28 +131,32 @@ class ArPlanner:
 
     def behind(self, prompts: Sequence[SegmentText], planned: Sequence[np.ndarray]) -> tuple[Tensor, Beginning]:
         """What the AR looks at behind the planned segments, and what the prompt of the last of them began with."""
-        seen = self.looked_at(len(planned))
-        first = len(planned) - 1
-        while first and prompts[first - 1] == prompts[first]:
-            first -= 1
-        began = torch.from_numpy(np.array(planned[first])).long().to(self.bundle.device)
+        seen = self.looked_at(prompts, len(planned))
+        first = first_of_prompt(prompts, len(planned) - 1)
+        began = self.device_tokens(planned[first])
         return self.joined([planned[index] for index in seen], seen.start), self.beginning(began, first)
 
     def joined(self, segments: Sequence[np.ndarray], first: int) -> Tensor:
         """Tokens int64 [n, h', w'] of the segments from `first` on (each [t', h', w']), what they share only once."""
+        if not segments:
+            return self.tokens_of(None)
         parts = [tokens[self.overlap_frames(index) :] for index, tokens in enumerate(segments, start=first)]
-        return torch.from_numpy(np.concatenate(parts)).long().to(self.bundle.device)
+        return self.device_tokens(np.concatenate(parts))
+
+    def device_tokens(self, tokens: np.ndarray) -> Tensor:
+        """Tokens as int64 where the bundle is."""
+        return torch.from_numpy(np.array(tokens)).long().to(self.bundle.device)
 
     @property
     def segment_frames(self) -> int:
         """Token frames of a segment."""
         return self.config.segment.groups * self.group_grid[0]
 
-    def looked_at(self, index: int) -> range:
-        """The earlier segments whose tokens segment `index` is planned right behind."""
+    def looked_at(self, texts: Sequence[SegmentText], index: int) -> range:
+        """The earlier segments of its shot whose tokens segment `index` is planned right behind."""
         segment = self.config.segment
         count = -(-self.model.config.context_groups // (segment.groups - segment.overlap_groups))
-        return range(max(0, index - count), index)
+        return range(max(first_of_shot(texts, index), index - count), index)
 
     def beginning(self, tokens: Tensor, index: int) -> Beginning:
         """Of the tokens [t', h', w'] of segment `index`, the first of its prompt, what the AR never loses sight of."""
@@ -148,6 +164,12 @@ class ArPlanner:
         return Beginning(
             tokens[self.overlap_frames(index) :][: self.model.config.sink_groups * self.group_grid[0]], group
         )
+
+    def of_segment(self, planned: Tensor, before: Tensor | None, index: int) -> Tensor:
+        """Tokens int64 [t', h', w'] of segment `index`: the last planned ones, behind those of segment `index` - 1."""
+        shared = self.overlap_frames(index)
+        new = planned[-(self.segment_frames - shared) :]
+        return new if before is None or not shared else torch.cat([before[-shared:], new])
 
     def overlap_frames(self, index: int) -> int:
         """Token frames of segment `index` that are those of the segment before: what follows them is new."""
@@ -178,7 +200,7 @@ class ArPlanner:
     ) -> Generator[Sampling, Tensor, Tensor]:
         """Plan segment `index` behind tokens int64 [n, h', w'], of which the newest are looked at: those, and its own.
 
-        The first segment goes on from what it is given; a later one from all that was planned before it, and from
+        The first segment goes on from what it is given; a later one from all that its shot has planned, and from
         `begin`, what its prompt began with, where it looks back no further than behind that. `texts` are those of the
         segments that it looks at (`looked_at`) and, last, its own. Where it looks at what was planned by another
         prompt, it is guided away from that one instead of from no text: what is in sight would go on as it did.
@@ -196,7 +218,7 @@ class ArPlanner:
         times = frame_times(end, sink, gap)
         generator = segment_generator(seed, index, "ar", self.bundle.device)
         heard = [prompt for earlier in texts[:-1] for prompt in prompts_in(earlier)]
-        for prompt, until in self._parts(texts[-1], end, len(window)):
+        for prompt, until in self._parts(words_of(texts[-1]), end, len(window)):
             grid = (until, *self.group_grid[1:])
             others = [other for other in heard if other != prompt] if options.ar_contrast else []
             away = (others or [options.negative_prompt])[-1]
@@ -207,7 +229,7 @@ class ArPlanner:
             heard.append(prompt)
         return window[sink:]
 
-    def _parts(self, text: SegmentText, end: int, known: int) -> Iterator[tuple[str, int]]:
+    def _parts(self, text: str | ChangingText, end: int, known: int) -> Iterator[tuple[str, int]]:
         """(prompt, token frame before which it ends) of what is to be planned from frame `known` to `end`."""
         if isinstance(text, str):
             yield text, end
@@ -260,17 +282,22 @@ class Plan:
         self._on_token, self._given, self._planned = on_token, given, planned
         self._window: Tensor | None = None
         self._begin: Beginning | None = None
+        #: Of the segment before.
+        self._tokens: Tensor | None = None
 
     @torch.no_grad()
     def segment(self) -> Generator[Sampling, Tensor, SegmentTokens]:
         """The next segment, once the one before is there."""
         planner, prompts, index = self._planner, self._prompts, self.index
         window = self._look_back() if self._window is None else self._window
-        texts = [prompts[i] for i in (*planner.looked_at(index), index)]
-        begin = self._begin if index and prompts[index - 1] == prompts[index] else None
+        if index and begins_shot(prompts, index):
+            window = planner.tokens_of(None)
+        texts = [prompts[i] for i in (*planner.looked_at(prompts, index), index)]
+        begin = self._begin if goes_on(prompts, index) else None
         window = yield from planner.going_on(window, texts, self._seed, index, self._options, self._on_token, begin)
-        tokens = window[-planner.segment_frames :]
-        self._window, self._begin, self.index = window, begin or planner.beginning(tokens, index), index + 1
+        tokens = planner.of_segment(window, self._tokens, index)
+        self._window, self._tokens, self.index = window, tokens, index + 1
+        self._begin = begin or planner.beginning(tokens, index)
         return SegmentTokens(index, tokens.int().cpu().numpy())
 
     def _look_back(self) -> Tensor:
@@ -278,5 +305,6 @@ class Plan:
         if not self._planned:
             return self._planner.tokens_of(self._given)
         window, self._begin = self._planner.behind(self._prompts, self._planned)
+        self._tokens = self._planner.device_tokens(self._planned[-1])
         self._planned = ()
         return window

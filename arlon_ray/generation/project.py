@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from arlon_ray.artifact import let_others_read, one_line, write_json
 from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions
-from arlon_ray.generation.storyboard import ChangingText, SegmentText
+from arlon_ray.generation.storyboard import SegmentText
 
 PROJECT_FILE, START_FILE = "project.json", "start.safetensors"
+_TEXT: TypeAdapter[SegmentText] = TypeAdapter(SegmentText)
 
 
 class ProjectError(ValueError):
@@ -85,20 +88,25 @@ class Project:
         """Raises ProjectError if the segment is missing or damaged."""
         arrays, noted = _load(self._path(index))
         try:
-            said = json.loads(noted["text"])
-            shares = tuple(map(tuple, said["shares"])) if isinstance(said, dict) else ()
-            text = ChangingText(tuple(said["prompts"]), shares) if isinstance(said, dict) else str(said)
+            text = _TEXT.validate_json(noted["text"])
             return ProjectSegment(text, int(noted["seed"]), arrays["latents"], arrays.get("tokens"))
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError) as error:
             raise ProjectError(f"{self._path(index)}: damaged: {one_line(error)}") from None
+
+    def texts(self) -> list[SegmentText]:
+        """Of all segments. Raises ProjectError if one is missing or damaged."""
+        try:
+            return [_TEXT.validate_json(_noted(self._path(index))["text"]) for index in range(len(self))]
+        except (KeyError, ValueError) as error:
+            raise ProjectError(f"{self.folder}: damaged: {one_line(error)}") from None
 
     def write(self, index: int, segment: ProjectSegment) -> None:
         """In place of what segment `index` was."""
         arrays = {"latents": segment.latents}
         if segment.tokens is not None:
             arrays["tokens"] = segment.tokens
-        said = segment.text if isinstance(segment.text, str) else asdict(segment.text)
-        _save(self._path(index), arrays, {"text": json.dumps(said), "seed": str(segment.seed)})
+        text = _TEXT.dump_json(segment.text).decode()
+        _save(self._path(index), arrays, {"text": text, "seed": str(segment.seed)})
 
     def _path(self, index: int) -> Path:
         return self.folder / f"segment-{index:05d}.safetensors"
@@ -111,9 +119,21 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray], noted: Mapping[str, str]
     partial.replace(path)
 
 
-def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _noted(path: Path) -> dict[str, str]:
+    """What is noted beside the arrays of a file, without them."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError) as error:
         raise ProjectError(f"{path}: cannot be read: {one_line(error)}") from None

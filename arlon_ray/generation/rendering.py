@@ -22,7 +22,7 @@ from arlon_ray.generation.lanes import in_lanes
 from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
-from arlon_ray.generation.storyboard import SegmentText, goes_on
+from arlon_ray.generation.storyboard import SegmentText, begins_shot, goes_on, words_of
 from arlon_ray.models.dit import LateLayers
 
 #: What fields share is kept of so many of the latest sets: intervals and caches make them change from step to step.
@@ -54,19 +54,22 @@ class HandOver:
         return cls(config.segment.overlap_latents, config.anchor_latents)
 
     def taken(self, handed: np.ndarray | None, texts: Sequence[SegmentText], index: int) -> np.ndarray | None:
-        """What segment `index` takes over of it: a prompt does not look back on what another one began with."""
+        """What segment `index` takes over of it: a prompt does not look back on what another one began with, and a
+        new shot on nothing.
+        """
         if handed is None or goes_on(texts, index):
             return handed
-        return handed[:, -self.overlap :]
+        return None if index and begins_shot(texts, index) else handed[:, -self.overlap :]
 
     def after(self, taken: np.ndarray | None, made: np.ndarray, index: int) -> np.ndarray:
         """What segment `index` hands on, which has taken over `taken` and made the latents `made`."""
         history = behind_overlap(taken, made)
         end = history[:, -self.overlap :]
-        if not self.anchor:
+        if not self.anchor or end.shape[1] < self.overlap:
             return end
-        anchored = taken is not None and taken.shape[1] > self.overlap
-        begin = history if anchored or not index else made
+        # more than the overlap: an anchor is before it; less: it is all that its shot had
+        begun = taken is not None and taken.shape[1] != self.overlap
+        begin = history if begun or not index else made
         return np.concatenate([begin[:, : self.anchor], end], axis=1)
 
 
@@ -207,7 +210,8 @@ class DiTRenderer:
         """Render segment `index`: `tokens` [t', h', w'] (None with `options.baseline`), `overlap` float32 [C, k, h, w].
 
         `overlap` is what the segment before handed on (`HandOver`): at most the o latents of its end, before them the
-        anchor; or what the first one starts from (`Given`; None: nothing). `after` [C, m, h, w], whole groups, is what
+        anchor; or what the first one starts from (`Given`). None: nothing, a new shot begins. A later segment has n new
+        latents whatever it takes over. `after` [C, m, h, w], whole groups, is what
         comes behind the segment, where that is there already: then the tokens are those of t + m latents. Both stay
         exactly as they are, and are not part of what is returned. `on_step(i)` is called before every evaluation of the
         DiT (`options.evaluations`) and may raise. Raises ValueError on shapes that do not fit, and FloatingPointError
@@ -241,11 +245,14 @@ class DiTRenderer:
         behind = _given_latents("after", after, (channels, height, width))
         if behind % GROUP_LATENTS:
             raise ValueError(f"after has {behind} latent frames: expected whole groups of {GROUP_LATENTS}")
-        shown = segment.latents + behind  # without the anchor
+        # the first segment fills up what it is given; a later one takes over what its shot has, which may be less
+        missing = segment.overlap_latents - (kept - anchor) if index else 0
+        shown = segment.latents - missing + behind  # without the anchor
         shape = (anchor + shown, height, width)
         given = torch.zeros(1, channels, *shape, device=device)
         noisy = torch.ones(1, shape[0], dtype=torch.bool, device=device)
-        for known, where in ((overlap, slice(kept)), (after, slice(anchor + segment.latents, None))):
+        end = anchor + shown - behind
+        for known, where in ((overlap, slice(kept)), (after, slice(end, None))):
             if known is not None:
                 given[0, :, where] = torch.from_numpy(known).to(device)
                 noisy[:, where] = False
@@ -253,8 +260,8 @@ class DiTRenderer:
         if options.cache_layers >= (depth := model.config.depth):
             raise ValueError(f"cache_layers={options.cache_layers}: expected at most {depth - 1} of {depth} layers")
         with in_lanes(device):
-            coarse = None if options.baseline else self._coarse(tokens, shown)
-            text, shares = self._encoded(prompt, anchor, behind)
+            coarse = None if options.baseline else self._coarse(tokens, missing + shown)[:, :, missing:]
+            text, shares = self._encoded(prompt, missing, anchor, behind)
             negative = self.text.encode([options.negative_prompt]) if options.negative_prompt else None
         generator = segment_generator(seed, index, "dit", device)
         noise = torch.randn(1, channels, shown, height, width, generator=generator, device=device)
@@ -269,22 +276,26 @@ class DiTRenderer:
             coarse = None if coarse is None else torch.cat([given[:, :, :anchor], coarse], 2)
         path = FlowPath(noise, times, (noisy, given), options.solver)
         cache = StepCache(options.cache_layers, options.cache_every)
-        fps, new = self.config.video.fps, slice(kept, anchor + segment.latents)
+        fps, new = self.config.video.fps, slice(kept, end)
         with self.bundle.at_work(model):
             with in_lanes(device):
                 field = guided_velocity(model, shape, text, coarse, noisy, fps, size, options, shares, negative)
             return (yield Denoising(index, field, path, new, cache, on_step))
 
-    def _encoded(self, text: SegmentText, before: int, behind: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    def _encoded(
+        self, text: SegmentText, missing: int, before: int, behind: int
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Embeddings [V, L, E] and mask [V, L] of a segment's texts, and their shares of each latent frame.
 
-        `before`, `behind`: frames that are given there, which have the shares of its first and of its last one.
+        `missing`: frames at its beginning that are not there. `before`, `behind`: frames that are given there, which
+        have the shares of its first and of its last one.
         """
-        if isinstance(text, str):
-            return self.text.encode([text]), None
-        shares = torch.tensor(text.shares, device=self.bundle.device)
+        words = words_of(text)
+        if isinstance(words, str):
+            return self.text.encode([words]), None
+        shares = torch.tensor(words.shares, device=self.bundle.device)[:, missing:]
         ends = shares[:, :1].expand(-1, before), shares[:, -1:].expand(-1, behind)
-        return self.text.encode(list(text.prompts)), torch.cat([ends[0], shares, ends[1]], 1)
+        return self.text.encode(list(words.prompts)), torch.cat([ends[0], shares, ends[1]], 1)
 
     def _coarse(self, tokens: np.ndarray | None, latents: int) -> Tensor:
         if self.codec is None:

@@ -1,7 +1,8 @@
 """Which text belongs to which frames of a long video: prompts with durations, blended where one gives way to the next.
 
-A video is made of whole segments; a prompt may begin and end at any latent frame of one. Legend: V texts of a segment,
-t latent frames of a segment, the first o of them the overlap with the segment before.
+A video is made of whole segments; a prompt may begin and end at any latent frame of one, and a cut is where one segment
+ends and the next begins. Legend: V texts of a segment, t latent frames of a segment, the first o of them the overlap
+with the segment before.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, LATENT_FRAMES, Config
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One part of a storyboard; `seconds` is how long it lasts (None: it gets its even share of whole segments)."""
+    """One part of a storyboard; `seconds` is how long it lasts (None: it gets its even share of whole segments).
+
+    `cut`: it begins a new shot. Without, what is seen goes on and turns into what the prompt says.
+    """
 
     prompt: str
     seconds: float | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,57 +42,113 @@ class ChangingText:
         return [(prompt, unit * len(list(same))) for prompt, same in groupby(strongest)]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The text of a segment that begins a new shot: it takes over nothing of the one before, nor looks back on it."""
+
+    text: str | ChangingText
+
+
 #: What a segment is about.
-SegmentText = str | ChangingText
+SegmentText = str | ChangingText | Cut
+
+
+def words_of(text: SegmentText) -> str | ChangingText:
+    """A segment's text, whether or not it begins behind a cut."""
+    return text.text if isinstance(text, Cut) else text
+
+
+def with_words(old: SegmentText, words: SegmentText) -> SegmentText:
+    """What `words` says in place of `old`: a cut stays where it was."""
+    return Cut(words_of(words)) if isinstance(old, Cut) else words
 
 
 def prompts_in(text: SegmentText) -> tuple[str, ...]:
     """The prompts that count in a segment, in order."""
-    return (text,) if isinstance(text, str) else text.prompts
+    words = words_of(text)
+    return (words,) if isinstance(words, str) else words.prompts
 
 
 def prompt_of(text: SegmentText, first: int = 0) -> str:
     """The prompt that counts most in a segment from latent frame `first` on."""
-    if isinstance(text, str):
-        return text
-    totals = [sum(share[first:]) for share in text.shares]
-    return text.prompts[totals.index(max(totals))]
+    words = words_of(text)
+    if isinstance(words, str):
+        return words
+    totals = [sum(share[first:]) for share in words.shares]
+    return words.prompts[totals.index(max(totals))]
+
+
+def begins_shot(texts: Sequence[SegmentText], index: int) -> bool:
+    """Whether segment `index` has nothing before it: it is the first one, or behind a cut."""
+    return index == 0 or isinstance(texts[index], Cut)
 
 
 def goes_on(texts: Sequence[SegmentText], index: int) -> bool:
-    """Whether the text of segment `index` is that of the segment before."""
-    return index > 0 and texts[index - 1] == texts[index]
+    """Whether the text of segment `index` is that of the segment before, in the same shot."""
+    return not begins_shot(texts, index) and words_of(texts[index - 1]) == texts[index]
 
 
-def spread_prompts(prompts: Sequence[str], segments: int) -> list[str]:
-    """A prompt for each of `segments`, in order and evenly. Raises ValueError if a prompt gets no segment."""
-    if not prompts or segments < len(prompts):
-        raise ValueError(f"{len(prompts)} prompts for {segments} segments: expected 1 prompt to {segments}")
-    return [prompts[i * len(prompts) // segments] for i in range(segments)]
+def first_of_shot(texts: Sequence[SegmentText], index: int) -> int:
+    """The segment that the shot of segment `index` begins with."""
+    return next(i for i in range(index, -1, -1) if begins_shot(texts, i))
 
 
-def storyboard(scenes: Sequence[Scene], config: Config, *, transition: int = 0) -> list[SegmentText]:
-    """The text of every segment of the shortest video that lasts at least as long as all scenes together.
+def first_of_prompt(texts: Sequence[SegmentText], index: int) -> int:
+    """The segment that the text of segment `index` begins with."""
+    return next(i for i in range(index, -1, -1) if not goes_on(texts, i))
 
-    The text of a scene is blended with the one before over the first `transition` latent frames of the scene. Raises
-    ValueError for no scenes, and for durations that are missing, not above 0, or shorter than a latent frame.
+
+def spread(scenes: Sequence[Scene], segments: int, behind: int = 0) -> list[SegmentText]:
+    """The text of each of `segments`, every scene its even share; `behind`: so many are there already.
+
+    Raises ValueError if a scene gets no segment.
+    """
+    if not scenes or segments < len(scenes):
+        raise ValueError(f"{len(scenes)} prompts for {segments} segments: expected 1 prompt to {segments}")
+    shown = [i * len(scenes) // segments for i in range(segments)]
+    texts: list[SegmentText] = []
+    for before, scene in pairwise([-1, *shown]):
+        cut = scenes[scene].cut and scene != before and behind + len(texts)
+        texts.append(Cut(scenes[scene].prompt) if cut else scenes[scene].prompt)
+    return texts
+
+
+def storyboard(scenes: Sequence[Scene], config: Config, *, transition: int = 0, behind: int = 0) -> list[SegmentText]:
+    """The text of every segment of the shortest video whose shots last at least as long as their scenes together.
+
+    The text of a scene is blended with the one before over the first `transition` latent frames of the scene, but for a
+    cut, where there is nothing to blend. `behind`: so many segments are there already, and these are added to them.
+    Raises ValueError for no scenes, and for durations that are missing, not above 0, or shorter than a latent frame.
     """
     if not scenes:
         raise ValueError("no scenes: expected at least one prompt")
     if transition < 0:
         raise ValueError(f"transition={transition}: expected 0 or more latent frames")
-    begins, end = [0], 0.0
     for number, scene in enumerate(scenes, start=1):
         if scene.seconds is None or not (scene.seconds > 0 and math.isfinite(scene.seconds)):
             raise ValueError(f"scene {number} lasts {scene.seconds} seconds: expected a number above 0")
-        end += scene.seconds
+    cuts = [number for number, scene in enumerate(scenes) if scene.cut or not number]
+    texts: list[SegmentText] = []
+    for first, end in zip(cuts, [*cuts[1:], len(scenes)], strict=True):
+        shot = _shot(scenes[first:end], config, transition, behind + len(texts), first + 1)
+        texts += [Cut(words_of(shot[0])), *shot[1:]] if scenes[first].cut and behind + len(texts) else shot
+    return texts
+
+
+def _shot(scenes: Sequence[Scene], config: Config, transition: int, segment: int, first: int) -> list[SegmentText]:
+    """The texts of one shot's segments, from `segment` on; its first scene is scene `first`."""
+    begins, end = [0], 0.0
+    for number, scene in enumerate(scenes, start=first):
+        end += scene.seconds or 0.0
         begins.append(_latent_at(end * config.video.fps))
         if begins[-1] == begins[-2]:
             shortest = LATENT_FRAMES / config.video.fps
             raise ValueError(f"scene {number} lasts {scene.seconds:g} seconds: expected at least {shortest:g}")
-    segments = segments_for(end, config)
-    prompts = [scene.prompt for scene in scenes]
-    return [_segment_text(prompts, begins[:-1], index, config, transition) for index in range(segments)]
+    overlap = config.segment.overlap_latents
+    start = segment * (config.segment.latents - overlap) + overlap if segment else 0
+    prompts, begins = [scene.prompt for scene in scenes], [start + begin for begin in begins[:-1]]
+    count = segments_for(end, config, segment)
+    return [_segment_text(prompts, begins, index, config, transition) for index in range(segment, segment + count)]
 
 
 def _latent_at(frame: float) -> int:
@@ -130,11 +191,11 @@ def new_frames(config: Config, index: int) -> int:
     return (config.segment.groups - overlap) * GROUP_FRAMES
 
 
-def segments_for(seconds: float, config: Config) -> int:
-    """The fewest whole segments that last at least `seconds`."""
+def segments_for(seconds: float, config: Config, behind: int = 0) -> int:
+    """The fewest whole segments that last at least `seconds`, behind so many that are there already."""
     # less a thousandth of a frame, so that asking for the playing time of a video gives its length again
     frames = math.ceil(seconds * config.video.fps - 1e-3)
-    rest = max(0, frames - new_frames(config, 0))
+    rest = max(0, frames - new_frames(config, behind))
     return 1 + math.ceil(rest / new_frames(config, 1))
 
 

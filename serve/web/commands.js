@@ -29,9 +29,9 @@ function requestsOf(object) {
   if (known) return { requests: known.map(seeded), guessed: false };
   const guess = (path, body) => ({ requests: [{ path, body }], guessed: true });
   if (object.draft_id) return guess("videos", { draft: object.draft_id });
-  const prompts = object.segments.map((segment) => segment.prompt);
-  const same = prompts.every((prompt) => prompt === prompts[0]);
-  const text = same ? { prompt: prompts[0], num_segments: prompts.length } : { segments: prompts.map((prompt) => ({ prompt })) };
+  const parts = object.segments.map(({ prompt, cut }) => (cut ? { prompt, cut } : { prompt }));
+  const same = parts.every(({ prompt, cut }) => prompt === parts[0].prompt && !cut);
+  const text = same ? { prompt: parts[0].prompt, num_segments: parts.length } : { segments: parts };
   return guess(kindOf(object.id), { ...text, seed: object.seed, ...(object.baseline && { baseline: true }) });
 }
 
@@ -114,6 +114,7 @@ function asked(path, body, image) {
   return [
     "arlon submit",
     ...(body.segments?.map(timed) ?? prompt),
+    ...(body.segments ?? []).flatMap((part, number) => (part.cut ? [`--cut ${number + 1}`] : [])),
     ...(image ? [`--image ${quoted(image)}`] : []),
     ...(body.baseline ? ["--baseline"] : []),
     ...(kind === "drafts" ? ["--draft"] : []),

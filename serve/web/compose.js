@@ -10,14 +10,16 @@ let count = 0; // for ids
 const parts = () => [...list.children];
 const promptOf = (part) => part.querySelector("textarea");
 const secondsOf = (part) => part.querySelector("input");
+const cutOf = (part) => part.querySelector("[type=checkbox]");
 
 /** Renumber behind it. */
-function addPart({ prompt = "", seconds = "" } = {}) {
+function addPart({ prompt = "", seconds = "", cut = false } = {}) {
   const id = `part-${++count}`;
   const text = h("textarea", { id, rows: 2, value: prompt, placeholder: "What is seen" });
   const length = h("input", { id: `${id}-seconds`, type: "number", min: 0, step: "any", value: seconds });
   length.inputMode = "decimal";
   length.placeholder = "auto";
+  const shot = h("input", { id: `${id}-cut`, type: "checkbox", checked: cut });
   const tool = (sign, name, action) => {
     const button = h("button", { type: "button", textContent: sign, onclick: action });
     button.dataset.tool = name;
@@ -31,6 +33,7 @@ function addPart({ prompt = "", seconds = "" } = {}) {
       "div",
       { className: "tools" },
       h("label", { htmlFor: length.id }, "Seconds ", length),
+      h("label", { htmlFor: shot.id, title: "Begins a new shot, instead of going on from what is seen" }, shot, " Cut"),
       tool("↑", "up", () => move(part, -1)),
       tool("↓", "down", () => move(part, 1)),
       tool("✕", "remove", () => remove(part)),
@@ -68,6 +71,7 @@ function renumber() {
   const all = parts();
   all.forEach((part, index) => {
     part.querySelector("label").textContent = all.length > 1 ? `Part ${index + 1}` : "Prompt";
+    cutOf(part).parentElement.hidden = index === 0; // nothing to cut from
     for (const [name, words, useless] of [
       ["up", "Move up part", index === 0],
       ["down", "Move down part", index === all.length - 1],
@@ -89,7 +93,11 @@ function changed() {
   $("length").disabled = $("unit").disabled = timed;
   const sum = lengths.reduce((total, length) => total + (length || 0), 0);
   $("length").placeholder = timed ? `${+sum.toFixed(2)}` : "auto";
-  const kept = parts().map((part) => ({ prompt: promptOf(part).value, seconds: secondsOf(part).value }));
+  const kept = parts().map((part) => ({
+    prompt: promptOf(part).value,
+    seconds: secondsOf(part).value,
+    cut: cutOf(part).checked,
+  }));
   sessionStorage.setItem(KEPT, JSON.stringify(kept));
 }
 
@@ -103,8 +111,9 @@ function number(body, name, input) {
 
 /** The body of the request, and the name of its picture; null where a field cannot be read, which is marked. */
 async function read() {
-  const texts = parts().map((part) => {
+  const texts = parts().map((part, index) => {
     const found = { prompt: promptOf(part).value };
+    if (index > 0 && cutOf(part).checked) found.cut = true;
     return number(found, "seconds", secondsOf(part)) && found;
   });
   if (texts.includes(false)) return null;

@@ -227,14 +227,15 @@ function drawChips() {
     const stepping = segment.status === "rendering" && step?.index === index;
     const words = stepping ? `step ${step.step}/${step.steps}` : WORDS[segment.status];
     const selected = open.selected === index;
-    const now = JSON.stringify([words, segment.status, done(segment), segment.prompt, isDraft(), selected]);
+    const now = JSON.stringify([words, segment.status, done(segment), segment.prompt, segment.cut, isDraft(), selected]);
     if (chip.drawn === now) return;
     chip.drawn = now;
     chip.dataset.status = segment.status;
     chip.style.setProperty("--done", done(segment));
     chip.lastChild.textContent = words;
     chip.title = segment.prompt;
-    chip.setAttribute("aria-label", `Segment ${index + 1}, ${words}: ${brief(segment.prompt)}`);
+    chip.classList.toggle("cut", segment.cut);
+    chip.setAttribute("aria-label", `Segment ${index + 1}${segment.cut ? ", a new shot" : ""}, ${words}: ${brief(segment.prompt)}`);
     if (isDraft()) chip.setAttribute("aria-pressed", String(selected));
     else chip.removeAttribute("aria-pressed");
   });

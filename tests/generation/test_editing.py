@@ -153,10 +153,10 @@ def test_editing_from_the_command_line(
     assert run_job(monkeypatch, edit, *common, "--segment", "1", "--seed", "4", "--prompt", "d") == 0
     second = read_video(tmp_path / "v.mp4")
     assert np.array_equal(first[:34], second[:34]) and not np.array_equal(first[34:51], second[34:51])
-    assert run_job(monkeypatch, edit, *common, "--prompt", "e", "--seconds", "3") == 0
-    assert len(read_video(tmp_path / "v.mp4")) == len(first) + 2 * 17
+    assert run_job(monkeypatch, edit, *common, "--prompt", "e", "--seconds", "3", "--cut", "1") == 0
+    assert len(read_video(tmp_path / "v.mp4")) == len(first) + 3 * 17
     refusals = {
-        ("--segment", "9"): "--segment: segment 9: the video has segments 0 to 4",
+        ("--segment", "9"): "--segment: segment 9: the video has segments 0 to 5",
         ("--segment", "1", "--seconds", "3"): "--segment makes one segment again",
         ("--segment", "1", "--prompt", "a", "--prompt", "b"): "expected one --prompt, not 2",
         (): "expected --prompt or --storyboard",

@@ -13,6 +13,7 @@ import pytest
 from arlon_ray.config import GROUP_LATENTS, Config
 from arlon_ray.generation import (
     ChangingText,
+    Cut,
     Scene,
     SegmentText,
     VideoGenerator,
@@ -21,7 +22,7 @@ from arlon_ray.generation import (
     playing_time,
     prompt_of,
     segments_for,
-    spread_prompts,
+    spread,
     storyboard,
 )
 from arlon_ray.generation.storyboard import prompts_in
@@ -139,7 +140,7 @@ def test_where_the_ar_looks_at_another_prompts_tokens_it_is_guided_away_from_tha
             return generator.bundle.text.encode(captions)
 
     monkeypatch.setattr(planner, "text", Listening())
-    behind = len(planner.looked_at(100))
+    behind = len(planner.looked_at(["a"] * 101, 100))
     prompts = ["a red circle"] * 2 + ["a blue square falls"] * (behind + 2)
     options = default_options(generator.bundle.config.sampling, ar_guidance_scale=1000.0)
     plans = [planned.tokens for planned in planner.plan(prompts, 0, options)]
@@ -184,12 +185,19 @@ def test_a_changing_text_is_rendered_frame_by_frame(generator: VideoGenerator) -
     assert near[0] < near[1] and near[3] < near[2]
 
 
+def scenes_of(*prompts: str, cuts: bool = False) -> list[Scene]:
+    return [Scene(prompt, cut=cuts) for prompt in prompts]
+
+
 def test_prompts_are_spread_in_order() -> None:
-    assert spread_prompts(["a", "b"], 5) == ["a", "a", "a", "b", "b"]
-    assert spread_prompts(["a"], 3) == ["a"] * 3
-    assert all(a <= b for a, b in pairwise(spread_prompts(["a", "b", "c"], 8)))
+    assert spread(scenes_of("a", "b"), 5) == ["a", "a", "a", "b", "b"]
+    assert spread(scenes_of("a"), 3) == ["a"] * 3
+    for cuts in (False, True):
+        texts = spread(scenes_of("a", "b", "c", cuts=cuts), 8)
+        assert all(a <= b for a, b in pairwise(map(prompt_of, texts)))
+    assert spread(scenes_of("a", "b", "b", cuts=True), 6) == ["a", "a", Cut("b"), "b", Cut("b"), "b"]
     with pytest.raises(ValueError, match="3 prompts for 2 segments"):
-        spread_prompts(["a", "b", "c"], 2)
+        spread(scenes_of("a", "b", "c"), 2)
 
 
 @pytest.mark.parametrize("fps", [16.0, 23.976, 30.0])
