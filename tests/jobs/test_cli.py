@@ -132,10 +132,13 @@ def test_a_draft_is_changed_and_rendered(served: DrawnStages, tmp_path: Path) ->
     assert rendered.code == 0 and made()[0]["draft_id"] == draft["id"], rendered.err
     first = made()[0]["id"]
     assert arlon("remix", first, "--prompt", "A fox.", "--wait").code == 0
-    assert arlon("extend", first, "--prompt", "It leaves.", "--seconds", "1", "--wait").code == 0
+    assert arlon("extend", first, "--prompt", "It leaves.", "--seconds", "1", "--cut", "--wait").code == 0
     extended, remixed = made()[:2]
     assert extended["extended_from_video_id"] == first == remixed["remixed_from_video_id"]
     assert remixed["prompt"] == "A fox." and float(extended["seconds"]) >= 5.25
+    assert [segment["cut"] for segment in extended["segments"]].index(True) == len(made()[2]["segments"])
+    assert arlon("submit", "--prompt", "A cat.", "--prompt", "A dog.", "--cut", "2", "--wait").code == 0
+    assert [segment["cut"] for segment in made()[0]["segments"]] == [False, True]
 
 
 def test_what_fails_is_one_line_and_exit_code_1(served: DrawnStages, tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ class FakeStages:
         self.overlaps.append(overlap)
         self.tokens.append(tokens)
         segment = self.config.segment
-        taken = 0 if overlap is None else min(overlap.shape[1], segment.overlap_latents)
-        latents = segment.latents - taken
+        given = 0 if overlap is None else min(overlap.shape[1], segment.overlap_latents)
+        latents = segment.latents - (segment.overlap_latents if index else given)
         steps = np.arange(latents, dtype=np.float32)[None, :, None, None] + 100 * index
         return Timed(np.broadcast_to(steps, (1, latents, 2, 2)).copy(), time.time(), 0.01)
 

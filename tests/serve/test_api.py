@@ -135,6 +135,37 @@ def test_what_a_prompt_began_with_is_handed_on(tmp_path: Path) -> None:
     play(scenario, tmp_path, "dit.anchor_groups=1")
 
 
+def test_a_cut_takes_nothing_over(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        segments = [{"prompt": "a"}, {"prompt": "b", "cut": True}, {"prompt": "c"}]
+        made = await until(client, (await post(client, segments=segments))["id"], "completed")
+        assert [segment["cut"] for segment in made["segments"]] == [False, True, False]
+        assert (made["seconds"], [segment["frames"] for segment in made["segments"]]) == ("4.25", [34, 17, 17])
+        body = {"prompt": "c", "num_segments": 2, "cut": True, "video": {"id": made["id"]}}
+        extended = (await client.post("/v1/videos/extensions", json=body)).json()
+        again = (await until(client, extended["id"], "completed"))["segments"]
+        assert [segment["cut"] for segment in again] == [False, True, False, True, False]
+        assert [each is None for each in stages.overlaps] == [True, True, False, True, False]
+        # nor is what is seen blended into it: the picture of a segment with a frame before it is another one
+        video = read_video(io.BytesIO((await client.get(f"/v1/videos/{extended['id']}/content")).content))
+        assert [int(video[frame, 0, 0, 0]) // 10 for frame in (34, 68)] == [10, 4]  # 100, and 300 less 256
+
+    play(scenario, tmp_path)
+
+
+def test_each_shot_is_whole_segments_and_no_more_than_the_limit(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        parts = [{"prompt": str(i), "seconds": 1.2, "cut": True} for i in range(3)]  # 19.2 frames: 34, then 2 × 17
+        made = await post(client, segments=parts[:2])
+        assert [(segment["prompt"], segment["cut"]) for segment in made["segments"]] == [
+            ("0", False), ("1", True), ("1", False),
+        ]  # fmt: skip
+        refused = await client.post("/v1/videos", json={"segments": parts})
+        assert (refused.status_code, refused.json()["error"]["message"]) == (422, "at most 4 segments (5.3125 s)")
+
+    play(scenario, tmp_path, "serve.max_segments=4")
+
+
 def test_the_model_is_named_as_requests_may_name_it(tmp_path: Path) -> None:
     async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
         listed = (await client.get("/v1/models")).json()

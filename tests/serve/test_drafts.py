@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 
 from arlon_ray.generation.video import read_video
+from serve.work import Decoded, Frame, Job, Timed, Tokens
 from tests.serve.play import play, until
 from tests.serve.stages import FakeStages
 
@@ -74,6 +75,28 @@ def test_a_segment_is_rolled_again_and_the_others_stay(tmp_path: Path) -> None:
         await until(client, made["id"], "completed", "failed")
         assert [index for _, index in stages.planned] == [2, 3]
         assert (await plan_of(client, made["id"]))[1:] == [[501, 502], [602, 603], [603, 604]]
+
+    play(scenario, tmp_path)
+
+
+def test_a_cut_stays_where_it_is(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        befores: list[bool] = []
+        plain = stages.preview
+
+        async def preview(job: Job, index: int, tokens: Tokens, before: Frame | None) -> Timed[Decoded]:
+            befores.append(before is not None)
+            return await plain(job, index, tokens, before)
+
+        stages.preview = preview  # type: ignore[method-assign]
+        segments = [{"prompt": "a"}, {"prompt": "b", "cut": True}, {"prompt": "b"}]
+        made = await draft(client, segments=segments)
+        assert befores == [False, False, True]
+        await client.post(f"/v1/drafts/{made['id']}/segments/1/reroll", json={"seed": 5, "prompt": "c"})
+        again = (await until(client, made["id"], "completed", "failed"))["segments"]
+        assert [(segment["prompt"], segment["cut"]) for segment in again] == [("a", False), ("c", True), ("b", False)]
+        await until(client, (await client.post("/v1/videos", json={"draft": made["id"]})).json()["id"], "completed")
+        assert [overlap is None for overlap in stages.overlaps] == [True, True, False]
 
     play(scenario, tmp_path)
 

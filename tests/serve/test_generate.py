@@ -165,6 +165,8 @@ def test_image_to_video_and_continuation_from_the_command_line(
         (["--prompt", "a", "--prompt", "b", "--seconds", "1", "--seconds", "0.01"], "scene 2 lasts 0.01 seconds"),
         (["--prompt", "a", "--transition", "3"], "--transition: needs to know how long each prompt lasts"),
         (["--prompt", "a", "--transition", "-3"], "--transition -3: expected 0 or more"),
+        (["--prompt", "a", "--prompt", "b", "--cut", "3"], "--cut 3: expected the number of a prompt, 1 to 2"),
+        (["--storyboard", str(Path(__file__)), "--cut", "2"], "--cut: the storyboard says where its cuts are"),
         (["--storyboard", "/no/such/file"], "--storyboard /no/such/file: not found"),
     ],
 )
@@ -181,6 +183,7 @@ def test_storyboards_that_make_no_sense_are_refused(
         ("[]", "empty; expected a list of prompts"),
         ("- {seconds: 3}", "0.prompt: Field required"),
         ("- {prompt: a, second: 3}", "0.second: Extra inputs are not permitted"),
+        ("- {prompt: a, cut: maybe}", "0.cut: Input should be a valid boolean"),
         ("- {prompt: a, seconds: -1}", "0.seconds: Input should be greater than 0"),
         ("- {prompt: a, seconds: 1}\n- {prompt: b}", "all parts say how many seconds they last, or none does"),
         ("- {prompt: a, seconds: 1}\n- {prompt: '', seconds: 2}", "empty prompt"),
@@ -202,8 +205,10 @@ def test_a_storyboard_from_the_command_line(
     """The same video from flags and from a file; what is made can be watched meanwhile; the trace is there."""
     (tmp_path / "board.yaml").write_text(
         "- {prompt: a red circle, seconds: 1.5}\n- {prompt: a blue square, seconds: 2}\n"
+        "- {prompt: a green triangle, seconds: 1, cut: true}\n"
     )
     said = ["--prompt", "a red circle", "--seconds", "1.5", "--prompt", "a blue square", "--seconds", "2"]
+    said += ["--prompt", "a green triangle", "--seconds", "1", "--cut", "3"]
     videos = []
     for number, flags in enumerate((said, ["--storyboard", str(tmp_path / "board.yaml")])):
         output = tmp_path / f"video{number}.mp4"
@@ -212,10 +217,10 @@ def test_a_storyboard_from_the_command_line(
         generate.main()
         videos.append(read_video(output))
         printed = capsys.readouterr()
-        assert f"watch it in {tmp_path}/video{number}.partial.mp4" in printed.err and "(4.25 s)" in printed.out
+        assert f"watch it in {tmp_path}/video{number}.partial.mp4" in printed.err and "(5.312 s)" in printed.out
         assert not (tmp_path / f"video{number}.partial.mp4").exists()
-    assert len(videos[0]) == 68 and np.array_equal(*videos)
-    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) == 4 + 4 * 3
+    assert len(videos[0]) == 85 and np.array_equal(*videos)
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) == 4 + 4 * 4
 
 
 def test_what_is_made_when_it_is_interrupted_is_kept(

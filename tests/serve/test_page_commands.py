@@ -24,6 +24,8 @@ def test_what_was_done_is_done_again_by_the_command_that_is_copied(visit: Visiti
     seen, _ = visit()
     seen.context.grant_permissions(["clipboard-read", "clipboard-write"])
     seen.write('It\'s a "cat" of $5 \\ `pwd`.', "Zwölf {true} Hunde", segments=3)
+    seen.expect(seen.one(".part [type=checkbox]").nth(0)).to_be_hidden()  # there is nothing to cut from
+    seen.one(".part [type=checkbox]").nth(1).check()
     seen.one("#advanced summary").click()
     seen.one("#negative").fill("rain")
     picture = tmp_path / "first picture.png"
@@ -58,8 +60,8 @@ def again(seen: Visit, tab: str, folder: Path) -> None:
     assert len(made) == len(before) + 1, text
     for name in ("prompt", "seed", "seconds", "draft_id"):
         assert made[0][name] == before[0][name], text
-    texts = [[segment["prompt"] for segment in video["segments"]] for video in (made[0], before[0])]
-    assert texts[0] == texts[1]
+    texts = [[(segment["prompt"], segment["cut"]) for segment in video["segments"]] for video in (made[0], before[0])]
+    assert texts[0] == texts[1] and [cut for _, cut in texts[0]] == [False, False, True]
 
 
 def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:

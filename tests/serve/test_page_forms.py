@@ -31,12 +31,12 @@ def test_errors_stand_at_the_fields_that_they_name(visit: Visiting) -> None:
     seen.one("#make-video").click()
     seen.expect(seen.one("#length-error")).to_contain_text("2 prompts need at least as many segments")
     seen.shot("errors")
-    seen.one(".part input").nth(0).fill("2")
+    seen.one(".part [type=number]").nth(0).fill("2")
     seen.expect(seen.one("#length")).to_be_disabled()
     seen.one("#make-video").click()
-    seen.expect(seen.one(".part input").nth(1)).to_be_focused()
+    seen.expect(seen.one(".part [type=number]").nth(1)).to_be_focused()
     seen.expect(seen.one(".part").nth(1)).to_contain_text("all segments say how long they last")
-    seen.one(".part input").nth(1).fill("1")
+    seen.one(".part [type=number]").nth(1).fill("1")
     seen.one("#image").set_input_files({"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
     seen.one("#make-draft").click()
     seen.expect(seen.one("#image-error")).to_be_visible()
@@ -61,7 +61,7 @@ def test_all_of_it_by_keyboard(visit: Visiting) -> None:
     ring = "() => getComputedStyle(document.activeElement).outlineStyle"
     assert seen.page.evaluate(ring) == "solid"
     keys.type("First")
-    for expected in (".part input", "#add"):  # the buttons that would do nothing are passed over
+    for expected in (".part [type=number]", "#add"):  # the buttons that would do nothing are passed over
         keys.press("Tab")
         seen.expect(seen.one(expected)).to_be_focused()
     keys.press("Enter")

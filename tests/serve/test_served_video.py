@@ -18,7 +18,7 @@ import pytest
 
 from arlon_ray.bundle import load_bundle
 from arlon_ray.config import Config
-from arlon_ray.generation import VideoGenerator, default_options
+from arlon_ray.generation import Cut, VideoGenerator, default_options
 from arlon_ray.generation.video import encode_fragment, join_fragments, read_video
 from jobs.ray_session import connect
 from jobs.serve_demo import free_port
@@ -216,6 +216,11 @@ def test_drafts_remixes_and_extensions(served: Served) -> None:
     served.until(longer["id"], "completed", "failed")
     frames = [read_video(io.BytesIO(data)) for data in (served.content(longer["id"]), direct)]
     assert np.array_equal(*frames)  # what a longer video would have been
+    cut = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[1], "cut": True}, {"prompt": PROMPTS[1]}]
+    shots = served.until(served.post(segments=cut, seed=4)["id"], "completed", "failed")
+    alone = VideoGenerator(load_bundle(served.bundle)).generate([PROMPTS[0], Cut(PROMPTS[1]), PROMPTS[1]], 4)
+    joined = join_fragments([encode_fragment(part, served.config.video.fps) for part in alone], served.data / "cut.mp4")
+    assert np.array_equal(read_video(io.BytesIO(served.content(shots["id"]))), read_video(joined))
     remix = served.client.post(f"/v1/videos/{short['id']}/remix", json={"prompt": PROMPTS[1]}).json()
     assert served.content(served.until(remix["id"], "completed")["id"]) != served.content(short["id"])
 
