@@ -223,16 +223,14 @@ def made_here(generator: VideoGenerator, segments: int, seed: int) -> float:
         return time.perf_counter() - begin
 
 
-def alone(bundle: Path, segments: int, videos: int = 20) -> float:
+def alone(generator: VideoGenerator, segments: int, videos: int = 20) -> float:
     """Segments a second of one process that makes the clients' videos one after another."""
-    generator = VideoGenerator.from_bundle(bundle)
     made_here(generator, segments, 0)  # warms up
     return segments * videos / sum(made_here(generator, segments, seed) for seed in range(videos))
 
 
-def overhead(url: str, bundle: Path, segments: int, runs: int) -> dict[str, Any]:
+def overhead(url: str, generator: VideoGenerator, segments: int, runs: int) -> dict[str, Any]:
     """Seconds of one video served and made in this process, in turns."""
-    generator = VideoGenerator.from_bundle(bundle)
     seconds: dict[str, list[float]] = {"served": [], "in_process": []}
     with httpx.Client(base_url=url, timeout=600) as http:
         for turn in range(runs + 1):
@@ -269,21 +267,22 @@ def main() -> None:
     if min(arguments.clients, arguments.segments, arguments.runs) < 1:
         raise InputError("--clients, --segments and --runs: expected 1 or more")
     bundle = load_bundle(existing(arguments.bundle, "--bundle"))
+    generator = VideoGenerator(bundle)
     settings = [f"serve.port={free_port()}", "serve.requests_per_minute=1000000", *arguments.overrides]
     config = served_config(bundle.config, arguments.config, settings)
     result: dict[str, Any] = {"machine": machine(), "bundle": bundle.path.name, "settings": arguments.overrides}
     with tempfile.TemporaryDirectory() as data, connect(config), serve_bundle(config, bundle, Path(data)) as url:
         if "overhead" in arguments.parts:
-            result["overhead"] = overhead(url, bundle.path, arguments.overhead_segments, arguments.runs)
+            result["overhead"] = overhead(url, generator, arguments.overhead_segments, arguments.runs)
             print(f"served / in this process: {result['overhead']['served_over_in_process']:.3f}", flush=True)
         if "together" in arguments.parts:
             result["together"] = asyncio.run(together(url, 8, 3, arguments.runs))
             print(f"8 at once: {result['together']['faster']:.2f} times faster than one after another", flush=True)
             print(json.dumps(result["together"]["cpu_s"], indent=2))
         if "load" in arguments.parts:
-            before = alone(bundle.path, arguments.segments)
+            before = alone(generator, arguments.segments)
             result["load"] = asyncio.run(load(url, arguments.clients, arguments.seconds, arguments.segments))
-            one_process = statistics.mean((before, alone(bundle.path, arguments.segments)))
+            one_process = statistics.mean((before, alone(generator, arguments.segments)))
             result["load"]["one_process_segments_per_s"] = round(one_process, 2)
             print(json.dumps(result["load"], indent=2))
     Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")

@@ -20,7 +20,7 @@ import torch
 
 from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
-from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, HandOver, default_options
+from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, HandOver, default_options, segment_options
 from arlon_ray.generation.overlapped import Threads, computing_with, in_background
 from benchmarks.machine import in_turns, machine, peak_memory_mib, tell
 
@@ -40,7 +40,8 @@ class Work:
         """New latents [C, n, h, w] of each segment."""
         handed = None
         for index, tokens in enumerate(self.plans):
-            latents = self.renderer.render(PROMPT, tokens, handed, 0, index, self.options).latents
+            its = segment_options(self.options, [PROMPT] * self.segments, index)
+            latents = self.renderer.render(PROMPT, tokens, handed, 0, index, its).latents
             handed = HandOver.of(self.bundle.config).after(handed, latents, index)
             yield latents
 

@@ -24,6 +24,7 @@ from arlon_ray.config import (
     TextConfig,
     VaeConfig,
 )
+from arlon_ray.generation.options import segment_options
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.injection import listening_layers
 from arlon_ray.models.vae import build_vae
@@ -244,9 +245,11 @@ def _codec(settings: str, channels: int, height: int, width: int, encode: bool) 
     )
 
 
-def branches(config: Config) -> int:
-    """Rows of the DiT for a segment of one text: guidance by text and by tokens add one each."""
-    sampling = config.sampling
+def branches(config: Config, first: bool = True) -> int:
+    """Rows of the DiT for a segment of one text, the `first` of it or a later one: guidance by text and by tokens add
+    one each.
+    """
+    sampling = segment_options(config.sampling, [""] * 2, 0 if first else 1)
     guided = config.dit.injection.enabled and not sampling.baseline
     return 1 + (sampling.guidance_scale != 1.0) + (guided and sampling.token_guidance_scale != 1.0)
 

@@ -43,7 +43,7 @@ def segment_seconds(config: Config, hardware: Hardware, first: bool = False) -> 
     """
     segment, length = config.segment, min(CAPTION_TOKENS, config.text.max_tokens)
     groups = segment.groups if first else segment.groups - segment.overlap_groups
-    rows, grid = branches(config), dit_grid(config, segment.groups + (0 if first else config.dit.anchor_groups))
+    rows, grid = branches(config, first), dit_grid(config, segment.groups + (0 if first else config.dit.anchor_groups))
     guided = config.dit.injection.enabled and not config.sampling.baseline
     steps = ar_segment(config, length, first)
     planned = hardware.seconds("ar_context", steps.context) + hardware.seconds("ar", steps.step * steps.steps)

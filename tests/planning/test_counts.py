@@ -133,10 +133,15 @@ def test_more_of_anything_is_more_work() -> None:
 
 
 def test_branches_of_guidance_are_rows() -> None:
-    def rows(*settings: str) -> int:
-        return counts.branches(load_config("tiny", [f"sampling.{setting}" for setting in settings]))
+    def rows(*settings: str, first: bool = True) -> int:
+        return counts.branches(load_config("tiny", [f"sampling.{setting}" for setting in settings]), first)
 
     assert rows("guidance_scale=1.0") == 1
     assert rows("guidance_scale=2.0") == 2
     assert rows("guidance_scale=2.0", "token_guidance_scale=2.0") == 3
     assert rows("guidance_scale=2.0", "token_guidance_scale=2.0", "baseline=true") == 2
+    # where its text goes on
+    later = ("guidance_scale=2.0", "token_guidance_scale=2.0")
+    shares = [(*later, f"continued_guidance={share}") for share in (0, 0.5, 1)]
+    assert [rows(*settings, first=False) for settings in shares] == [2, 3, 3]
+    assert rows(*shares[0], "baseline=true", first=False) == 2

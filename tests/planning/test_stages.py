@@ -143,5 +143,6 @@ def test_a_segment_costs_what_its_options_ask_for() -> None:
         return tuple(segment_seconds(load_config("tiny", settings), CPU))  # type: ignore[return-value]
 
     plain, steps, text_only = of(), of("sampling.steps=16"), of("sampling.baseline=true")
+    guided = of("sampling.continued_guidance=1")
     assert 1.8 < steps[1] / plain[1] < 2 and steps[0] == plain[0]
-    assert text_only[0] == 0 and text_only[1] < plain[1]
+    assert text_only[0] == 0 and text_only[1] < guided[1] and 1.5 < guided[1] / plain[1] < 2
