@@ -8,7 +8,7 @@ from textwrap import indent
 from typing import Any
 
 from arlon_ray.config import Config, override
-from arlon_ray.planning.memory import inference_memory, resident
+from arlon_ray.planning.memory import inference_memory, resident, served
 from arlon_ray.planning.stages import Cluster, usable_workers
 from arlon_ray.training.memory import PLANNED, activations_at_peak, plan_memory, training_of
 from jobs.command_line import aligned
@@ -61,17 +61,19 @@ def _training(config: Config, stage: str, cluster: Cluster) -> list[dict[str, An
 def _inference(config: Config, precision: Any) -> dict[str, Any]:
     parts = inference_memory(config, precision)
     together, apart = resident(parts, offloaded=False), resident(parts, offloaded=True)
-    fits = {card: _fits(together, apart, USABLE * room) for card, room in CARDS.items()}
+    service, text_on_cpu = served(parts), served(parts, text_on_cpu=True)
     return {
         "precision": precision, "parts": {name: asdict(part) for name, part in parts.items()},
-        "all": together, "idle_parts_offloaded": apart, "fits": fits,
+        "all": together, "idle_parts_offloaded": apart, "fits": _fits(together, apart, "offloaded"),
+        "service": service, "service_text_on_cpu": text_on_cpu,
+        "service_fits": _fits(sum(service.values()), sum(text_on_cpu.values()), "text on the CPU"),
     }  # fmt: skip
 
 
-def _fits(together: int, apart: int, room: float) -> str:
-    if together <= room:
-        return "yes"
-    return "offloaded" if apart <= room else "no"
+def _fits(whole: int, less: int, how: str) -> dict[str, str]:
+    """Whether each card has room for `whole`, or for `less`, which is had in that way."""
+    rooms = {card: USABLE * room for card, room in CARDS.items()}
+    return {card: "yes" if whole <= room else how if less <= room else "no" for card, room in rooms.items()}
 
 
 def print_plan(found: Mapping[str, Any]) -> None:
@@ -132,6 +134,13 @@ def _print_memory(memory: Mapping[str, Any]) -> None:
         for r in memory["inference"]
     ]  # fmt: skip
     print_table(("", *parts, "all", "offloaded", *CARDS), rows)
+    print("\nmemory of a service on one GPU, a replica of each deployment (`offload=text`: text encoders on the CPU)")
+    rows = [
+        (r["precision"], *(size(value) for value in r["service"].values()), size(sum(r["service"].values())),
+         size(sum(r["service_text_on_cpu"].values())), *r["service_fits"].values())
+        for r in memory["inference"]
+    ]  # fmt: skip
+    print_table(("", *memory["inference"][0]["service"], "all", "offload=text", *CARDS), rows)
 
 
 def _micro(count: int) -> str:

@@ -29,6 +29,7 @@ from arlon_ray.generation.options import segment_options
 from arlon_ray.generation.rendering import DenoisingBatch
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
+from arlon_ray.offload import Offload
 from serve.batching import BatchWorker
 from serve.loaded import LoadedModels
 from serve.logs import LogSettings, log_stage, set_up_logging
@@ -121,9 +122,17 @@ class ArDeployment:
     A cancelled one draws no more tokens.
     """
 
-    def __init__(self, bundle: str, device: str, threads: int, max_batch: int, log: LogSettings | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str,
+        device: str,
+        threads: int,
+        max_batch: int,
+        log: LogSettings | None = None,
+        offload: Offload = "none",
+    ) -> None:
         self._reports = _Reports("ar", log)
-        self._models = LoadedModels(partial(_Planner, threads, max_batch), device, bundle)
+        self._models = LoadedModels(partial(_Planner, threads, max_batch), device, bundle, offload)
         self._paused = 0  # plans that wait until they may go on
 
     def record_autoscaling_stats(self) -> dict[str, int]:
@@ -170,11 +179,19 @@ class DitDeployment:
     A cancelled one leaves before its next denoising step.
     """
 
-    def __init__(self, bundle: str, device: str, threads: int, max_batch: int, log: LogSettings | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str,
+        device: str,
+        threads: int,
+        max_batch: int,
+        log: LogSettings | None = None,
+        offload: Offload = "none",
+    ) -> None:
         self._reports = _Reports("dit", log)
         # lanes are worth a thread each, also where a replica has asked for one core or a share of it
         threads = max(threads, min(LANES, len(os.sched_getaffinity(0))))
-        self._models = LoadedModels(partial(_Renderer, threads, max_batch), device, bundle)
+        self._models = LoadedModels(partial(_Renderer, threads, max_batch), device, bundle, offload)
         self._counts = {"steps": 0, "segments": 0}
         self._news = StepNews()
 
@@ -221,9 +238,17 @@ class DitDeployment:
 class DecoderDeployment:
     """Latents to an mp4 fragment."""
 
-    def __init__(self, bundle: str, device: str, threads: int, fps: float, log: LogSettings | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str,
+        device: str,
+        threads: int,
+        fps: float,
+        log: LogSettings | None = None,
+        offload: Offload = "none",
+    ) -> None:
         self._reports = _Reports("decode", log)
-        self._models = LoadedModels(partial(_Decoder, threads), device, bundle)
+        self._models = LoadedModels(partial(_Decoder, threads), device, bundle, offload)
         self._fps = fps
 
     async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
@@ -276,7 +301,7 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
             graceful_shutdown_timeout_s=5,
         )(kind)
         device = "cuda" if settings.num_gpus else "cpu"
-        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments, log)
+        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments, log, settings.offload)
 
     log: LogSettings = (config.serve.log_format, config.serve.log_level)
     return (

@@ -18,6 +18,7 @@ import torch
 from arlon_ray import mirror
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.bundle import MANIFEST, Bundle, load_bundle
+from arlon_ray.offload import Offload
 from serve.work import TRIAL, Job
 
 logger = getLogger("ray.serve")
@@ -49,12 +50,12 @@ class _Held(Generic[M]):
 class LoadedModels(Generic[M]):
     """What a replica's calls work with: that of the bundle which makes their job, loaded when it is first needed."""
 
-    def __init__(self, make: Callable[[Bundle], M], device: str, first: str) -> None:
-        """`make` takes what it needs from a bundle. That of the folder `first` is loaded now.
+    def __init__(self, make: Callable[[Bundle], M], device: str, first: str, offload: Offload = "none") -> None:
+        """`make` takes what it needs from a bundle. That of the folder `first` is loaded now; `offload`: see `Bundle`.
 
         If that folder is gone (it was served, and is no more), calls say which one they need. Raises ArtifactError.
         """
-        self._make, self._device = make, device
+        self._make, self._device, self._offload = make, device, offload
         self._latest = ""  # what a video needed last: not one that is only tried
         self._held: dict[str, _Held[M]] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -121,5 +122,5 @@ class LoadedModels(Generic[M]):
         self._held[bundle] = _Held(made)
 
     def _load(self, path: str) -> tuple[str, M]:
-        bundle = load_bundle(path, self._device)
+        bundle = load_bundle(path, self._device, self._offload)
         return bundle.fingerprint, self._make(bundle)

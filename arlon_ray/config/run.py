@@ -21,6 +21,7 @@ from arlon_ray.config.models import (
 )
 from arlon_ray.config.tenants import TENANT_PATTERN, TenantConfig, TenantName
 from arlon_ray.config.vae import VaeConfig
+from arlon_ray.offload import Offload
 from arlon_ray.precision import Weights
 
 
@@ -129,6 +130,17 @@ class DeploymentConfig(Section):
         description="what Ray reserves for a replica, and with how many threads it computes: one at least, the DiT two",
     )
     num_gpus: float = Field(0.0, ge=0)
+    offload: Offload = Field(
+        "none",
+        description="parts that are not on the GPU: text (its encoder computes on the CPU), idle (what does not work "
+        "waits in main memory), all (both)",
+    )
+
+    @model_validator(mode="after")
+    def _offloaded_from_a_gpu(self) -> DeploymentConfig:
+        if self.offload != "none" and not self.num_gpus:
+            raise ValueError(f"offload={self.offload}: frees a GPU's memory, but num_gpus=0: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _min_below_max(self) -> DeploymentConfig:

@@ -66,6 +66,19 @@ def resident(parts: dict[str, PartMemory], offloaded: bool) -> int:
     return sum(part.weights for part in parts.values()) + max(part.working for part in parts.values())
 
 
+#: The parts that a replica of each of the service's deployments has. The fine codec is never offloaded.
+REPLICAS = {"ar": ("text", "codec", "ar"), "dit": ("text", "codec", "dit"), "decoder": ("codec", "vae")}
+
+
+def served(parts: dict[str, PartMemory], text_on_cpu: bool = False) -> dict[str, int]:
+    """What a device needs for a replica of each deployment, with their text encoders on it or on the CPU."""
+    there = {name: part for name, part in parts.items() if name != "text" or not text_on_cpu}
+    own = {
+        name: {part: there[part] for part in its if part in there} for name, its in REPLICAS.items() if its[-1] in there
+    }
+    return {name: resident(its, offloaded=False) for name, its in own.items()}
+
+
 class _FusedAttention(TorchFunctionMode):
     """Attention that keeps no scores, as on GPUs: on the meta device it would be the plain one, in float32."""
 

@@ -14,7 +14,7 @@ from arlon_ray.models.dit import STDiT3
 from arlon_ray.models.quantised import quantise, weight_bytes
 from arlon_ray.models.vae import build_vae
 from arlon_ray.planning import memory
-from arlon_ray.planning.memory import inference_memory, resident
+from arlon_ray.planning.memory import inference_memory, resident, served
 from tests.bundles import small_config
 
 H100 = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "gpu_h100.json"
@@ -67,6 +67,13 @@ def test_idle_parts_that_are_offloaded_leave_room() -> None:
     parts = inference_memory(small_config(), "fp32")
     assert set(parts) == {"text", "ar", "codec", "dit", "vae"}
     assert max(part.total for part in parts.values()) == resident(parts, True) < resident(parts, False)
+    service, without = served(parts), served(parts, text_on_cpu=True)
+    saved = parts["text"].weights
+    assert [service[name] - without[name] >= saved for name in ("ar", "dit", "decoder")] == [True, True, False]
+    assert without["ar"] == parts["codec"].weights + parts["ar"].weights + max(
+        parts[p].working for p in ("codec", "ar")
+    )
     halved = inference_memory(small_config(), "bf16")
     assert halved["dit"].weights < parts["dit"].weights and halved["vae"] == parts["vae"]
-    assert set(inference_memory(small_config("sampling.baseline=true"), "fp32")) == {"text", "dit", "vae"}
+    text_only = inference_memory(small_config("sampling.baseline=true"), "fp32")
+    assert set(text_only) == {"text", "dit", "vae"} and set(served(text_only)) == {"dit", "decoder"}

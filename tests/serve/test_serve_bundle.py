@@ -64,6 +64,16 @@ def test_devices_must_fit() -> None:
         check_devices(small_config("serve.dit.num_gpus=0.5"))
 
 
+def test_only_a_gpu_is_offloaded() -> None:
+    with pytest.raises(ConfigError, match=r"serve\.ar: offload=text: frees a GPU's memory, but num_gpus=0"):
+        small_config("serve.ar.offload=text")
+    with pytest.raises(
+        ConfigError, match=r"serve\.dit\.offload='some': Input should be 'none', 'text', 'idle' or 'all'"
+    ):
+        small_config("serve.dit.num_gpus=1", "serve.dit.offload=some")
+    check_devices(small_config("device=auto", "serve.dit.num_gpus=1", "serve.dit.offload=all"))
+
+
 def test_a_port_in_use_is_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
