@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arlon_ray.generation import native
+from arlon_ray import native
 from arlon_ray.generation.fused import FusedTrunk, agrees, fused_trunk
 from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk

@@ -1,4 +1,4 @@
-"""The AR's transformer on one more position of each row in one call of `native.cpp`, on a CPU in float32."""
+"""The AR's transformer on one more position of each row in one call of C++ (`arlon_ray/native/ar.cpp`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from arlon_ray.generation import native
+from arlon_ray import native
 from arlon_ray.generation.products import Norm, Products
 from arlon_ray.models.ar import ArBlock, ArTransformer, KeyValueCache
 
@@ -15,13 +15,13 @@ _TENSORS = ("qkv", "proj", "gate_up", "down", "before_attention", "before_mlp", 
 
 
 class _Layer(ctypes.Structure):
-    """As in native.cpp."""
+    """As in ar.cpp."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in _TENSORS]
 
 
 class _Trunk(ctypes.Structure):
-    """As in native.cpp."""
+    """As in ar.cpp."""
 
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from arlon_ray.generation import native
+from arlon_ray import native
 from arlon_ray.models.layers import RMSNorm
 from arlon_ray.models.quantised import Int8Linear
 

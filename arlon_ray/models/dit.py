@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from arlon_ray.models.layers import (
     SelfAttention,
     position_table,
 )
+from arlon_ray.native.dit import library_for, modulated
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,9 @@ class STDiT3Block(nn.Module):
         `rotary`: cosines and sines of the frames, of all tokens where attention is joint; spatial blocks ignore them.
         `parallel`: T is a share of the frames, of which there are `frames`.
         """
+        built = None if parallel else library_for(x_BTSD, self.attn.heads)
+        if built is not None:
+            return self._natively(built, x_BTSD, time_BT6D, text, text_real, rotary)
         batch, _, places, _ = x_BTSD.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D)[:, :, None].unbind(3)
         y = torch.addcmul(shift1, self.norm1(x_BTSD), 1 + scale1)
@@ -169,6 +174,25 @@ class STDiT3Block(nn.Module):
         x = x + self.cross_attn(x.flatten(1, 2), text, text_real).view_as(x)
         y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.mlp(y))
+
+    def _natively(
+        self,
+        built: CDLL,
+        x_BTSD: Tensor,
+        time_BT6D: Tensor,
+        text: tuple[Tensor, Tensor],
+        text_real: Tensor | tuple[int, ...] | None,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """`forward` with what is between its products in C++ (`arlon_ray.native.dit`)."""
+        modulation = self.scale_shift_table + time_BT6D
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.flatten(0, 1).unbind(1)
+        gates = [gate.view(*time_BT6D.shape[:2], 1, -1) for gate in (gate1, gate2)]
+        y = modulated(built, x_BTSD, shift1, scale1)
+        x = torch.addcmul(x_BTSD, gates[0], self.attn.natively(built, y, rotary, self.temporal, self.joint))
+        x += self.cross_attn(x.flatten(1, 2), text, text_real).view_as(x)
+        y = modulated(built, x, shift2, scale2)
+        return x.addcmul_(gates[1], self.mlp(y))
 
 
 Pair = tuple[STDiT3Block, STDiT3Block]

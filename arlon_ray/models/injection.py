@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from arlon_ray.config import DitConfig
 from arlon_ray.models.layers import Mlp
+from arlon_ray.native.dit import library_for, modulated
 
 Modulation = tuple[Tensor, ...]
 #: Name of the branch's features among the modulations.
@@ -91,6 +92,8 @@ class GatedAdaptiveNorm(nn.Module):
 
     def forward(self, x_BNC: Tensor, modulation: Modulation) -> Tensor:
         gate, scale, bias = modulation
+        if (built := library_for(x_BNC)) is not None:
+            return modulated(built, x_BNC, bias.flatten(0, 1), scale.flatten(0, 1), gate.flatten(0, 1))
         return torch.addcmul(x_BNC, gate, torch.addcmul(bias, self.norm(x_BNC), 1.0 + scale))
 
 

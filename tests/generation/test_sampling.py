@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from arlon_ray import native
 from arlon_ray.config import ArConfig, SamplingConfig
-from arlon_ray.generation import native
 from arlon_ray.generation.decoder import BUCKET
 from arlon_ray.generation.options import default_options
 from arlon_ray.generation.products import Norm, Products

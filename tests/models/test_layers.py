@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from arlon_ray.models.layers import CrossAttention, RMSNorm, attend, rotate, tanh_gelu
+from arlon_ray.models.layers import CrossAttention, Mlp, RMSNorm, attend, rotate
 
 
-def test_gelu_without_gradients_is_torchs() -> None:
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, 0.0, 1e4])])
+def test_an_mlp_without_gradients_is_the_same() -> None:
+    mlp, x = Mlp(8, 16, 8), torch.cat([torch.linspace(-12, 12, 4000), torch.tensor([-1e4] * 8)]).view(-1, 8)
+    hidden = mlp.fc1(x)
+    expected = mlp.fc2(F.gelu(hidden, approximate="tanh"))
     with torch.no_grad():
-        assert torch.allclose(tanh_gelu(x), F.gelu(x, approximate="tanh"), atol=2e-6)
-        assert not torch.equal(tanh_gelu(x), F.gelu(x)), "the exact one is another function"
-    assert torch.equal(tanh_gelu(x), F.gelu(x, approximate="tanh"))
+        assert torch.allclose(mlp(x), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(mlp(x), mlp.fc2(F.gelu(hidden)), rtol=1e-5, atol=1e-5), "the exact one is another"
+    assert torch.equal(mlp(x), expected)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])

@@ -1,7 +1,7 @@
-"""The AR's step on a CPU in float32 as a few calls of C++ (`native.cpp`), where a compiler is at hand.
+"""Models' steps on a CPU in float32 as calls of C++, where a compiler is at hand: the AR's here, the DiT's in `dit`.
 
-A small model's step is a hundred small operations, and calling them takes longer than what they compute. `native.cpp`
-is built once for this processor and this text of it, in seconds, and kept in the user's cache; where that does not
+A small model's step is a hundred small operations, and calling them takes longer than what they compute. The C++ beside
+this is built once for this processor and this text of it, in seconds, and kept in the user's cache; where that does not
 work, torch's operations stand, which is said once in the log. Its sums do not depend on rows beside or on threads.
 """
 
@@ -21,19 +21,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("ar.cpp", "dit.cpp"))
+_HEADER = Path(__file__).with_name("common.h")
 #: Outputs of a panel of weights.
 LANES = 8
 _COMMAND = ("g++", "-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _BUILD_SECONDS = 120
 #: Of what it exports, the arguments: pointers, 64-bit integers, floats, an int.
-_ARGUMENTS = {"product": "pnnpnppfpi", "trunk": "ppni", "draw": "pnnppppppi"}
+_ARGUMENTS = {
+    "product": "pnnpnppfpi",
+    "trunk": "ppni",
+    "draw": "pnnppppppi",
+    "modulated": "pnnfnpnpnpnpi",
+    "gelu_in_place": "pni",
+    "self_attention": "ppnnppfpppi",
+    "cross_attention": "pnnnnppnppi",
+}
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """What `native.cpp` exports; None, said in the log, where it cannot be built or loaded."""
+    """What the C++ exports; None, said in the log, where it cannot be built or loaded."""
     try:
         try:
             built = ctypes.CDLL(str(_built(Path.home() / ".cache" / "arlon_ray")))
@@ -42,7 +51,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
         getLogger(__name__).warning(
-            "no C++ for the AR's steps (%s): they go on with torch's operations, slower; it takes g++",
+            "no C++ for the steps of AR and DiT (%s): they go on with torch's operations, slower; it takes g++",
             *reason,
         )
         return None
@@ -55,13 +64,14 @@ def _built(folder: Path) -> Path:
     """The library's file, built if it is not there. Several may do so at a time: the last one's stays."""
     cpu = Path("/proc/cpuinfo")
     known = [line for line in cpu.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))]
-    content = [SOURCE.read_text(), *_COMMAND, platform.machine(), *sorted(set(known))]
+    texts = [path.read_text() for path in (_HEADER, *SOURCES)]
+    content = [*texts, *_COMMAND, platform.machine(), *sorted(set(known))]
     path = folder / f"native-{hashlib.sha256(chr(10).join(content).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as own:
             built = Path(own) / path.name
-            command = [*_COMMAND, str(SOURCE), "-o", str(built)]
+            command = [*_COMMAND, *map(str, SOURCES), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS)
             os.replace(built, path)
     return path

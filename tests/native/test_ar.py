@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from arlon_ray import native
 from arlon_ray.config import ArConfig
-from arlon_ray.generation import native
 from arlon_ray.generation.decoder import Choice, draw
 from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk
 from arlon_ray.generation.products import Products
