@@ -155,7 +155,7 @@ class Service:
                 dit = min(self.dits, key=lambda stage: stage.busy)
                 latents = (await dit.call("render", job, index, await planned.get(), handed)).value
                 digest.update(latents.tobytes())
-                handed = HandOver.of(self.config).after(handed, latents, index)
+                handed = HandOver.of(self.config, job.prompts).after(handed, latents, index)
                 before: Any = (await decoding).value.last if decoding else None
                 decoding = group.create_task(self.decoder.call("decode", job, index, latents, before))
         return digest.hexdigest()

@@ -38,11 +38,11 @@ class Work:
 
     def rendered(self) -> Iterator[np.ndarray]:
         """New latents [C, n, h, w] of each segment."""
-        handed = None
+        handed, hand_over = None, HandOver.of(self.bundle.config, [PROMPT] * self.segments)
         for index, tokens in enumerate(self.plans):
             its = segment_options(self.options, [PROMPT] * self.segments, index)
             latents = self.renderer.render(PROMPT, tokens, handed, 0, index, its).latents
-            handed = HandOver.of(self.bundle.config).after(handed, latents, index)
+            handed = hand_over.after(handed, latents, index)
             yield latents
 
     def one_by_one(self, latents: np.ndarray) -> np.ndarray:

@@ -41,6 +41,8 @@ def edit(editor: VideoEditor, segment: int | None, seed: int, texts: Sequence[Se
     if segment is not None:
         try:
             editor.reroll(segment, seed, texts[0] if texts else None)
+        except ProjectError:
+            raise
         except ValueError as error:
             raise InputError(f"--segment: {error}") from None
         return
@@ -70,9 +72,12 @@ def main() -> None:
         raise InputError(f"--project {error}") from None
     texts = segment_texts(arguments, scenes, bundle.config, len(project)) if scenes else []
     editor, video = VideoEditor(VideoGenerator(bundle), project), GrowingVideo(path)
-    edit(editor, arguments.segment, arguments.seed, texts)
-    for frames in editor.frames():
-        video.add(encode_fragment(frames, bundle.config.video.fps))
+    try:
+        edit(editor, arguments.segment, arguments.seed, texts)
+        for frames in editor.frames():
+            video.add(encode_fragment(frames, bundle.config.video.fps))
+    except ProjectError as error:
+        raise InputError(f"--project {error}") from None
     video.finish()
     print(f"{path}: {video.frames} frames, {len(project)} segments")
 

@@ -230,14 +230,15 @@ class Evaluator:
         options = default_options(self.bundle.config.sampling, **row.changes)
         options = options.model_copy(update={"baseline": row.model == "text-only"})
         tokens = self._tokens(row, index, prompt, options)
-        hand_over, seed = HandOver.of(self.bundle.config), self.seed + index
+        texts, seed = [prompt.text] * self.segments, self.seed + index
+        hand_over = HandOver.of(self.bundle.config, texts)
         frames: list[Frames] = []
         parts, handed = np.zeros(3), None
         for number in range(self.segments):
             times = [time.perf_counter()]
             plan = next(tokens)
             times.append(time.perf_counter())
-            its = segment_options(options, [prompt.text] * self.segments, number)
+            its = segment_options(options, texts, number)
             latents = self.generator.renderer.render(prompt.text, plan, handed, seed, number, its).latents
             times.append(time.perf_counter())
             last = frames[-1][-1] if frames else None

@@ -61,7 +61,7 @@ def _training(config: Config, stage: str, cluster: Cluster) -> list[dict[str, An
 def _inference(config: Config, precision: Any) -> dict[str, Any]:
     parts = inference_memory(config, precision)
     together, apart = resident(parts, offloaded=False), resident(parts, offloaded=True)
-    service, text_on_cpu = served(parts), served(parts, text_on_cpu=True)
+    service, text_on_cpu = served(parts, config.serve), served(parts, config.serve, text_on_cpu=True)
     return {
         "precision": precision, "parts": {name: asdict(part) for name, part in parts.items()},
         "all": together, "idle_parts_offloaded": apart, "fits": _fits(together, apart, "offloaded"),
@@ -134,7 +134,9 @@ def _print_memory(memory: Mapping[str, Any]) -> None:
         for r in memory["inference"]
     ]  # fmt: skip
     print_table(("", *parts, "all", "offloaded", *CARDS), rows)
-    print("\nmemory of a service on one GPU, a replica of each deployment (`offload=text`: text encoders on the CPU)")
+    print(
+        "\nmemory of a service on one GPU, a replica of each deployment, whose batches are full (`serve.dit.max_batch`)"
+    )
     rows = [
         (r["precision"], *(size(value) for value in r["service"].values()), size(sum(r["service"].values())),
          size(sum(r["service_text_on_cpu"].values())), *r["service_fits"].values())

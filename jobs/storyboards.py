@@ -37,7 +37,8 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="N",
-        help="prompt N (the first is 1) begins a new shot, instead of going on from what is seen; repeatable",
+        help="prompt N begins a new shot, instead of going on from what is seen (repeatable; the first one of a video "
+        "has nothing to cut from)",
     )
     flags.add_argument(
         "--storyboard",

@@ -72,7 +72,7 @@ class Orchestrator:
         planned_ahead: int,
     ) -> None:
         self._job, self._stages, self._files, self._watcher = job, stages, files, watcher
-        self._segment, self._hand_over = config.segment, HandOver.of(config)
+        self._segment, self._hand_over = config.segment, HandOver.of(config, job.prompts)
         self._window = PlanWindow(planned_ahead)
         # bounded by the window: nothing is planned that the window does not admit
         self._planned: asyncio.Queue[Tokens] = asyncio.Queue()
@@ -218,13 +218,13 @@ class Orchestrator:
 
     async def _render(self, group: asyncio.TaskGroup) -> None:
         """Render segment by segment; decoding runs one segment behind."""
-        handed, prompts = self._state.overlap if self._state.done else self._given, self._job.prompts
+        handed = self._state.overlap if self._state.done else self._given
         decoding: asyncio.Task[Frame] | None = None
-        for index in range(self._state.done, len(prompts)):
+        for index in range(self._state.done, len(self._job.prompts)):
             tokens = None if self._job.options.baseline else await self._planned.get()
             await self._window.advance(index)
             await self._watcher.segment(index, "rendering")
-            taken = self._hand_over.taken(handed, prompts, index)
+            taken = self._hand_over.taken(handed, index)
             latents = await self._rendered(index, tokens, taken)
             handed = np.ascontiguousarray(self._hand_over.after(taken, latents, index))
             if index == 0:

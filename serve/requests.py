@@ -98,7 +98,7 @@ def extended_length(request: ExtendRequest, segments: int, config: Config) -> in
         raise RequestError("num_segments and seconds exclude each other", param="seconds")
     count, field = segments + (request.num_segments or 1), "num_segments"
     if request.seconds is not None:
-        count, field = segments_for(request.seconds + float(playing_time(segments, config)), config), "seconds"
+        count, field = segments + segments_for(request.seconds, config, segments), "seconds"
     _check_length(count, config, field)
     return count
 

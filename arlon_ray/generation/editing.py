@@ -28,7 +28,6 @@ class VideoEditor:
     def __init__(self, generator: VideoGenerator, project: Project) -> None:
         self.generator, self.project = generator, project
         self.segment = generator.bundle.config.segment
-        self._hand_over = HandOver.of(generator.bundle.config)
         #: Those that the video was made with: bits depend on how many there are.
         self._threads = Threads.shared(generator.bundle.device)
 
@@ -115,12 +114,14 @@ class VideoEditor:
 
     def _taken_over(self, texts: Sequence[SegmentText]) -> np.ndarray | None:
         """What the segment of the last text takes over."""
-        index, anchor = len(texts) - 1, self._hand_over.anchor
+        index = len(texts) - 1
         found, first = self._latents_before(texts, index), first_of_prompt(texts, index)
-        if found is None or first == index or not anchor or found.shape[1] < self.segment.overlap_latents:
+        if found is None or first == index:
             return found
-        begun = self._hand_over.after(self._latents_before(texts, first), self.project.read(first).latents, first)
-        return np.concatenate([begun[:, :anchor], found], axis=1)
+        begun = self.project.read(first).latents
+        if not first and self.project.start:
+            begun = behind_overlap(self.project.start.latents, begun)
+        return HandOver.of(self.generator.bundle.config, texts).anchored(found, begun)
 
     def _latents_before(self, texts: Sequence[SegmentText], index: int) -> np.ndarray | None:
         """The overlap that segment `index` takes over."""

@@ -83,7 +83,7 @@ class VideoGenerator:
         threads: Threads,
     ) -> Iterator[np.ndarray]:
         """The latents [C, n, h, w] to show of each segment."""
-        hand_over = HandOver.of(self.bundle.config)
+        hand_over = HandOver.of(self.bundle.config, prompts)
         handed = given.latents if given else None
         plans: Iterator[SegmentTokens] = iter(())
         if self.planner is not None and not options.baseline:
@@ -93,7 +93,7 @@ class VideoGenerator:
             for index, prompt in enumerate(prompts):
                 plan = next(plans, None)
                 tokens = plan.tokens if plan else None
-                taken = hand_over.taken(handed, prompts, index)
+                taken = hand_over.taken(handed, index)
                 after = until.latents if until and index == len(prompts) - 1 else None
                 guide = tokens if tokens is None or after is None else self._led_up(tokens, after)
                 its = segment_options(options, prompts, index)

@@ -97,6 +97,8 @@ class Project:
         """Of all segments. Raises ProjectError if one is missing or damaged."""
         try:
             return [_TEXT.validate_json(_noted(self._path(index))["text"]) for index in range(len(self))]
+        except ProjectError:
+            raise
         except (KeyError, ValueError) as error:
             raise ProjectError(f"{self.folder}: damaged: {one_line(error)}") from None
 

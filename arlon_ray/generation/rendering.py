@@ -22,7 +22,7 @@ from arlon_ray.generation.lanes import in_lanes
 from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
-from arlon_ray.generation.storyboard import SegmentText, begins_shot, goes_on, words_of
+from arlon_ray.generation.storyboard import SegmentText, begins_shot, first_of_prompt, goes_on, words_of
 from arlon_ray.models.dit import LateLayers
 
 #: What fields share is kept of so many of the latest sets: intervals and caches make them change from step to step.
@@ -42,24 +42,25 @@ class HandOver:
     """What one segment of a video hands on to the next: latents [C, k, h, w], the last `overlap` of which are its end.
 
     Before them are the first `anchor` latents that its prompt began with, where the DiT looks back on those
-    (`dit.anchor_groups`): what is handed on from segment to segment alone drifts.
+    (`dit.anchor_groups`): what is handed on from segment to segment alone drifts. `texts` are those of the segments.
     """
 
     overlap: int
-    anchor: int = 0
+    anchor: int
+    texts: Sequence[SegmentText]
 
     @classmethod
-    def of(cls, config: Config) -> HandOver:
+    def of(cls, config: Config, texts: Sequence[SegmentText]) -> HandOver:
         """As a bundle of this configuration hands over."""
-        return cls(config.segment.overlap_latents, config.anchor_latents)
+        return cls(config.segment.overlap_latents, config.anchor_latents, texts)
 
-    def taken(self, handed: np.ndarray | None, texts: Sequence[SegmentText], index: int) -> np.ndarray | None:
+    def taken(self, handed: np.ndarray | None, index: int) -> np.ndarray | None:
         """What segment `index` takes over of it: a prompt does not look back on what another one began with, and a
         new shot on nothing.
         """
-        if handed is None or goes_on(texts, index):
+        if handed is None or goes_on(self.texts, index):
             return handed
-        return None if index and begins_shot(texts, index) else handed[:, -self.overlap :]
+        return None if index and begins_shot(self.texts, index) else handed[:, -self.overlap :]
 
     def after(self, taken: np.ndarray | None, made: np.ndarray, index: int) -> np.ndarray:
         """What segment `index` hands on, which has taken over `taken` and made the latents `made`."""
@@ -67,10 +68,18 @@ class HandOver:
         end = history[:, -self.overlap :]
         if not self.anchor or end.shape[1] < self.overlap:
             return end
-        # more than the overlap: an anchor is before it; less: it is all that its shot had
-        begun = taken is not None and taken.shape[1] != self.overlap
-        begin = history if begun or not index else made
+        if taken is not None and taken.shape[1] > self.overlap:
+            begin = taken  # begins with the anchor
+        else:
+            first = first_of_prompt(self.texts, index)
+            begin = history[:, -(index + 1 - first) * made.shape[1] :] if first else history
         return np.concatenate([begin[:, : self.anchor], end], axis=1)
+
+    def anchored(self, found: np.ndarray, begun: np.ndarray) -> np.ndarray:
+        """What a later segment takes over whose overlap is `found`, and whose prompt began with the latents `begun`."""
+        if not self.anchor or found.shape[1] < self.overlap:
+            return found
+        return np.concatenate([begun[:, : self.anchor], found], axis=1)
 
 
 def behind_overlap(overlap: np.ndarray | None, latents: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from arlon_ray.config import GROUP_LATENTS, Config, VaeConfig
+from arlon_ray.config import GROUP_LATENTS, Config, ServeConfig, VaeConfig
 from arlon_ray.evaluation.cost import most_bytes
 from arlon_ray.models.ar import KeyValueCache
 from arlon_ray.models.codec import LatentCodec
@@ -70,9 +70,18 @@ def resident(parts: dict[str, PartMemory], offloaded: bool) -> int:
 REPLICAS = {"ar": ("text", "codec", "ar"), "dit": ("text", "codec", "dit"), "decoder": ("codec", "vae")}
 
 
-def served(parts: dict[str, PartMemory], text_on_cpu: bool = False) -> dict[str, int]:
-    """What a device needs for a replica of each deployment, with their text encoders on it or on the CPU."""
-    there = {name: part for name, part in parts.items() if name != "text" or not text_on_cpu}
+def served(parts: dict[str, PartMemory], serve: ServeConfig, text_on_cpu: bool = False) -> dict[str, int]:
+    """What a device needs for a replica of each deployment, with their text encoders on it or on the CPU.
+
+    AR and DiT have as many segments at work as share their steps (`max_batch`). All videos are of one kind: who asks a
+    guided bundle for baselines too has a second DiT.
+    """
+    batches = {"ar": serve.ar.max_batch, "dit": serve.dit.max_batch}
+    there = {
+        name: PartMemory(part.weights, part.working * batches.get(name, 1))
+        for name, part in parts.items()
+        if name != "text" or not text_on_cpu
+    }
     own = {
         name: {part: there[part] for part in its if part in there} for name, its in REPLICAS.items() if its[-1] in there
     }

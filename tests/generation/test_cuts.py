@@ -11,6 +11,7 @@ import pytest
 from arlon_ray.generation import (
     ChangingText,
     Cut,
+    HandOver,
     Project,
     ProjectSegment,
     Scene,
@@ -25,7 +26,7 @@ from arlon_ray.generation import (
     storyboard,
     with_words,
 )
-from arlon_ray.generation.storyboard import first_of_shot, goes_on, prompts_in, words_of
+from arlon_ray.generation.storyboard import first_of_prompt, first_of_shot, goes_on, prompts_in, words_of
 from tests.bundles import make_random_bundle, small_config
 
 OLD: list[SegmentText] = ["a red circle", "a red circle", Cut("a blue square"), "a blue square", "a green triangle"]
@@ -123,6 +124,22 @@ def test_a_segment_made_again_before_a_cut_does_not_lead_up_to_the_next_shot(
     assert np.array_equal(project.read(1).latents, last)
     editor.reroll(2, seed=9, text="a yellow circle")
     assert project.read(2).text == Cut("a yellow circle")
+
+
+@pytest.mark.parametrize("new, overlap", [(5, 15), (10, 5), (5, 10), (5, 5)])
+def test_a_prompt_looks_back_on_its_own_beginning(new: int, overlap: int) -> None:
+    texts: list[SegmentText] = ["a", Cut("b"), *"cccccc", Cut("c"), *"ccccc", "a", "a", "a", "a"]
+    hand_over, handed = HandOver(overlap, 5, texts), None
+    for index in range(len(texts)):
+        taken, shot, prompt = (
+            hand_over.taken(handed, index), first_of_shot(texts, index), first_of_prompt(texts, index)
+        )  # fmt: skip
+        end = [number for number in range(shot, index) for _ in range(overlap + new if not number else new)][-overlap:]
+        whole = index > prompt and len(end) == overlap
+        expected = [prompt] * 5 + end if whole else end
+        assert (None if taken is None else taken[0, :, 0, 0].tolist()) == (expected or None), index
+        made = np.full((1, new if index else overlap + new, 1, 1), index)
+        handed = hand_over.after(taken, made, index)
 
 
 def test_a_shot_is_guided_from_its_first_segment_on(generator: VideoGenerator) -> None:

@@ -167,3 +167,10 @@ def test_editing_from_the_command_line(
         assert expected in capsys.readouterr().err
     assert run_job(monkeypatch, generate, *common, "--prompt", "a") == 2
     assert "there is a project already" in capsys.readouterr().err
+    (tmp_path / "p" / "segment-00001.safetensors").unlink()
+    for flags in (("--prompt", "a"), ("--segment", "0")):
+        assert run_job(monkeypatch, edit, *common, *flags) == 2
+        printed = capsys.readouterr().err
+        assert (
+            printed.startswith("error: --project") and printed.count("segment-00001") <= 2 and "\n" not in printed[:-1]
+        )

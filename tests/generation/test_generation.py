@@ -125,12 +125,12 @@ def test_what_a_prompt_began_with_is_handed_on_as_long_as_it_lasts(tmp_path: Pat
 
 
 def test_what_a_video_starts_from_is_its_anchor() -> None:
-    hand_over, start, made = HandOver(5, 5), np.zeros((1, 1, 1, 1)), np.ones((1, 9, 1, 1))
+    hand_over, start, made = HandOver(5, 5, "aab"), np.zeros((1, 1, 1, 1)), np.ones((1, 9, 1, 1))
     handed = hand_over.after(start, made, 0)
     assert handed[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1] + [1] * 5
-    later = hand_over.after(hand_over.taken(handed, "aab", 1), 2 * made[:, :5], 1)
+    later = hand_over.after(hand_over.taken(handed, 1), 2 * made[:, :5], 1)
     assert later[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1] + [2] * 5
-    changed = hand_over.after(hand_over.taken(later, "aab", 2), 3 * made[:, :5], 2)
+    changed = hand_over.after(hand_over.taken(later, 2), 3 * made[:, :5], 2)
     assert changed[0, :, 0, 0].tolist() == [3] * 10
 
 

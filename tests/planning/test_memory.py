@@ -67,13 +67,19 @@ def test_idle_parts_that_are_offloaded_leave_room() -> None:
     parts = inference_memory(small_config(), "fp32")
     assert set(parts) == {"text", "ar", "codec", "dit", "vae"}
     assert max(part.total for part in parts.values()) == resident(parts, True) < resident(parts, False)
-    service, without = served(parts), served(parts, text_on_cpu=True)
+    alone = small_config("serve.ar.max_batch=1", "serve.dit.max_batch=1").serve
+    service, without = served(parts, alone), served(parts, alone, text_on_cpu=True)
     saved = parts["text"].weights
     assert [service[name] - without[name] >= saved for name in ("ar", "dit", "decoder")] == [True, True, False]
     assert without["ar"] == parts["codec"].weights + parts["ar"].weights + max(
         parts[p].working for p in ("codec", "ar")
     )
+    many = served(parts, small_config("serve.ar.max_batch=1", "serve.dit.max_batch=9").serve)
+    grown = {name: many[name] - size for name, size in service.items()}
+    assert (
+        grown["ar"] == grown["decoder"] == 0 and 0 < 9 * parts["dit"].working - grown["dit"] < 2 * parts["dit"].working
+    )
     halved = inference_memory(small_config(), "bf16")
     assert halved["dit"].weights < parts["dit"].weights and halved["vae"] == parts["vae"]
     text_only = inference_memory(small_config("sampling.baseline=true"), "fp32")
-    assert set(text_only) == {"text", "dit", "vae"} and set(served(text_only)) == {"dit", "decoder"}
+    assert set(text_only) == {"text", "dit", "vae"} and set(served(text_only, alone)) == {"dit", "decoder"}

@@ -141,11 +141,13 @@ def test_a_cut_takes_nothing_over(tmp_path: Path) -> None:
         made = await until(client, (await post(client, segments=segments))["id"], "completed")
         assert [segment["cut"] for segment in made["segments"]] == [False, True, False]
         assert (made["seconds"], [segment["frames"] for segment in made["segments"]]) == ("4.25", [34, 17, 17])
+        short = {"prompt": "c", "seconds": 1e-5, "video": {"id": made["id"]}}
+        assert len((await client.post("/v1/videos/extensions", json=short)).json()["segments"]) == 4
         body = {"prompt": "c", "num_segments": 2, "cut": True, "video": {"id": made["id"]}}
         extended = (await client.post("/v1/videos/extensions", json=body)).json()
         again = (await until(client, extended["id"], "completed"))["segments"]
         assert [segment["cut"] for segment in again] == [False, True, False, True, False]
-        assert [each is None for each in stages.overlaps] == [True, True, False, True, False]
+        assert [each is None for each in stages.overlaps] == [True, True, False, False, True, False]
         # nor is what is seen blended into it: the picture of a segment with a frame before it is another one
         video = read_video(io.BytesIO((await client.get(f"/v1/videos/{extended['id']}/content")).content))
         assert [int(video[frame, 0, 0, 0]) // 10 for frame in (34, 68)] == [10, 4]  # 100, and 300 less 256
