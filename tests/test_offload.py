@@ -54,9 +54,19 @@ class Watched:
         return tuple(name for name, part in self.parts.items() if place(part) != self.waiting[name])
 
 
+def aligned(bundle: Bundle) -> Bundle:
+    """With weights where copies lie: those of a mapped file lie anywhere, and products of them add up otherwise."""
+    for part in (bundle.text.model, bundle.ar, bundle.dit, bundle.vae):
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = tensor.data.clone()
+    return bundle
+
+
 @pytest.mark.parametrize("offload", ["text", "idle", "all"])
 def test_the_videos_are_the_same(path: Path, offload: Offload) -> None:
-    assert np.array_equal(video(load_bundle(path, offload=offload)), video(load_bundle(path)))
+    plain = load_bundle(path)
+    expected = video(plain if offload == "text" else aligned(plain))
+    assert np.array_equal(video(load_bundle(path, offload=offload)), expected)
 
 
 def test_a_part_is_there_while_it_works_and_no_other_is(path: Path) -> None:
