@@ -226,13 +226,13 @@ def test_drafts_remixes_and_extensions(served: Served) -> None:
 
 
 def test_events_tell_steps(served: Served) -> None:
-    created = served.post(prompt=PROMPTS[0], num_segments=2, num_inference_steps=60)
+    created = served.post(prompt=PROMPTS[0], num_segments=2, num_inference_steps=200)
     with served.client.stream("GET", f"/v1/videos/{created['id']}/events", timeout=50) as watched:
         lines = list(watched.iter_lines())
     kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert kinds[-1] == "completed" and kinds.count("segment.completed") == 2
     steps = [json.loads(line.removeprefix("data: ")) for line in lines if '"steps"' in line]
-    assert {step["index"] for step in steps} == {0, 1} and all(step["steps"] == 60 for step in steps)
+    assert {step["index"] for step in steps} == {0, 1} and all(step["steps"] == 200 for step in steps)
     assert len({(step["index"], step["step"]) for step in steps}) >= 6  # of quick ones, some (`StepNews`)
 
 
