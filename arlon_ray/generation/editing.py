@@ -95,9 +95,10 @@ class VideoEditor:
     def _planned(self, planner: ArPlanner, texts: Sequence[SegmentText], seed: int) -> np.ndarray:
         """The tokens [t', h', w'] of the segment of the last text."""
         index, seen = len(texts) - 1, planner.looked_at(texts, len(texts) - 1)
-        looked_at = planner.joined([self._tokens(number) for number in seen], seen.start)
         if not index and (start := self.project.start):
             looked_at = planner.tokens_of(start.latents)
+        else:
+            looked_at = planner.joined([self._tokens(number) for number in seen], seen.start)
         first, begin = first_of_prompt(texts, index), None
         if first < index and planner.model.config.sink_groups:
             begin = planner.beginning(planner.device_tokens(self._tokens(first)), first)

@@ -21,8 +21,8 @@ from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.sampling import Sampling, SamplingBatch
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import (
-    ChangingText,
     SegmentText,
+    Words,
     begins_shot,
     first_of_prompt,
     first_of_shot,
@@ -229,7 +229,7 @@ class ArPlanner:
             heard.append(prompt)
         return window[sink:]
 
-    def _parts(self, text: str | ChangingText, end: int, known: int) -> Iterator[tuple[str, int]]:
+    def _parts(self, text: Words, end: int, known: int) -> Iterator[tuple[str, int]]:
         """(prompt, token frame before which it ends) of what is to be planned from frame `known` to `end`."""
         if isinstance(text, str):
             yield text, end

@@ -42,18 +42,22 @@ class ChangingText:
         return [(prompt, unit * len(list(same))) for prompt, same in groupby(strongest)]
 
 
+#: What a segment's text says.
+Words = str | ChangingText
+
+
 @dataclass(frozen=True)
 class Cut:
     """The text of a segment that begins a new shot: it takes over nothing of the one before, nor looks back on it."""
 
-    text: str | ChangingText
+    text: Words
 
 
 #: What a segment is about.
-SegmentText = str | ChangingText | Cut
+SegmentText = Words | Cut
 
 
-def words_of(text: SegmentText) -> str | ChangingText:
+def words_of(text: SegmentText) -> Words:
     """A segment's text, whether or not it begins behind a cut."""
     return text.text if isinstance(text, Cut) else text
 
@@ -131,11 +135,11 @@ def storyboard(scenes: Sequence[Scene], config: Config, *, transition: int = 0, 
     texts: list[SegmentText] = []
     for first, end in zip(cuts, [*cuts[1:], len(scenes)], strict=True):
         shot = _shot(scenes[first:end], config, transition, behind + len(texts), first + 1)
-        texts += [Cut(words_of(shot[0])), *shot[1:]] if scenes[first].cut and behind + len(texts) else shot
+        texts += [Cut(shot[0]), *shot[1:]] if scenes[first].cut and behind + len(texts) else shot
     return texts
 
 
-def _shot(scenes: Sequence[Scene], config: Config, transition: int, segment: int, first: int) -> list[SegmentText]:
+def _shot(scenes: Sequence[Scene], config: Config, transition: int, segment: int, first: int) -> list[Words]:
     """The texts of one shot's segments, from `segment` on; its first scene is scene `first`."""
     begins, end = [0], 0.0
     for number, scene in enumerate(scenes, start=first):
@@ -157,7 +161,7 @@ def _latent_at(frame: float) -> int:
     return int(group) * GROUP_LATENTS + (0 if rest < 0.5 else min(GROUP_LATENTS, 1 + round((rest - 1) / LATENT_FRAMES)))
 
 
-def _segment_text(prompts: list[str], begins: list[int], index: int, config: Config, transition: int) -> SegmentText:
+def _segment_text(prompts: list[str], begins: list[int], index: int, config: Config, transition: int) -> Words:
     """The text of segment `index`: what its new latent frames are about; those of the overlap are rendered already."""
     segment = config.segment
     start = index * (segment.latents - segment.overlap_latents)

@@ -20,14 +20,6 @@ from arlon_ray.models.ar import ArTransformer, KeyValueCache
 ROWS, POSITIONS = 11, 70
 
 
-@pytest.fixture(scope="module")
-def built() -> ctypes.CDLL:
-    library = native.library()
-    if library is None:
-        pytest.skip("no compiler here")
-    return library
-
-
 class Beginning:
     """A model and rows that are differently far, with texts of different lengths."""
 

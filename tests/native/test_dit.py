@@ -21,14 +21,6 @@ from arlon_ray.native import dit
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def built() -> ctypes.CDLL:
-    library = native.library()
-    if library is None:
-        pytest.skip("no compiler here")
-    return library
-
-
 @pytest.fixture(autouse=True)
 def plainly() -> Iterator[None]:
     torch.manual_seed(0)
