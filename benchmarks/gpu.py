@@ -8,7 +8,7 @@ the JSON is written after each):
 ceilings    the most that products of matrices and copies reach here
 training    forward and backward of STDiT3-XL/2 in bf16: MFU at 240p and 720p, compiled or not, recomputed or not
 sampling    a step with text and token guidance beside Open-Sora's formulas with the same weights, and its memory
-videos      whole videos of the `small` preset (157 M): text alone with 30 steps, guided by the AR with 6
+videos      whole videos of `small` (157 M) and `opensora-v1.2` (1.2 B): text alone with 30 steps, AR-guided with 6
 loading     STDiT3-XL/2 from an artefact
 offload     memory and time of a video whose idle parts wait in the CPU's memory, beside all on the GPU
 attention   torch's kernels at these sizes
@@ -88,10 +88,10 @@ class Report:
         self.result["seconds"][name] = round(time.monotonic() - begin, 1)
 
 
-def training(report: Report, device: str, small: bool) -> None:
-    """MFU of forward and backward."""
+def training(report: Report, device: str, small: bool, most: int) -> None:
+    """MFU of forward and backward, of the first `most` kinds."""
     sizes = SMALL_SIZES if small else SIZES
-    for weights, compiled, size in TRAININGS:
+    for weights, compiled, size in TRAININGS[:most]:
         if small and compiled and size != "240p":
             continue  # a C++ compiler takes half a minute
         name = f"training, {size}, {weights}, {'compiled' if compiled else 'plain'}"
@@ -108,10 +108,12 @@ def sampling(report: Report, device: str, small: bool) -> None:
 
 
 def videos(report: Report, device: str, small: bool) -> None:
-    """End to end at `small`."""
-    changes = ["video.height=32", "video.width=32", "dit.depth=1", "ar.layers=1"] if small else []
+    """End to end at `small` and at Open-Sora's size."""
+    changes = ["video.height=64", "video.width=64", "dit.depth=1", "ar.layers=1"] if small else []
     few, many = (1, 2) if small else (6, 30)
-    report.case("videos", lambda: whole_videos(changes, 1 if small else 2, few, many, device, 1 if small else 3))
+    for preset, runs in (("small", 1),) if small else (("small", 3), ("opensora-v1.2", 1)):
+        make = partial(whole_videos, preset, changes, 1 if small else 2, few, many, device, runs)
+        report.case(f"videos, {preset}", make)
 
 
 def autoregression(report: Report, device: str, small: bool) -> None:
@@ -138,6 +140,9 @@ def main() -> None:
     flags.add_argument("--output", metavar="DIR", required=True, help="gpu.json and ar_decoding.json are put there")
     flags.add_argument("--seconds", type=float, default=600, help="no case begins later than this")
     flags.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    flags.add_argument(
+        "--trainings", type=int, default=len(TRAININGS), help="kinds of training, the most telling first"
+    )
     flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     flags.add_argument("--small", action="store_true", help="two layers and few tokens")
     arguments = flags.parse_args()
@@ -149,7 +154,7 @@ def main() -> None:
     report = Report(folder, arguments.seconds)
     works: dict[str, Callable[[], None]] = {
         "ceilings": lambda: report.case("ceilings", lambda: measured_ceilings(device, small)),
-        "training": lambda: training(report, device, small),
+        "training": lambda: training(report, device, small, arguments.trainings),
         "sampling": lambda: sampling(report, device, small),
         "videos": lambda: videos(report, device, small),
         "loading": lambda: report.case("loading", lambda: loading(xl2(small), device)),

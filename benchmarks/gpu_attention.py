@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from arlon_ray.models.layers import RotaryEmbedding, rotate
+from arlon_ray.models.over_time import attention_over_time
 from benchmarks.machine import synchronised, timed
 
 HEADS, HEAD_DIM = 16, 72
@@ -33,13 +36,14 @@ MOST_SCORES = 2e8
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scores written out, as on a CPU."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return ((q * HEAD_DIM**-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def _with(kernel: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(kernel):
-            return F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(kernel):  # in the order in which a projection gives them
+            return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
     return attend
 
@@ -59,23 +63,60 @@ def attention_kernels(device: str, small: bool) -> dict[str, Any]:
             if kernel in ("math", "products") and batch * HEADS * queries * keys > MOST_SCORES:
                 continue
             found.setdefault(name, {})[kernel] = _measured(work, leaves, flops, device)
+        if device == "cuda" and name.startswith("time"):
+            found[name] |= _ours(batch, queries, flops, device)
     return found
 
 
+def _ours(sequences: int, frames: int, flops: int, device: str) -> dict[str, Any]:
+    """Our kernel, with norms and rotations that the others leave to others, by the warps of a program.
+
+    `errors`: of what comes out and of what is asked of the input, in float32, against plain operations, relative.
+    """
+    from arlon_ray.models import over_time_kernels
+
+    qkv = torch.randn(1, frames, sequences, 3 * HEADS * HEAD_DIM, device=device)
+    norms = torch.rand(HEAD_DIM, device=device) + 0.5, torch.rand(HEAD_DIM, device=device) + 0.5
+    rotary = RotaryEmbedding(HEAD_DIM).to(device).angles(torch.arange(frames, device=device))
+    work = partial(attention_over_time, heads=HEADS, norms=norms, eps=1e-6, rotary=rotary)
+
+    def plain(qkv: Tensor) -> Tensor:
+        q, k, v = qkv[0].unflatten(-1, (3, HEADS, HEAD_DIM)).permute(2, 1, 3, 0, 4)
+        q, k = (rotate(F.rms_norm(x, (HEAD_DIM,), its, 1e-6), *rotary) for x, its in zip((q, k), norms, strict=True))
+        return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)[None]
+
+    found: dict[str, Any] = {"errors": _errors(work, plain, qkv[:, :, :256].contiguous())}
+    usual, halves = over_time_kernels.WARPS, qkv.bfloat16().requires_grad_()
+    for warps in (1, 2, 4, 8):
+        over_time_kernels.WARPS = warps
+        found[f"ours, {warps} warps"] = _measured(work, [halves], flops, device)
+    over_time_kernels.WARPS = usual
+    return found
+
+
+def _errors(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor) -> list[float]:
+    x.requires_grad_()
+    weight = torch.randn(*x.shape[:3], x.shape[3] // 3, device=x.device)
+    outs = [work(x) for work in (one, other)]
+    gradients = [torch.autograd.grad((out * weight).sum(), x)[0] for out in outs]
+    return [float(((a - b).norm() / b.norm()).detach()) for a, b in (outs, gradients)]
+
+
 def _measured(work: Callable[..., Tensor], leaves: list[Tensor], flops: int, device: str) -> dict[str, Any]:
-    q, k, v = (leaf.transpose(1, 2) for leaf in leaves)  # as a projection gives them
+    asked: list[Tensor] = []
 
     def forward() -> None:
         with torch.no_grad():
-            work(q, k, v)
+            asked[:] = [work(*leaves)]
 
     def both() -> None:
-        torch.autograd.grad(work(q, k, v).sum(), leaves)
+        torch.autograd.grad(work(*leaves), leaves, asked)
 
     try:
+        alone = timed(synchronised(forward, device), 5)["min"]
         seconds = timed(synchronised(both, device), 5)["min"]
         return {
-            "forward_s": timed(synchronised(forward, device), 5)["min"],
+            "forward_s": alone,
             "both_s": seconds,
             "tflops_per_s": 3 * flops / seconds / 1e12,
         }

@@ -227,11 +227,11 @@ def random_bundle(config: Config, device: str, offload: Offload = "none") -> Bun
 
 
 def whole_videos(
-    overrides: Sequence[str], segments: int, few: int, many: int, device: str, runs: int
+    preset: str, overrides: Sequence[str], segments: int, few: int, many: int, device: str, runs: int
 ) -> dict[str, Any]:
-    """Videos of the `small` preset: text alone with `many` steps, guided by the AR's tokens with `few`, in turns."""
+    """Videos of a preset: text alone with `many` steps, guided by the AR's tokens with `few`, in turns."""
     with clean(device):
-        config = load_config("small", overrides)
+        config = load_config(preset, overrides)
         generator = VideoGenerator(random_bundle(config, device))
         prompts, shares = [f"a red circle moves, part {i}" for i in range(segments)], {}
 

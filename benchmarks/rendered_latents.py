@@ -20,7 +20,7 @@ from functools import partial
 from itertools import chain, count, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -36,7 +36,7 @@ from arlon_ray.models.vae import VideoVAE, load_vae
 from arlon_ray.training.engine import derived_seed
 from arlon_ray.training.stages.vae import to_video
 from data_pipeline.synthetic import render
-from data_pipeline.worlds import Scene, caption, sample_scene, training_seed
+from data_pipeline.worlds import Scene, sample_scene, shot_captions, training_seed
 
 #: Scenes that one process renders at a time, and captions and videos that the device encodes at once.
 CHUNK, TEXTS, VIDEOS = 64, 512, 64
@@ -73,12 +73,20 @@ class Parts:
     codec_coarse: Path | None = None
 
 
+class Rendered(NamedTuple):
+    """Scenes of one length: what their last shots say, how many frames come before these, and a file of all frames."""
+
+    captions: list[str]
+    given_frames: list[int]
+    file: Path  # uint8 [n, T, H, W, 3]
+
+
 def scenes_of(config: Config, mix: Mix, seed: int) -> Iterator[Scene]:
-    """Scenes of one shot and a grade, without end."""
+    """Scenes of a grade, without end: of one shot, but for those that change on the way."""
     video = config.video
     for number in count():
         scene = sample_scene(training_seed(seed, number), mix.groups, video.height, video.width, mix.grade)
-        if len(scene.shots) == 1:
+        if len(scene.shots) == 1 or mix.grade == "changing":
             yield scene
 
 
@@ -101,7 +109,7 @@ def write_shards(
     counts = [round(size * mix.share) for mix in mixes]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
 
-        def begin() -> list[Future[list[tuple[list[str], Path]]]]:
+        def begin() -> list[Future[list[Rendered]]]:
             """Of one shard: its scenes, a chunk a job."""
             chunks = chain.from_iterable(
                 _chunks(islice(stream, number)) for stream, number in zip(streams, counts, strict=True)
@@ -127,14 +135,15 @@ def _chunks(scenes: Iterable[Scene]) -> Iterator[list[Scene]]:
         yield chunk
 
 
-def _render_chunk(scenes: list[Scene], folder: Path) -> list[tuple[list[str], Path]]:
-    """Captions and file of frames uint8 [n, T, H, W, 3], for each length."""
+def _render_chunk(scenes: list[Scene], folder: Path) -> list[Rendered]:
+    """One for each length."""
     found = []
     for length in sorted({scene.frames for scene in scenes}):
         same = [scene for scene in scenes if scene.frames == length]
         path = folder / f".{os.getpid()}-{same[0].seed}-{length}.npy"
         np.save(path, np.stack([render(scene) for scene in same]))
-        found.append(([caption(scene) for scene in same], path))
+        given = [scene.frames - scene.shots[-1].frames for scene in same]
+        found.append(Rendered([shot_captions(scene)[-1] for scene in same], given, path))
     return found
 
 
@@ -148,15 +157,15 @@ class _Encoder:
         roles = {"fine": parts.codec_fine, "coarse": parts.codec_coarse}
         self.codecs: dict[str, LatentCodec] = {role: load_codec(path, device) for role, path in roles.items() if path}
 
-    def write(self, rendered: Iterable[tuple[list[str], Path]], path: Path) -> None:
+    def write(self, rendered: Iterable[Rendered], path: Path) -> None:
         """Encode and write one shard; removes the frames."""
         buckets: dict[int, list[dict[str, Tensor]]] = {}
         captions: dict[int, list[str]] = {}
-        for texts, file in rendered:
-            frames = np.load(file)
+        for texts, given, file in rendered:
+            frames, given_frames = np.load(file), torch.tensor(given)
             file.unlink()
-            for first in range(0, len(frames), VIDEOS):
-                values = self._values(frames[first : first + VIDEOS])
+            for rows in torch.arange(len(frames)).split(VIDEOS):
+                values = self._values(frames[rows.numpy()]) | {"given_frames": given_frames[rows]}
                 buckets.setdefault(frames.shape[1], []).append(values)
             captions.setdefault(frames.shape[1], []).extend(texts)
         tensors: dict[str, Tensor] = {}
@@ -258,7 +267,7 @@ class RenderedLatents:
 
     def _batch(self, values: dict[str, Tensor], rows: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {
-            name: value.long() if name.startswith("tokens") else value if value.dtype is torch.bool else value.float()
+            name: value if value.dtype is torch.bool else value.float() if value.is_floating_point() else value.long()
             for name, value in values.items()
         }
         fps = torch.full((len(rows),), self.config.video.fps, device=self.device)

@@ -5,8 +5,9 @@ the text encoder (MiniLM's package on PYTHONPATH), but neither Ray nor DeepSpeed
 those of `jobs/`, the scenes are rendered in the background. `--set` takes any setting: larger models, batches.
 
 `--start BUNDLE` keeps its VAE and codecs, and goes on with its AR and DiT instead of beginning anew; the text-only DiT
-goes on from the guided one without its injection, and gets as many steps. `--variants NAME …` trains variants of
-`jobs/ablate.py` as well, from the bundle `--ablation-start`; `jobs/ablate.py --trained DIR` measures them.
+goes on from the guided one without its injection, and gets as many steps. `--only ar dit` leaves the others as they
+are. `--variants NAME …` trains variants of `jobs/ablate.py` as well, from the bundle `--ablation-start`;
+`jobs/ablate.py --trained DIR` measures them.
 AR and DiTs train at the same time, a process each: together they fill a GPU that none of them can.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -139,12 +140,16 @@ class Box:
     shard: int
     steps: dict[str, int]
     start: Bundle | None = None
+    only: Sequence[str] = ()  # of what goes on from `start`; none: all
 
     def path(self, name: str) -> Path:
         """Where a part lies: the start's VAE and codecs stay where they are."""
-        if self.start is not None and name in ("vae", "codec_fine", "codec_coarse"):
+        if self.start is not None and (name in ("vae", "codec_fine", "codec_coarse") or self._is_left(name)):
             return self.start.path / PARTS[name][0]
         return self.output / name
+
+    def _is_left(self, name: str) -> bool:
+        return bool(self.only) and name not in self.only
 
     def train(self) -> Bundle:
         """Every stage; returns the bundle."""
@@ -157,7 +162,7 @@ class Box:
             if self.start is None:  # the guided DiT begins with what the text-only one has learnt
                 base = override(self.config, [f"dit.init={self.path('dit_base')}"])
                 train_together([self._timed(self._job("dit", "dit", base, shards))])
-        parts = {name: self.path(name) for name in PARTS}
+        parts = {name: path for name in PARTS if (path := self.path(name)).exists()}
         return Bundle(save_bundle(self.output / "bundle", self.config, parts, self._text), self.device)
 
     def ablate(self, start: Bundle, variants: list[Variant], steps: int, ar_steps: int) -> None:
@@ -208,7 +213,8 @@ class Box:
         begun = {"ar": {"ar_init": self.start.artifacts["ar"].fingerprint}}
         begun |= {name: {"dit_init": self.start.artifacts["dit"].fingerprint} for name in ("dit", "dit_base")}
         jobs = [self._job(name, section, config, shards) for name, section, config in models]
-        return [replace(job, parents=job.parents | begun[job.name]) for job in jobs]
+        wanted = [job for job in jobs if not self._is_left(job.name)]
+        return [replace(job, parents=job.parents | begun[job.name]) for job in wanted]
 
     def _timed(self, job: Job) -> Job:
         """With as many steps as it is to have."""
@@ -310,6 +316,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--shard", type=int, default=2000, help="scenes that are encoded together")
     flags.add_argument("--processes", type=int, default=2, help="that render")
     flags.add_argument("--start", metavar="BUNDLE")
+    flags.add_argument("--only", nargs="+", default=[], choices=("ar", "dit", "dit_base"), help="of --start's models")
     flags.add_argument("--variants", nargs="*", default=[])
     flags.add_argument("--only-variants", action="store_true", help="on the shards that an earlier run wrote")
     flags.add_argument("--ablation-start", metavar="BUNDLE", help="guided bundle with its text-only DiT")
@@ -325,12 +332,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         flags.error(f"--variants {sorted(unknown)[0]}: expected some of {', '.join(NAMES)}")
     if options.variants and not (options.ablation_start and "variants" in steps):
         flags.error("--variants need --ablation-start BUNDLE and --steps variants=N")
+    if options.only and not options.start:
+        flags.error("--only says which models of --start BUNDLE go on")
     config = load_config(options.config, options.overrides)
     groups = ",".join(map(str, config.data.bucket_groups))
     mixes = [Mix.parse(text) for text in options.mix or [f"{config.data.sample_grade}:{groups}=1"]]
     box = Box(
         config, options.output, options.device, options.minutes, options.videos, mixes, options.processes,
-        options.shard, steps, Bundle(options.start) if options.start else None,
+        options.shard, steps, Bundle(options.start) if options.start else None, options.only,
     )  # fmt: skip
     begin = time.perf_counter()
     bundle = Bundle(options.output / "bundle") if options.only_variants else box.train()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from arlon_ray.models.layers import (
     CrossAttention,
     FrameSharing,
     Mlp,
+    Over,
     RotaryEmbedding,
     ScalarEmbedder,
     SelfAttention,
@@ -126,6 +126,14 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("y_embedding", drawn(tokens, channels))
 
 
+def modulate(x_BTSD: Tensor, shift_BTD: Tensor, scale_BTD: Tensor) -> Tensor:
+    """LayerNorm(x)·(1 + scale) + shift; T of shift and scale may be 1, the same for all frames."""
+    if (built := library_for(x_BTSD)) is not None:
+        return modulated(built, x_BTSD, shift_BTD.flatten(0, 1), scale_BTD.flatten(0, 1))
+    normed = F.layer_norm(x_BTSD, x_BTSD.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift_BTD[:, :, None], normed, 1 + scale_BTD[:, :, None])
+
+
 class STDiT3Block(nn.Module):
     """adaLN-single block: self-attention (over space, time, or both), cross-attention to the text, MLP."""
 
@@ -134,10 +142,8 @@ class STDiT3Block(nn.Module):
         dim = config.hidden_size
         self.temporal = temporal
         self.joint = temporal and config.temporal_attention == "joint"
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(dim, config.num_heads, config.qk_norm)
         self.cross_attn = CrossAttention(dim, config.num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim)
         self.scale_shift_table = nn.Parameter(drawn(6, dim))
 
@@ -156,43 +162,12 @@ class STDiT3Block(nn.Module):
         `rotary`: cosines and sines of the frames, of all tokens where attention is joint; spatial blocks ignore them.
         `parallel`: T is a share of the frames, of which there are `frames`.
         """
-        built = None if parallel else library_for(x_BTSD, self.attn.heads)
-        if built is not None:
-            return self._natively(built, x_BTSD, time_BT6D, text, text_real, rotary)
-        batch, _, places, _ = x_BTSD.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D)[:, :, None].unbind(3)
-        y = torch.addcmul(shift1, self.norm1(x_BTSD), 1 + scale1)
-        if self.joint:
-            tokens = None if frames is None else frames * places
-            y = self.attn(y.flatten(1, 2), rotary, parallel, tokens).view_as(x_BTSD)
-        elif self.temporal:
-            y = self.attn(rearrange(y, "b t s d -> (b s) t d"), rotary, parallel, frames)
-            y = rearrange(y, "(b s) t d -> b t s d", b=batch)
-        else:
-            y = self.attn(y.flatten(0, 1)).view_as(x_BTSD)
-        x = torch.addcmul(x_BTSD, gate1, y)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time_BT6D).unbind(2)
+        over: Over = "space" if not self.temporal else "all" if self.joint else "time"
+        y = self.attn(modulate(x_BTSD, shift1, scale1), over, rotary, parallel if self.temporal else None, frames)
+        x = torch.addcmul(x_BTSD, gate1[:, :, None], y)
         x = x + self.cross_attn(x.flatten(1, 2), text, text_real).view_as(x)
-        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
-        return torch.addcmul(x, gate2, self.mlp(y))
-
-    def _natively(
-        self,
-        built: CDLL,
-        x_BTSD: Tensor,
-        time_BT6D: Tensor,
-        text: tuple[Tensor, Tensor],
-        text_real: Tensor | tuple[int, ...] | None,
-        rotary: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """`forward` with what is between its products in C++ (`arlon_ray.native.dit`)."""
-        modulation = self.scale_shift_table + time_BT6D
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.flatten(0, 1).unbind(1)
-        gates = [gate.view(*time_BT6D.shape[:2], 1, -1) for gate in (gate1, gate2)]
-        y = modulated(built, x_BTSD, shift1, scale1)
-        x = torch.addcmul(x_BTSD, gates[0], self.attn.natively(built, y, rotary, self.temporal, self.joint))
-        x += self.cross_attn(x.flatten(1, 2), text, text_real).view_as(x)
-        y = modulated(built, x, shift2, scale2)
-        return x.addcmul_(gates[1], self.mlp(y))
+        return torch.addcmul(x, gate2[:, :, None], self.mlp(modulate(x, shift2, scale2)))
 
 
 Pair = tuple[STDiT3Block, STDiT3Block]
@@ -203,7 +178,6 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(dim, out)
         self.scale_shift_table = nn.Parameter(drawn(2, dim))
 
@@ -215,8 +189,8 @@ class FinalLayer(nn.Module):
         return self.linear(x)
 
     def _modulate(self, x_BTSD: Tensor, time_BD: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table + time_BD[:, None])[:, None, None].unbind(3)
-        return torch.addcmul(shift, self.norm_final(x_BTSD), 1 + scale)
+        shift, scale = (self.scale_shift_table + time_BD[:, None])[:, None].unbind(2)
+        return modulate(x_BTSD, shift, scale)
 
 
 class PatchEmbedder(nn.Module):

@@ -1,21 +1,24 @@
 """Layers that the DiT (and, for RMS norm, the AR) are built from; parameter names are Open-Sora v1.2's.
 
-Legend: B batch, N tokens, L text tokens, C channels, A heads, D channels of a head.
+Legend: B batch, T frames, S places of a frame, N tokens, L text tokens, C channels, A heads, D channels of a head.
 """
 
 from __future__ import annotations
 
 import math
-from ctypes import CDLL
 from itertools import groupby
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from arlon_ray.models import over_time
 from arlon_ray.native.dit import cross_attention, gelu_in_place, library_for, self_attention
+
+#: What the tokens of a segment attend to: those of their frame, those of their place in all frames, or all.
+Over = Literal["space", "time", "all"]
 
 
 class RMSNorm(nn.Module):
@@ -113,12 +116,54 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
+        x_BTSC: Tensor,
+        over: Over,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        parallel: FrameSharing | None = None,
+        frames: int | None = None,
+    ) -> Tensor:
+        """[B, T, S, C] to the same: within each frame, over time at each place, or over all tokens.
+
+        `rotary`: cosines and sines of the frames, or for `all` of the tokens. `parallel`: T is a share of the frames,
+        of which only the first `frames` are attended to.
+        """
+        if parallel is None and (attended := self._fused(x_BTSC, over, rotary)) is not None:
+            return self.proj(attended)
+        batch, _, places, _ = x_BTSC.shape
+        if over == "time":
+            y = self._within(rearrange(x_BTSC, "b t s c -> (b s) t c"), rotary, parallel, frames)
+            return rearrange(y, "(b s) t c -> b t s c", b=batch)
+        if over == "space":
+            return self._within(x_BTSC.flatten(0, 1)).view_as(x_BTSC)
+        tokens = None if frames is None else frames * places
+        return self._within(x_BTSC.flatten(1, 2), rotary, parallel, tokens).view_as(x_BTSC)
+
+    def _fused(self, x_BTSC: Tensor, over: Over, rotary: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """What `proj` is given, by our C++ or Triton from what `qkv` gives; None where neither computes it."""
+        built = library_for(x_BTSC, self.heads)
+        on_gpu = built is None and over == "time" and rotary is not None and over_time.fits(x_BTSC, self.heads)
+        if built is None and not on_gpu:
+            return None
+        norms, eps = None, 0.0
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        qkv = self.qkv(x_BTSC)
+        if built is None:
+            assert rotary is not None
+            return over_time.attention_over_time(qkv, self.heads, norms, eps, rotary)
+        qkv = qkv.flatten(1, 2)[:, None] if over == "all" else qkv
+        turned = None if over == "space" else rotary
+        attended = self_attention(built, qkv, self.heads, norms, eps, turned, over_time=over == "time")
+        return attended.view_as(x_BTSC)
+
+    def _within(
+        self,
         x_BNC: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
         parallel: FrameSharing | None = None,
         tokens: int | None = None,
     ) -> Tensor:
-        """`parallel`: the N tokens are a share of a sequence, of which only the first `tokens` are attended to."""
+        """Of each sequence of N tokens. `parallel`: a share of a sequence, of which the first `tokens` are seen."""
         q, k, v = self.qkv(x_BNC).unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
@@ -128,19 +173,6 @@ class SelfAttention(nn.Module):
         q, k, v = (parallel.to_heads(part) for part in (q, k, v))
         attended = parallel.to_tokens(attend(q, k[:, :, :tokens], v[:, :, :tokens]))
         return self.proj(rearrange(attended, "b a n d -> b n (a d)"))
-
-    def natively(
-        self, built: CDLL, x_BTSC: Tensor, rotary: tuple[Tensor, Tensor], over_time: bool, joint: bool
-    ) -> Tensor:
-        """Over the places of each frame, over time, or over both, with the attention in C++: [B, T, S, C]."""
-        norms, eps = None, 0.0
-        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
-            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
-        qkv = self.qkv(x_BTSC)
-        qkv = qkv.flatten(1, 2)[:, None] if joint else qkv
-        turned = rotary if over_time else None
-        attended = self_attention(built, qkv, self.heads, norms, eps, turned, over_time=over_time and not joint)
-        return self.proj(attended.view_as(x_BTSC))
 
 
 class CrossAttention(nn.Module):

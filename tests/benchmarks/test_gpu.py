@@ -25,14 +25,22 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> dict[str,
 
 def test_it_measures_all_but_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = run(monkeypatch, tmp_path, "--cases", *(set(gpu.CASES) - {"training", "ar"}))["cases"]
-    assert set(cases) == {"ceilings", "sampling, 240p", "sampling, 720p", "videos", "loading", "offload", "attention"}
+    assert set(cases) == {
+        "ceilings",
+        "sampling, 240p",
+        "sampling, 720p",
+        "videos, small",
+        "loading",
+        "offload",
+        "attention",
+    }
     assert not [name for name, its in cases.items() if "error" in its]
     step = cases["sampling, 240p"]
     assert step["equal"] and step["relative_error_float32"] < 1e-5 and step["tokens"] == 10 * 3 * 4
     assert step["step_s"]["ours"]["median"] > 0 and cases["loading"]["load_s"] > 0
-    assert set(cases["videos"]["video_s"]) == {"text-only@2", "guided@1"}
+    assert set(cases["videos, small"]["video_s"]) == {"text-only@2", "guided@1"}
     assert cases["offload"]["equal"] and cases["offload"]["idle"]["video_s"]["median"] > 0
-    assert 0 < cases["videos"]["busy_shares"]["guided@1"]["ar"] < 1
+    assert 0 < cases["videos, small"]["busy_shares"]["guided@1"]["ar"] < 1
     assert cases["ceilings"]["matmul_tflops_per_s"] > 0 and cases["attention"]["space, 240p"]["flash"]["both_s"] > 0
 
 

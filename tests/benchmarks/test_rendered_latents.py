@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.rendered_latents import HELD_OUT, Mix, Parts, RenderedLatents, render_in_background
+from arlon_ray.config import GROUP_FRAMES
+from benchmarks.rendered_latents import HELD_OUT, Mix, Parts, RenderedLatents, render_in_background, scenes_of
+from data_pipeline.worlds import shot_captions
 from tests.bundles import make_random_bundle, small_config
 
 
@@ -17,7 +20,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     bundle = make_random_bundle(folder / "bundle")
     parts = Parts(*(bundle / name for name in ("vae", "vqvae/fine", "vqvae/coarse")))
-    mixes = [Mix("simple", (2, 3), 0.75), Mix("returning", (7,), 0.25)]
+    mixes = [Mix("simple", (2, 3), 0.5), Mix("returning", (7,), 0.25), Mix("changing", (4,), 0.25)]
     process = render_in_background(
         small_config(), mixes, parts, folder / "shards",
         shards=2, size=64, seed=3, device="cpu", processes=1,
@@ -52,7 +55,21 @@ def test_batches_are_of_one_length_and_of_every_length(shards: Path) -> None:
         assert latents.shape[2] == fine.shape[1] == coarse.shape[1] and latents.dtype is torch.float32
         assert len(latents) == 8 and batch["text"].shape[:2] == batch["text_mask"].shape
         lengths.add(latents.shape[2])
-    assert lengths == {10, 15, 35}
+    assert lengths == {10, 15, 20, 35}
+
+
+def test_what_comes_before_a_change_is_given_and_the_caption_is_that_of_what_comes_behind(shards: Path) -> None:
+    config = small_config()
+    scenes = islice(scenes_of(config, Mix("changing", (4,), 0.25), 3 + 2), 32)  # the third mix, two shards of 16
+    given = {shot_captions(scene)[-1]: scene.frames - scene.shots[-1].frames for scene in scenes}
+    batches = [source_of(shards).batch(step, 0, 1) for step in range(20)]
+    changing = [batch for batch in batches if batch["latents"].shape[2] == 20]
+    assert changing and all(int(batch["given_frames"].min()) >= GROUP_FRAMES for batch in changing)
+    assert all(not batch["given_frames"].any() for batch in batches if batch["latents"].shape[2] != 20)
+    held_out = [batch for batch in source_of(shards).held_out_batches(8) if batch["latents"].shape[2] == 20]
+    for batch in held_out:
+        assert [given[text] for text in batch["caption"]] == batch["given_frames"].tolist()
+    assert held_out
 
 
 def test_what_is_held_out_is_never_trained_on(shards: Path) -> None:

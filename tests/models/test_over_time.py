@@ -1,0 +1,90 @@
+"""Triton's attention over time gives what plain operations give, forward and backward, compiled too: on a GPU, or in
+Triton's interpreter where only Triton is there.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from arlon_ray.models import over_time  # noqa: E402
+from arlon_ray.models.layers import RotaryEmbedding, SelfAttention  # noqa: E402
+
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+
+
+def layer_and_input(
+    sizes: tuple[int, int, int, int, int], qk_norm: bool
+) -> tuple[SelfAttention, Tensor, tuple[Tensor, Tensor]]:
+    """An attention layer with weights of its own, x [B, T, S, C] and rotations of its frames."""
+    batch, frames, places, heads, channels = sizes
+    torch.manual_seed(0)
+    layer = SelfAttention(heads * channels, heads, qk_norm).to(DEVICE)
+    for norm in (layer.q_norm, layer.k_norm) if qk_norm else ():
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)  # type: ignore[arg-type]
+    x = torch.randn(batch, frames, places, heads * channels, device=DEVICE, requires_grad=True)
+    rotary = RotaryEmbedding(channels).to(DEVICE).angles(torch.arange(frames, device=DEVICE))
+    return layer, x, rotary
+
+
+def values_and_gradients(layer: SelfAttention, x: Tensor, rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """What comes out, and what is asked of x and of the weights."""
+    out = layer(x, "time", rotary)
+    asked = torch.autograd.grad((out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum(),
+                                [x, *layer.parameters()])  # fmt: skip
+    return [out.detach(), *asked]
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("sizes", [(2, 5, 3, 2, 16), (1, 15, 4, 2, 24), (2, 20, 2, 1, 72)])
+def test_as_plain_operations(
+    sizes: tuple[int, int, int, int, int], qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x, rotary = layer_and_input(sizes, qk_norm)
+    monkeypatch.setattr(over_time, "fits", lambda *_: False)
+    expected = values_and_gradients(layer, x, rotary)
+    called = []
+    monkeypatch.setattr(over_time, "fits", lambda *_: called.append(1) or True)
+    found = values_and_gradients(layer, x, rotary)
+    assert called
+    for mine, plain in zip(found, expected, strict=True):
+        assert torch.allclose(mine, plain, atol=2e-5, rtol=2e-4), float((mine - plain).abs().max())
+
+
+def test_in_half_precision() -> None:
+    layer, x, rotary = layer_and_input((2, 15, 3, 2, 24), True)
+    expected = layer(x, "time", rotary)
+    q, k = (norm.weight for norm in (layer.q_norm, layer.k_norm))
+    halves = layer.qkv(x).half()
+    attended = over_time.attention_over_time(halves, 2, (q, k), 1e-6, rotary)  # type: ignore[arg-type]
+    assert attended.dtype is torch.float16 and torch.allclose(layer.proj(attended.float()), expected, atol=5e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="compiled for a GPU")
+def test_compiled_it_is_the_same() -> None:
+    layer, x, rotary = layer_and_input((2, 15, 6, 2, 24), True)
+    expected = values_and_gradients(layer, x, rotary)
+    layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+    for mine, plain in zip(values_and_gradients(layer, x, rotary), expected, strict=True):
+        assert torch.allclose(mine, plain, atol=2e-5, rtol=2e-4)
+
+
+def test_registered_as_torch_asks() -> None:
+    _, x, rotary = layer_and_input((1, 5, 2, 2, 16), True)
+    qkv = torch.randn(*x.shape[:3], 3 * x.shape[3], device=DEVICE, requires_grad=True)
+    weights = [torch.rand(16, device=DEVICE).add(0.5).requires_grad_() for _ in range(2)]
+    torch.library.opcheck(over_time._forward, (qkv, *weights, *rotary, 2, 1e-6), atol=1e-4, rtol=1e-4)
+
+
+def test_only_where_it_fits() -> None:
+    x = torch.empty(1, 65, 2, 64, device=DEVICE)
+    assert not over_time.fits(x, 2) and over_time.fits(x[:, :64], 2) == (DEVICE == "cuda")
+    assert not over_time.fits(x[:, :5].expand(1, 5, 2, 64), 64)  # one channel a head
