@@ -84,8 +84,8 @@ class SamplingConfig(Section):
     ar_guidance_scale: float = Field(1.5, ge=0, description="text guidance of the AR; 1 costs nothing")
     ar_contrast: bool = Field(
         True,
-        description="behind a change of the text the AR is guided away from the prompt before, not from no text: for one "
-        "that has seen no captions change",
+        description="behind a change of the text the AR is guided away from the prompt before, not from no text: for "
+        "one that has seen no captions change",
     )
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="0: all codes")
