@@ -51,13 +51,13 @@ def test_nor_behind_a_restart(tmp_path: Path) -> None:
     names: list[str] = []
 
     async def before(service: VideoService, stages: FakeStages) -> None:
-        draft = await service.create(PlanRequest(prompt="a", deadline_s=0.3))
+        draft = await service.create(PlanRequest(prompt="a", deadline_s=1.5))
         names.append(draft.id)
         assert await ended(service, draft.id, "draft") == "completed"
         stages.gate.clear()
         await service.create(VideoRequest(prompt="a"))
         await service.reroll(draft.id, 0, RerollRequest(seed=5))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.5)
 
     async def after(service: VideoService, stages: FakeStages) -> None:
         assert await ended(service, names[0], "draft") == "completed"
