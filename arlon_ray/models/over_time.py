@@ -9,21 +9,94 @@ Legend: B batch, T frames, S places of a frame, C channels, A heads, D channels 
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from importlib.util import find_spec
+from logging import getLogger
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from arlon_ray.artifact import one_line
 
 #: The most frames and channels of a head that one program has room for.
 MOST_FRAMES, MOST_CHANNELS = 64, 128
+#: How far the kernels may be from plain operations where they are tried, relative to the size of what comes out.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 _HAS_TRITON = find_spec("triton") is not None
 
 
 def fits(x_BTSC: Tensor, heads: int) -> bool:
-    """Whether `attention_over_time` computes it here: on a GPU with Triton, and short enough."""
-    channels = x_BTSC.shape[-1] // heads
-    short = x_BTSC.shape[1] <= MOST_FRAMES and channels <= MOST_CHANNELS and channels % 2 == 0
-    return _HAS_TRITON and x_BTSC.is_cuda and short
+    """Whether `attention_over_time` computes it here: on a GPU where the kernels work, and short enough.
+
+    Not where somebody counts operations: it would see one that it does not know.
+    """
+    frames, channels = x_BTSC.shape[1], x_BTSC.shape[-1] // heads
+    short = frames <= MOST_FRAMES and channels <= MOST_CHANNELS and channels % 2 == 0
+    if not (_HAS_TRITON and x_BTSC.is_cuda and short):
+        return False
+    watched = not torch.compiler.is_compiling() and _len_torch_dispatch_stack()
+    return not watched and works(str(x_BTSC.device), frames, channels)
+
+
+@torch.compiler.assume_constant_result
+def works(device: str, frames: int, channels: int) -> bool:
+    """Whether the kernels compile there and give what plain operations give; said once where they do not."""
+    return _tried(device, max(16, 1 << (frames - 1).bit_length()), channels)
+
+
+@cache
+def _tried(device: str, frames: int, channels: int) -> bool:
+    try:
+        wrong = [
+            str(dtype)
+            for dtype in TOLERANCES
+            if error_against_plain(device, frames, channels, dtype) > TOLERANCES[dtype]
+        ]
+        why = f"they are wrong in {', '.join(wrong)}" if wrong else ""
+    except Exception as error:  # what Triton and its compilers raise is not said anywhere
+        why = one_line(error)
+    if why:
+        getLogger(__name__).warning("attention over time without its Triton kernels on %s: %s", device, why)
+    return not why
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def error_against_plain(device: str, frames: int, channels: int, dtype: torch.dtype) -> float:
+    """How far output and gradients of the kernels are from those of plain operations, the greater of both."""
+    with torch.autocast(torch.device(device).type, enabled=False):
+
+        def waves(*shape: int) -> Tensor:  # no random numbers: whoever draws them must get the same as without
+            return torch.arange(math.prod(shape), device=device).mul(1.7).sin().view(shape)
+
+        qkv, grad = waves(1, frames, 3, 3 * channels).requires_grad_(), waves(1, frames, 3, channels) + 0.3
+        norms = [(1.2 + 0.3 * waves(channels)).requires_grad_() for _ in range(2)]
+        angles = waves(frames, channels // 2).repeat_interleave(2, 1)
+        rotary = angles.cos(), angles.sin()
+        rounded = qkv.to(dtype)
+        outs = [
+            attention_over_time(rounded, 1, (norms[0], norms[1]), 1e-6, rotary).float(),
+            plain(rounded.float(), 1, (norms[0], norms[1]), 1e-6, rotary),
+        ]
+        found, expected = ([out, *torch.autograd.grad(out, [qkv, *norms], grad, retain_graph=True)] for out in outs)
+        return max(float(((a - b).norm() / b.norm()).detach()) for a, b in zip(found, expected, strict=True))
+
+
+def plain(
+    qkv_BTSC: Tensor, heads: int, norms: tuple[Tensor, Tensor], eps: float, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """`attention_over_time` by torch's operations."""
+    q, k, v = qkv_BTSC.unflatten(-1, (3, heads, -1)).permute(3, 0, 2, 4, 1, 5)  # [3, B, S, A, T, D]
+
+    def turned(x: Tensor, weight: Tensor) -> Tensor:
+        x = F.rms_norm(x, weight.shape, weight, eps)
+        return x * rotary[0] + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * rotary[1]
+
+    shares = (turned(q, norms[0]) @ turned(k, norms[1]).mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (shares @ v).permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def attention_over_time(
@@ -38,6 +111,7 @@ def attention_over_time(
     `norms`: weights [D] of the RMS norms of queries and keys. `rotary`: cosines and sines [T, D].
     """
     cos, sin = (part.float() for part in rotary)
+    assert cos.shape == sin.shape == (qkv_BTSC.shape[1], qkv_BTSC.shape[3] // 3 // heads)
     queries, keys = norms or (None, None)
     attended: Tensor = _forward(qkv_BTSC, queries, keys, cos, sin, heads, eps)
     return attended
@@ -102,7 +176,7 @@ def _(
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(qkv), qkv.new_empty(2, qkv.shape[-1] // 3 // heads, dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), qkv.new_empty(2, qkv.shape[-1] // 3 // heads, dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]

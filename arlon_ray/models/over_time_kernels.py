@@ -47,7 +47,7 @@ def _attend(
     qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, out_ptr, T, S, eps, scale,
     A: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, NORMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, sequence = tl.program_id(0), tl.program_id(1)
+    sequence, head = tl.program_id(0), tl.program_id(1)
     dtype = qkv_ptr.dtype.element_ty
     frames, half, channels = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, 2 * BH)
     first = (sequence // S).to(tl.int64) * T * S + sequence % S
@@ -97,7 +97,7 @@ def _differentiate(
     grad_ptr, qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, out_ptr, norms_ptr, T, S, eps, scale,
     A: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, NORMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, sequence = tl.program_id(0), tl.program_id(1)
+    sequence, head = tl.program_id(0), tl.program_id(1)
     dtype = qkv_ptr.dtype.element_ty
     frames, half, channels = tl.arange(0, BT), tl.arange(0, BH), tl.arange(0, 2 * BH)
     first = (sequence // S).to(tl.int64) * T * S + sequence % S
@@ -151,7 +151,7 @@ def _differentiate(
 
 
 def _sizes(qkv: Tensor, heads: int) -> tuple[tuple[int, int], dict[str, int | str]]:
-    """The grid, and what the kernels are compiled for."""
+    """The grid, and what the kernels are compiled for. Sequences come first: only of these may a grid have many."""
     batch, frames, places, width = qkv.shape
     channels = width // 3 // heads
     constants: dict[str, int | str] = {
@@ -159,7 +159,7 @@ def _sizes(qkv: Tensor, heads: int) -> tuple[tuple[int, int], dict[str, int | st
         "BH": max(16, triton.next_power_of_2(channels // 2)),
         "PRECISION": "ieee" if qkv.dtype is torch.float32 else "tf32",
     }  # fmt: skip
-    return (heads, batch * places), constants
+    return (batch * places, heads), constants
 
 
 def forward(
@@ -191,7 +191,7 @@ def backward(
     channels = width // 3 // heads
     out, normed = torch.empty_like(qkv), queries is not None
     grid, constants = _sizes(qkv, heads)
-    parts = qkv.new_empty(grid[1] * heads if normed else 0, 2, channels, dtype=torch.float32)
+    parts = qkv.new_empty(grid[0] * heads if normed else 0, 2, channels, dtype=torch.float32)
     _differentiate[grid](
         grad, qkv, cos if queries is None else queries, cos if keys is None else keys, cos, sin, out,
         parts if normed else cos, frames, places, eps, channels**-0.5, NORMED=normed, num_warps=WARPS, **constants,

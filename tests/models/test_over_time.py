@@ -5,6 +5,7 @@ Triton's interpreter where only Triton is there.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,16 @@ from arlon_ray.models import over_time  # noqa: E402
 from arlon_ray.models.layers import RotaryEmbedding, SelfAttention  # noqa: E402
 
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+
+
+@pytest.fixture(autouse=True)
+def tried_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In what the interpreter computes: of bfloat16 it makes nonsense."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(over_time, "TOLERANCES", {torch.float32: 1e-3, torch.float16: 1e-2})
+    over_time._tried.cache_clear()
+    yield
+    over_time._tried.cache_clear()
 
 
 def layer_and_input(
@@ -82,6 +93,37 @@ def test_registered_as_torch_asks() -> None:
     qkv = torch.randn(*x.shape[:3], 3 * x.shape[3], device=DEVICE, requires_grad=True)
     weights = [torch.rand(16, device=DEVICE).add(0.5).requires_grad_() for _ in range(2)]
     torch.library.opcheck(over_time._forward, (qkv, *weights, *rotary, 2, 1e-6), atol=1e-4, rtol=1e-4)
+
+
+def test_where_the_kernels_are_wrong_or_do_not_run_others_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert over_time.works(DEVICE, 5, 24) and not caplog.records
+    over_time._tried.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setitem(over_time.TOLERANCES, torch.float32, -1.0)
+        assert not over_time.works(DEVICE, 5, 24) and "wrong in torch.float32" in caplog.text
+    over_time._tried.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("arlon_ray.models.over_time_kernels.backward", lambda *_: 1 / 0)
+        assert not over_time.works(DEVICE, 6, 24) and "division by zero" in caplog.text
+        assert len(caplog.records) == 2 and not over_time.works(DEVICE, 7, 24) and len(caplog.records) == 2
+
+
+def test_it_is_tried_while_something_is_compiled() -> None:
+    compiled = torch.compile(lambda x: x * 2 if over_time.works(DEVICE, 5, 32) else x * 3, backend="eager")
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+    assert over_time._tried.cache_info().misses == 1
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a grid of a GPU")
+def test_more_sequences_than_one_axis_of_a_grid_has() -> None:
+    qkv = torch.randn(1, 2, 70_000, 3 * 16, device=DEVICE, requires_grad=True)
+    weights, rotary = (torch.ones(16, device=DEVICE),) * 2, (torch.ones(2, 16, device=DEVICE),) * 2
+    pairs = [work(qkv, 1, weights, 1e-6, rotary) for work in (over_time.attention_over_time, over_time.plain)]
+    assert torch.allclose(*pairs, atol=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(out.sum(), qkv)[0] for out in pairs), atol=1e-5)
 
 
 def test_only_where_it_fits() -> None:
