@@ -45,15 +45,15 @@ from jobs.variants import NAMES, VARIANTS, Variant
 
 #: Shares of the time for training, where nothing else says how many steps; the rest is for encoding and measuring.
 SHARES = {"vae": 0.12, "vqvae_fine": 0.05, "vqvae_coarse": 0.03, "ar": 0.2, "dit_base": 0.2, "dit": 0.25}
-PROBED, SEED = 8, 3
+PROBED, SEED = 8, 3  # of the scenes, where none is asked for
 ROWS = ("truth", "vae", "text-only@30", "text-only@5", "guided@5", "true-tokens@5")
 
 
 class PixelScenes:
     """17-frame groups of rendered scenes, for the VAE."""
 
-    def __init__(self, config: Config, count: int) -> None:
-        scenes = islice(whole_scenes(config, training_seed(SEED, 0)), count)
+    def __init__(self, config: Config, count: int, seed: int) -> None:
+        scenes = islice(whole_scenes(config, training_seed(seed, 0)), count)
         height, width = config.video.height, config.video.width
         self.groups = np.concatenate([render(s).reshape(-1, GROUP_FRAMES, height, width, 3) for s in scenes])
         self.kept = max(1, len(self.groups) // 20)
@@ -81,12 +81,13 @@ class Job:
     count: int
     device: str
     every: int = 50  # steps after which one more shard is drawn from
+    seed: int = SEED
 
     def stage(self) -> Stage:
         """Raises ArtifactError if what it starts from does not fit."""
         training = getattr(self.config, self.section).training
         size, every = training.batch_size, self.every
-        source = RenderedLatents(self.config, self.shards, self.count, size, self.device, every=every, seed=SEED)
+        source = RenderedLatents(self.config, self.shards, self.count, size, self.device, every=every, seed=self.seed)
         if training.data_share < 1:
             source = source.share(training.data_share)
         vae, fine, coarse = (self.folders[name] for name in ("vae", "codec_fine", "codec_coarse"))
@@ -141,6 +142,7 @@ class Box:
     steps: dict[str, int]
     start: Bundle | None = None
     only: Sequence[str] = ()  # of what goes on from `start`; none: all
+    seed: int = SEED
 
     def path(self, name: str) -> Path:
         """Where a part lies: the start's VAE and codecs stay where they are."""
@@ -189,7 +191,7 @@ class Box:
     def _parents(self) -> dict[str, str]:
         names = [name for name in ("vae", "codec_fine", "codec_coarse") if (self.path(name) / "lineage.json").exists()]
         mixes = " ".join(f"{mix.grade}:{','.join(map(str, mix.groups))}={mix.share:g}" for mix in self.mixes)
-        scenes = f"rendered from seed {SEED}, {self.videos} videos of {mixes}"
+        scenes = f"rendered from seed {self.seed}, {self.videos} videos of {mixes}"
         return {"text": self._text, "scenes": scenes} | {
             name: load_artifact(self.path(name), PARTS[name][1]).fingerprint for name in names
         }
@@ -197,7 +199,7 @@ class Box:
     def _job(self, name: str, section: Literal["ar", "dit"], config: Config, shards: int) -> Job:
         folders = {part: self.path(part) for part in ("vae", "codec_fine", "codec_coarse")}
         path, where = self.path(name), self.output / "shards"
-        return Job(name, section, config, path, self._parents(), folders, where, shards, self.device)
+        return Job(name, section, config, path, self._parents(), folders, where, shards, self.device, seed=self.seed)
 
     def _first_jobs(self, shards: int) -> list[Job]:
         if self.start is None:
@@ -227,7 +229,7 @@ class Box:
 
     def _train_latent_space(self) -> None:
         """The VAE, and the codecs on latents without tokens."""
-        pixels = PixelScenes(self.config, min(self.videos, 2000))
+        pixels = PixelScenes(self.config, min(self.videos, 2000), self.seed)
         self._train_here("vae", "vae", lambda c: VaeStage(c.vae, pixels, c.seed))
         folder = self.output / "untokenised"
         shards = max(1, min(self.videos, 2000) // self.shard)
@@ -238,7 +240,7 @@ class Box:
                 def codec(c: Config, role: Any = role) -> Stage:
                     settings = getattr(c.vqvae, role)
                     size = settings.training.batch_size
-                    latents = RenderedLatents(c, folder, shards, size, self.device, seed=SEED)
+                    latents = RenderedLatents(c, folder, shards, size, self.device, seed=self.seed)
                     return CodecStage(
                         settings, role, c.vae.latent_channels, latents, self.path("vae"), dict(parents), c.seed
                     )
@@ -257,7 +259,7 @@ class Box:
             parts = Parts(self.path("vae"), self.path("codec_fine"), self.path("codec_coarse"))
         return _Rendering(
             render_in_background(
-                self.config, self.mixes, parts, folder, shards=shards, size=self.shard, seed=SEED,
+                self.config, self.mixes, parts, folder, shards=shards, size=self.shard, seed=self.seed,
                 device=self.device, processes=self.processes,
             )
         )  # fmt: skip
@@ -317,6 +319,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--processes", type=int, default=2, help="that render")
     flags.add_argument("--start", metavar="BUNDLE")
     flags.add_argument("--only", nargs="+", default=[], choices=("ar", "dit", "dit_base"), help="of --start's models")
+    flags.add_argument("--seed", type=int, default=SEED, help="of the scenes: another one than what --start has seen")
     flags.add_argument("--variants", nargs="*", default=[])
     flags.add_argument("--only-variants", action="store_true", help="on the shards that an earlier run wrote")
     flags.add_argument("--ablation-start", metavar="BUNDLE", help="guided bundle with its text-only DiT")
@@ -339,7 +342,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     mixes = [Mix.parse(text) for text in options.mix or [f"{config.data.sample_grade}:{groups}=1"]]
     box = Box(
         config, options.output, options.device, options.minutes, options.videos, mixes, options.processes,
-        options.shard, steps, Bundle(options.start) if options.start else None, options.only,
+        options.shard, steps, Bundle(options.start) if options.start else None, options.only, options.seed,
     )  # fmt: skip
     begin = time.perf_counter()
     bundle = Bundle(options.output / "bundle") if options.only_variants else box.train()
