@@ -21,12 +21,15 @@ def small_config(*overrides: str) -> Config:
 
 
 class FakeStages:
-    """Records what is asked of it. `gate` (if closed) holds every rendering; `fail_at` makes one segment fail."""
+    """Records what is asked of it. `gate` (if closed) holds every rendering but of `free` jobs; `fail_at` makes one
+    segment fail.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.gate = asyncio.Event()
         self.gate.set()
+        self.free: set[str] = set()
         self.fail_at: int | None = None
         self.planned: list[tuple[str, int]] = []
         self.rendered: list[tuple[str, int]] = []
@@ -64,7 +67,8 @@ class FakeStages:
         self.alive += 1
         self.most_alive = max(self.alive, self.most_alive)
         try:
-            await self.gate.wait()
+            if job.id not in self.free:
+                await self.gate.wait()
             await asyncio.sleep(0.01)
         except asyncio.CancelledError:
             self.cancelled.append(job.id)

@@ -27,7 +27,7 @@ from serve.exchange import Exchange, LastServed, ServedModel, open_model, still_
 from serve.job_store import JobStore
 from serve.service import VideoService
 from serve.settings import config_of
-from serve.work import Frame, Job, Latents, Tokens
+from serve.work import TRIAL, Frame, Job, Latents, Tokens
 from tests.bundles import make_random_bundle
 from tests.serve.play import driven, post, until
 from tests.serve.stages import FakeStages, small_config
@@ -125,11 +125,12 @@ async def test_what_has_begun_ends_with_its_bundle_and_what_waits_begins_with_th
         begun = await three(here)
         await until(here.client, begun, "in_progress")
         waits = await three(here)
+        here.stages.free.add(TRIAL)
         await here.exchange.want({"bundle": TWO})
-        asyncio.get_running_loop().call_later(0.1, here.stages.gate.set)
         while (await here.health())["bundle"] != "two":
             meanwhile = await three(here)
             await asyncio.sleep(0.02)
+        here.stages.gate.set()
         after = await three(here)
         assert [await here.content(name) for name in (begun, waits, meanwhile, after)] == [ones, twos, twos, twos]
         await here.want(ONE)
