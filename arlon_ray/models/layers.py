@@ -141,7 +141,12 @@ class SelfAttention(nn.Module):
     def _fused(self, x_BTSC: Tensor, over: Over, rotary: tuple[Tensor, Tensor] | None) -> Tensor | None:
         """What `proj` is given, by our C++ or Triton from what `qkv` gives; None where neither computes it."""
         built = library_for(x_BTSC, self.heads)
-        on_gpu = built is None and over == "time" and rotary is not None and over_time.fits(x_BTSC, self.heads)
+        on_gpu = (
+            built is None
+            and over == "time"
+            and rotary is not None
+            and over_time.fits(x_BTSC, self.proj.in_features // self.heads)
+        )
         if built is None and not on_gpu:
             return None
         norms, eps = None, 0.0

@@ -98,20 +98,20 @@ def test_registered_as_torch_asks() -> None:
 def test_where_the_kernels_are_wrong_or_do_not_run_others_work(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert over_time.works(DEVICE, 5, 24) and not caplog.records
+    assert over_time.works(DEVICE, 24) and not caplog.records
     over_time._tried.cache_clear()
     with monkeypatch.context() as patched:
         patched.setitem(over_time.TOLERANCES, torch.float32, -1.0)
-        assert not over_time.works(DEVICE, 5, 24) and "wrong in torch.float32" in caplog.text
+        assert not over_time.works(DEVICE, 24) and "wrong in torch.float32" in caplog.text
     over_time._tried.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr("arlon_ray.models.over_time_kernels.backward", lambda *_: 1 / 0)
-        assert not over_time.works(DEVICE, 6, 24) and "division by zero" in caplog.text
-        assert len(caplog.records) == 2 and not over_time.works(DEVICE, 7, 24) and len(caplog.records) == 2
+        assert not over_time.works(DEVICE, 24) and "division by zero" in caplog.text
+        assert len(caplog.records) == 2 and not over_time.works(DEVICE, 24) and len(caplog.records) == 2
 
 
 def test_it_is_tried_while_something_is_compiled() -> None:
-    compiled = torch.compile(lambda x: x * 2 if over_time.works(DEVICE, 5, 32) else x * 3, backend="eager")
+    compiled = torch.compile(lambda x: x * 2 if over_time.works(DEVICE, 32) else x * 3, backend="eager")
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
     assert over_time._tried.cache_info().misses == 1
@@ -127,6 +127,6 @@ def test_more_sequences_than_one_axis_of_a_grid_has() -> None:
 
 
 def test_only_where_it_fits() -> None:
-    x = torch.empty(1, 65, 2, 64, device=DEVICE)
-    assert not over_time.fits(x, 2) and over_time.fits(x[:, :64], 2) == (DEVICE == "cuda")
-    assert not over_time.fits(x[:, :5].expand(1, 5, 2, 64), 64)  # one channel a head
+    x = torch.empty(1, 33, 2, 64, device=DEVICE)
+    assert not over_time.fits(x, 32) and over_time.fits(x[:, :32], 32) == (DEVICE == "cuda")
+    assert not over_time.fits(x[:, :5], 1)

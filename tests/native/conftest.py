@@ -9,7 +9,7 @@ import pytest
 from arlon_ray import native
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def built() -> ctypes.CDLL:
     library = native.library()
     if library is None:
