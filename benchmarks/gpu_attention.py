@@ -78,7 +78,7 @@ def _ours(sequences: int, frames: int, flops: int, device: str) -> dict[str, Any
     qkv = torch.randn(1, frames, sequences, 3 * HEADS * HEAD_DIM, device=device)
     norms = torch.rand(HEAD_DIM, device=device) + 0.5, torch.rand(HEAD_DIM, device=device) + 0.5
     rotary = RotaryEmbedding(HEAD_DIM).to(device).angles(torch.arange(frames, device=device))
-    work = partial(attention_over_time, heads=HEADS, norms=norms, eps=1e-6, rotary=rotary)
+    work = partial(attention_over_time, norms=norms, eps=1e-6, rotary=rotary)
     errors = {str(dtype): error_against_plain(device, frames, HEAD_DIM, dtype) for dtype in TOLERANCES}
     found: dict[str, Any] = {"errors": errors}
     usual, halves = over_time_kernels.WARPS, qkv.bfloat16().requires_grad_()

@@ -155,7 +155,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x_BTSC)
         if built is None:
             assert rotary is not None
-            return over_time.attention_over_time(qkv, self.heads, norms, eps, rotary)
+            return over_time.attention_over_time(qkv, norms, eps, rotary)
         qkv = qkv.flatten(1, 2)[:, None] if over == "all" else qkv
         turned = None if over == "space" else rotary
         attended = self_attention(built, qkv, self.heads, norms, eps, turned, over_time=over == "time")

@@ -13,6 +13,7 @@ import math
 from functools import cache
 from importlib.util import find_spec
 from logging import getLogger
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,117 +82,80 @@ def error_against_plain(device: str, frames: int, channels: int, dtype: torch.dt
         rotary = angles.cos(), angles.sin()
         rounded = qkv.to(dtype)
         outs = [
-            attention_over_time(rounded, 1, (norms[0], norms[1]), 1e-6, rotary).float(),
-            plain(rounded.float(), 1, (norms[0], norms[1]), 1e-6, rotary),
+            attention_over_time(rounded, (norms[0], norms[1]), 1e-6, rotary).float(),
+            plain(rounded.float(), (norms[0], norms[1]), 1e-6, rotary),
         ]
         found, expected = ([out, *torch.autograd.grad(out, [qkv, *norms], grad, retain_graph=True)] for out in outs)
         return max(float(((a - b).norm() / b.norm()).detach()) for a, b in zip(found, expected, strict=True))
 
 
-def plain(
-    qkv_BTSC: Tensor, heads: int, norms: tuple[Tensor, Tensor], eps: float, rotary: tuple[Tensor, Tensor]
-) -> Tensor:
+def plain(qkv_BTSC: Tensor, norms: tuple[Tensor, Tensor], eps: float, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """`attention_over_time` by torch's operations."""
-    q, k, v = qkv_BTSC.unflatten(-1, (3, heads, -1)).permute(3, 0, 2, 4, 1, 5)  # [3, B, S, A, T, D]
+    from arlon_ray.models.layers import attend, rotate  # layers need this module
 
-    def turned(x: Tensor, weight: Tensor) -> Tensor:
-        x = F.rms_norm(x, weight.shape, weight, eps)
-        return x * rotary[0] + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * rotary[1]
-
-    shares = (turned(q, norms[0]) @ turned(k, norms[1]).mT * q.shape[-1] ** -0.5).softmax(-1)
-    return (shares @ v).permute(0, 3, 1, 2, 4).flatten(3)
+    q, k, v = qkv_BTSC.unflatten(-1, (3, -1, rotary[0].shape[1])).permute(3, 0, 2, 4, 1, 5)  # [3, B, S, A, T, D]
+    q, k = (rotate(F.rms_norm(x, its.shape, its, eps), *rotary) for x, its in zip((q, k), norms, strict=True))
+    return attend(q, k, v).permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def attention_over_time(
-    qkv_BTSC: Tensor,
-    heads: int,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    rotary: tuple[Tensor, Tensor],
+    qkv_BTSC: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float, rotary: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Attention within each of the B·S sequences of T frames: [B, T, S, C] of queries, keys and values [B, T, S, 3·C].
 
-    `norms`: weights [D] of the RMS norms of queries and keys. `rotary`: cosines and sines [T, D].
+    `norms`: weights [D] of the RMS norms of queries and keys. `rotary`: cosines and sines [T, D]; D says how many heads
+    there are.
     """
     cos, sin = (part.float() for part in rotary)
-    assert cos.shape == sin.shape == (qkv_BTSC.shape[1], qkv_BTSC.shape[3] // 3 // heads)
+    assert cos.shape == sin.shape and len(cos) == qkv_BTSC.shape[1] and qkv_BTSC.shape[3] % (3 * cos.shape[1]) == 0
     queries, keys = norms or (None, None)
-    attended: Tensor = _forward(qkv_BTSC, queries, keys, cos, sin, heads, eps)
+    attended: Tensor = _forward(qkv_BTSC, queries, keys, cos, sin, eps)
     return attended
-
-
-def _shapes(qkv: Tensor) -> tuple[int, int, int, int]:
-    batch, frames, places, width = qkv.shape
-    return batch, frames, places, width // 3
 
 
 @torch.library.custom_op(
     "arlon_ray::attention_over_time",
     mutates_args=(),
-    schema="(Tensor qkv, Tensor? queries, Tensor? keys, Tensor cos, Tensor sin, int heads, float eps) -> Tensor",
+    schema="(Tensor qkv, Tensor? queries, Tensor? keys, Tensor cos, Tensor sin, float eps) -> Tensor",
 )
-def _forward(
-    qkv: Tensor, queries: Tensor | None, keys: Tensor | None, cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> Tensor:
+def _forward(*inputs: Any) -> Tensor:
     from arlon_ray.models import over_time_kernels
 
-    return over_time_kernels.forward(qkv.contiguous(), queries, keys, cos.contiguous(), sin.contiguous(), heads, eps)
+    return over_time_kernels.forward(*inputs)
 
 
 @_forward.register_fake
-def _(
-    qkv: Tensor, queries: Tensor | None, keys: Tensor | None, cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> Tensor:
-    return qkv.new_empty(_shapes(qkv))
+def _(qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
 @torch.library.custom_op(
     "arlon_ray::attention_over_time_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor qkv, Tensor? queries, Tensor? keys, Tensor cos, Tensor sin, int heads, float eps)"
+    schema="(Tensor grad, Tensor qkv, Tensor? queries, Tensor? keys, Tensor cos, Tensor sin, float eps)"
     " -> (Tensor, Tensor)",
 )
-def _backward(
-    grad: Tensor,
-    qkv: Tensor,
-    queries: Tensor | None,
-    keys: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _backward(*inputs: Any) -> tuple[Tensor, Tensor]:
     from arlon_ray.models import over_time_kernels
 
-    return over_time_kernels.backward(
-        grad.contiguous(), qkv.contiguous(), queries, keys, cos.contiguous(), sin.contiguous(), heads, eps
-    )
+    return over_time_kernels.backward(*inputs)
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    qkv: Tensor,
-    queries: Tensor | None,
-    keys: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), qkv.new_empty(2, qkv.shape[-1] // 3 // heads, dtype=torch.float32)
+def _(grad: Tensor, qkv: Tensor, queries: Tensor | None, keys: Tensor | None, cos: Tensor, *_: Any) -> Any:
+    return qkv.new_empty(qkv.shape), qkv.new_empty(2, cos.shape[1], dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.heads, ctx.eps = inputs
+    *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
     qkv, queries, keys, cos, sin = ctx.saved_tensors
-    d_qkv, d_norms = _backward(grad, qkv, queries, keys, cos, sin, ctx.heads, ctx.eps)
+    d_qkv, d_norms = _backward(grad, qkv, queries, keys, cos, sin, ctx.eps)
     of_norms = (None, None) if queries is None else (d_norms[0].to(queries.dtype), d_norms[1].to(keys.dtype))
-    return d_qkv, *of_norms, None, None, None, None
+    return d_qkv, *of_norms, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

@@ -150,50 +150,40 @@ def _differentiate(
     tl.store(out + 2 * A * D, d_v.to(dtype), mask=mask)
 
 
-def _sizes(qkv: Tensor, heads: int) -> tuple[tuple[int, int], dict[str, int | str]]:
-    """The grid, and what the kernels are compiled for. Sequences come first: only of these may a grid have many."""
+def _arguments(
+    qkv: Tensor, queries: Tensor | None, keys: Tensor | None, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[tuple[int, int], list[Tensor], tuple[int, int, float, float], dict[str, int | str | bool]]:
+    """The grid, the tensors that are read, the numbers, and what the kernels are compiled for.
+
+    Sequences come first in the grid: only of these may it have many.
+    """
     batch, frames, places, width = qkv.shape
-    channels = width // 3 // heads
-    constants: dict[str, int | str] = {
+    channels = cos.shape[1]
+    heads = width // 3 // channels
+    constants: dict[str, int | str | bool] = {
         "A": heads, "D": channels, "BT": max(16, triton.next_power_of_2(frames)),
-        "BH": max(16, triton.next_power_of_2(channels // 2)),
-        "PRECISION": "ieee" if qkv.dtype is torch.float32 else "tf32",
+        "BH": max(16, triton.next_power_of_2(channels // 2)), "NORMED": queries is not None,
+        "PRECISION": "ieee" if qkv.dtype is torch.float32 else "tf32", "num_warps": WARPS,
     }  # fmt: skip
-    return (batch * places, heads), constants
+    read = [part.contiguous() for part in (qkv, cos if queries is None else queries, cos if keys is None else keys)]
+    numbers = (frames, places, eps, channels**-0.5)
+    return (batch * places, heads), [*read, cos.contiguous(), sin.contiguous()], numbers, constants
 
 
-def forward(
-    qkv: Tensor, queries: Tensor | None, keys: Tensor | None, cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> Tensor:
-    """See `over_time.attention_over_time`; all contiguous."""
-    batch, frames, places, width = qkv.shape
-    out = qkv.new_empty(batch, frames, places, width // 3)
-    grid, constants = _sizes(qkv, heads)
-    _attend[grid](
-        qkv, cos if queries is None else queries, cos if keys is None else keys, cos, sin, out, frames, places, eps,
-        (width // 3 // heads) ** -0.5, NORMED=queries is not None, num_warps=WARPS, **constants,
-    )  # fmt: skip
+def forward(qkv: Tensor, queries: Tensor | None, keys: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """See `over_time.attention_over_time`."""
+    grid, read, numbers, constants = _arguments(qkv, queries, keys, cos, sin, eps)
+    out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    _attend[grid](*read, out, *numbers, **constants)
     return out
 
 
 def backward(
-    grad: Tensor,
-    qkv: Tensor,
-    queries: Tensor | None,
-    keys: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    eps: float,
+    grad: Tensor, qkv: Tensor, queries: Tensor | None, keys: Tensor | None, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """What is asked of `qkv`, and of the norms' weights [2, D]."""
-    _, frames, places, width = qkv.shape
-    channels = width // 3 // heads
-    out, normed = torch.empty_like(qkv), queries is not None
-    grid, constants = _sizes(qkv, heads)
-    parts = qkv.new_empty(grid[0] * heads if normed else 0, 2, channels, dtype=torch.float32)
-    _differentiate[grid](
-        grad, qkv, cos if queries is None else queries, cos if keys is None else keys, cos, sin, out,
-        parts if normed else cos, frames, places, eps, channels**-0.5, NORMED=normed, num_warps=WARPS, **constants,
-    )  # fmt: skip
+    grid, read, numbers, constants = _arguments(qkv, queries, keys, cos, sin, eps)
+    out, programs = qkv.new_empty(qkv.shape), 0 if queries is None else grid[0] * grid[1]
+    parts = qkv.new_empty(programs, 2, cos.shape[1], dtype=torch.float32)
+    _differentiate[grid](grad.contiguous(), *read, out, parts if programs else cos, *numbers, **constants)
     return out, parts.sum(0)
