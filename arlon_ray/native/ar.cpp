@@ -55,11 +55,21 @@ static inline void tile(const float* x, int64_t C, const float* panels, float* o
     }
 }
 
-// R rows with `count` panels: 8 sums at a time hide how long one takes
+// Sums at a time: enough to hide how long one takes, and what is read of a row or a panel serves several of them; they
+// and what they need fit the registers.
+#ifdef __AVX512VL__
+constexpr int SUMS = 16;
+#else
+constexpr int SUMS = 8;
+#endif
+
+constexpr int panels_for(int rows, int count = 8) { return rows * count <= SUMS ? count : panels_for(rows, count / 2); }
+
+// R rows with `count` panels
 template <int R>
 static void rows_of(const float* x, int64_t C, const float* panels, int64_t count, float* out, const float* added,
                     int64_t O) {
-  constexpr int P = R == 1 ? 8 : R == 2 ? 4 : R <= 4 ? 2 : 1;
+  constexpr int P = panels_for(R);
   int64_t p = 0;
   for (; p + P <= count; p += P) tile<R, P>(x, C, panels + p * C * 8, out + p * 8, added ? added + p * 8 : added, O);
   for (; p < count; p++) tile<R, 1>(x, C, panels + p * C * 8, out + p * 8, added ? added + p * 8 : added, O);

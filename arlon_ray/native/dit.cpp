@@ -18,7 +18,7 @@ typedef Ints WideInts;
 
 static inline Wide wide(float x) { return Wide{} + x; }
 static inline Wide load_wide(const float* from) { Wide x; memcpy(&x, from, sizeof x); return x; }
-static inline void store(float* to, const Wide& x) { memcpy(to, &x, sizeof x); }
+static inline void store_wide(float* to, Wide x) { memcpy(to, &x, sizeof x); }
 
 static inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
@@ -70,7 +70,7 @@ static void wide_rows(const float* x, int64_t C, const float* panels, float* out
       Wide weights = load_wide(panels + c * WIDE);
       for (int r = 0; r < R; r++) sums[r] = fma(weights, wide(x[r * C + c]), sums[r]);
     }
-    for (int r = 0; r < R; r++) store(out + r * O + o, sums[r]);
+    for (int r = 0; r < R; r++) store_wide(out + r * O + o, sums[r]);
   }
 }
 
@@ -112,11 +112,11 @@ struct Head {
       const float most = most_of(largest);
       for (int64_t l = 0; l < padded; l += WIDE) {
         Wide e = quick_exponential(load_wide(row + l) - most);
-        store(row + l, e);
+        store_wide(row + l, e);
         total += e;
       }
       const float share = 1.0f / sum_of(total);
-      for (int64_t l = 0; l < padded; l += WIDE) store(row + l, load_wide(row + l) * share);
+      for (int64_t l = 0; l < padded; l += WIDE) store_wide(row + l, load_wide(row + l) * share);
     }
     WIDE_ROWS[count - 1](chances, padded, values, attended, channels);
     for (int64_t r = 0; r < count; r++) memcpy(out + r * stride, attended + r * channels, D * sizeof(float));
@@ -175,11 +175,11 @@ void modulated(const float* x, int64_t count, int64_t C, float eps, int64_t ever
 // GELU with tanh, in place
 void gelu_in_place(float* x, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads)
-  for (int64_t n = 0; n < count / WIDE; n++) store(x + n * WIDE, gelu(load_wide(x + n * WIDE)));
+  for (int64_t n = 0; n < count / WIDE; n++) store_wide(x + n * WIDE, gelu(load_wide(x + n * WIDE)));
   float rest[WIDE] = {};
   const int64_t done = count / WIDE * WIDE, left = (count - done) * sizeof(float);
   memcpy(rest, x + done, left);
-  store(rest, gelu(load_wide(rest)));
+  store_wide(rest, gelu(load_wide(rest)));
   memcpy(x + done, rest, left);
 }
 
