@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -26,6 +27,24 @@ _PROGRESS: dict[SegmentStatus, int] = {"queued": 0, "planned": 10, "rendering": 
 _PIECE = 2**16  # bytes of a stream that are sent at once
 _TOGETHER_S = 0.25  # for which a state that changes waits for the next one: both are written at once
 _QUIET_S = 15.0  # without an event, after which a comment keeps the connection open
+_GATHER_S = 0.1  # for which whoever watches is not woken again: each message costs a tiny video's making milliseconds
+
+
+class Change:
+    """Wakes all who wait for something to change."""
+
+    def __init__(self) -> None:
+        self._next = asyncio.Event()
+
+    @property
+    def next(self) -> asyncio.Event:
+        """Set by the next change. Whoever takes it before looking misses none."""
+        return self._next
+
+    def tell(self) -> None:
+        """There is a change."""
+        self._next.set()
+        self._next = asyncio.Event()
 
 
 @dataclass(eq=False)
@@ -42,10 +61,11 @@ class Active:
     partial: Path | None = None  # the file that grows
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None  # of its deadline
-    ended: bool = False
     past: list[Event] = field(default_factory=list)  # lasting events
     fleeting: Event | None = None  # the newest of the others
-    changed: asyncio.Event = field(default_factory=asyncio.Event)  # the next change sets it; a new one takes its place
+    changed: Change = field(default_factory=Change)  # of anything
+    grown: Change = field(default_factory=Change)  # of the file, or the end
+    _over: asyncio.Event = field(default_factory=asyncio.Event)
     _saved: int = 0  # events that the store has
     _saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     _pending: asyncio.Task[None] | None = None  # a save that has not yet looked at the video
@@ -56,6 +76,11 @@ class Active:
     def id(self) -> str:
         """Of the video or draft."""
         return self.video.id
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self._over.is_set()
 
     @property
     def segments(self) -> int:
@@ -117,9 +142,15 @@ class Active:
             self.past.append(Event(kind, data, len(self.past) + 1))
         elif kind and not self.ended:  # a replica's last words may come late
             self.fleeting = Event(kind, data)
-        self.ended = self.ended or ended
-        self.changed.set()
-        self.changed = asyncio.Event()
+        if ended:
+            self._over.set()
+            self.grown.tell()
+        self.changed.tell()
+
+    async def gather(self) -> None:
+        """Wait a moment for what else may happen; not behind the end."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), _GATHER_S)
 
     def queued_at(self, position: int) -> None:
         """So many are made before it."""
@@ -156,6 +187,7 @@ class Active:
             if index == 0:
                 self.metrics.first_segment(time.time() - self.video.created_at)
             self.tell("segment.completed", index=index, frames=segment.frames, progress=self.video.progress)
+            self.grown.tell()
         elif status in ("planned", "rendered"):
             self.tell(f"segment.{status}", index=index)
         else:
@@ -190,19 +222,19 @@ async def pieces(file: BinaryIO, active: Active | None) -> AsyncIterator[bytes]:
     """A file to its end: as it is, or, while it is being made, as it grows."""
     with file:  # what is open can be read to its end, whoever renames or removes it
         while True:
-            changed, ended = (active.changed, active.ended) if active else (None, True)
+            grown, ended = (active.grown.next, active.ended) if active else (None, True)
             while piece := await asyncio.to_thread(file.read, _PIECE):
                 yield piece
-            if ended or changed is None:
+            if ended or grown is None:
                 return
-            await changed.wait()
+            await grown.wait()
 
 
 async def told(active: Active, after: int) -> AsyncIterator[Event | None]:
     """Events as they come, the lasting ones behind number `after` first; None where nothing came for a while."""
     fleeting: Event | None = None
     while True:
-        changed, ended = active.changed, active.ended
+        changed, ended = active.changed.next, active.ended
         while after < len(active.past):
             after += 1
             yield active.past[after - 1]
@@ -216,6 +248,8 @@ async def told(active: Active, after: int) -> AsyncIterator[Event | None]:
             await asyncio.wait_for(changed.wait(), _QUIET_S)
         except TimeoutError:
             yield None
+        else:
+            await active.gather()
 
 
 def as_text(event: Event | None) -> str:

@@ -20,6 +20,7 @@ from sqlalchemy import (
     delete,
     event,
     func,
+    insert,
     make_url,
     select,
     update,
@@ -224,17 +225,20 @@ class JobStore:
         video_id = values.pop("id")
         if job is not None:
             values |= {"job": JOB.dump_python(job, mode="json"), "deadline": deadline}
-        with Session(self._engine) as session, session.begin():
-            found = session.execute(update(_Row).where(_Row.id == video_id).values(**values))
-            if not found.rowcount or not events:  # type: ignore[attr-defined]
+        # without a session, which takes as long again: this is done for every segment
+        with self._engine.begin() as connection:
+            found = connection.execute(update(_Row).where(_Row.id == video_id).values(**values))
+            if not found.rowcount or not events:
                 return
             # the connection may have broken behind a commit that nobody heard of
-            there = session.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == video_id)) or 0
-            session.add_all(
-                _EventRow(job_id=video_id, number=each.number, type=each.type, data=each.data)
+            there = connection.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == video_id)) or 0
+            new = [
+                {"job_id": video_id, "number": each.number, "type": each.type, "data": each.data}
                 for each in events
                 if each.number is not None and each.number > there
-            )
+            ]
+            if new:
+                connection.execute(insert(_EventRow), new)
 
     def get(self, job_id: str, caller: Caller) -> Stored | None:
         """The job, if the caller may see it."""

@@ -134,7 +134,7 @@ class VideoReader(ABC):
         """The file of a video that is being made, as soon as there is one, or the finished one."""
         file: BinaryIO | None = None
         while file is None:
-            changed, ended = active.changed, active.ended
+            changed, ended = active.changed.next, active.ended
             with suppress(FileNotFoundError):
                 if active.partial:
                     file = active.partial.open("rb")
