@@ -207,8 +207,18 @@ class Bundle:
 
     @cached_property
     def ar(self) -> ArTransformer:
-        """The autoregressive transformer."""
-        return self._loaded(load_ar, "ar")
+        """The autoregressive transformer.
+
+        On a CPU it computes in float32, with weights of the precision asked for: its products wait for weights to be
+        read, however these are multiplied (`arlon_ray.native`).
+        """
+        if self.device.type != "cpu":
+            return self._loaded(load_ar, "ar")
+        rounded = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        ar = load_ar(self._part("ar"), self._home, rounded).float()
+        if self.config.precision == "int8":
+            quantise(ar)
+        return self._waiting(ar)
 
     @cached_property
     def dit(self) -> STDiT3:

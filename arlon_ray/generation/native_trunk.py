@@ -11,13 +11,14 @@ from arlon_ray import native
 from arlon_ray.generation.products import Norm, Products
 from arlon_ray.models.ar import ArBlock, ArTransformer, KeyValueCache
 
-_TENSORS = ("qkv", "proj", "gate_up", "down", "before_attention", "before_mlp", "of_heads", "keys", "values")
+_WEIGHTS = ("qkv", "proj", "gate_up", "down")
+_TENSORS = ("before_attention", "before_mlp", "of_heads", "keys", "values")
 
 
 class _Layer(ctypes.Structure):
     """As in ar.cpp."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in _TENSORS]
+    _fields_ = [*((name, native.Weights) for name in _WEIGHTS), *((name, ctypes.c_void_p) for name in _TENSORS)]
 
 
 class _Trunk(ctypes.Structure):
@@ -39,19 +40,20 @@ class NativeTrunk:
         turns: Tensor, filled: Tensor, visible: Tensor,
     ) -> None:  # fmt: skip
         self._built, heads = built, model.config.heads
-        self._held: list[Tensor] = [cache.values, turns, filled, visible]
+        self._held: list[Tensor | native.Panels] = [cache.values, turns, filled, visible]
         blocks: list[ArBlock] = list(model.blocks)  # type: ignore[arg-type]
         layers = (_Layer * len(blocks))()
         for layer, block, (keys, values) in zip(layers, blocks, cache.values, strict=True):
             of_heads = Norm(torch.stack([block.q_norm.weight, block.k_norm.weight]), block.q_norm.eps)
             norms = Norm.of(block.attention_norm), Norm.of(block.mlp_norm), of_heads
-            weights = [products.laid_out(linear) for linear in (block.qkv, block.proj, block.gate_up, block.down)]
-            weights[2] = products.laid_out(block.gate_up, native.panels_in_turns)
-            tensors = [*weights, *(norm.weight for norm in norms), keys, values]
+            weights = [products.panels(getattr(block, name), in_turns=name == "gate_up") for name in _WEIGHTS]
+            for name, panels in zip(_WEIGHTS, weights, strict=True):
+                setattr(layer, name, panels.weights)
+            tensors = [*(norm.weight for norm in norms), keys, values]
             for name, tensor in zip(_TENSORS, tensors, strict=True):
                 setattr(layer, name, native.address(tensor))
-            self._held += tensors
-        self._of_a_layer = sum(weight.numel() for weight in weights)
+            self._held += [*weights, *tensors]
+        self._of_a_layer = sum(panels.numbers.numel() for panels in weights)
         self._numbers = _Trunk(
             layers, len(blocks), heads, model.config.dim // heads, blocks[0].down.weight.shape[1], turns.shape[1],
             norms[0].eps, of_heads.eps, native.address(turns), native.address(filled), native.address(visible),

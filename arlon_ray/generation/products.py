@@ -1,9 +1,10 @@
 """Products with a model's weights for a few rows at a time, fast, and such that a row's bits do not depend on others.
 
-On a CPU in float32 the weights are laid out again, in panels (`native`) or, where that cannot be built, as oneDNN has
-them: products of few rows are then as fast as the memory, and a row is summed in the same order whatever is beside it.
-That needs the weights' memory once more; frozen weights are laid out once, for all that use them. Elsewhere the plain
-product stands; on a CPU that takes whole units of rows, for one row or two are summed by other kernels.
+On a CPU in float32 the weights are laid out again, in panels (`native`: of bf16 and int8 too) or, where that cannot be
+built, as oneDNN has them: products of few rows are then as fast as the memory, and a row is summed in the same order
+whatever is beside it. That needs the weights' memory once more; frozen weights are laid out once, for all that use
+them. Elsewhere the plain product stands; on a CPU that takes whole units of rows, for one row or two are summed by
+other kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +31,9 @@ _LAID_OUT_FOR = 16
 #: Frozen weights: by how they are laid out, where they lay and in which version, and laid out.
 _FROZEN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
+T = TypeVar("T")
 Product = Callable[..., Tensor]
-Layout = Callable[[Tensor], Tensor]
+Layout = Callable[[Tensor, Tensor | None], T]  # of weights and, of int8, their scales
 
 
 class Norm:
@@ -67,7 +70,7 @@ class Products:
     def of(self, linear: nn.Linear | Int8Linear, norm: Norm | None = None) -> Product:
         """The product with this layer's weight, as it is now, of what is normed before. The layer has no bias."""
         if self.native is not None:
-            return _of_panels(self.native, self.laid_out(linear), len(linear.weight), norm)
+            return _of_panels(self.native, self.panels(linear), len(linear.weight), norm)
         product = self._without_norm(linear)
         return product if norm is None else lambda x, added=None: product(norm(x), added)
 
@@ -76,11 +79,12 @@ class Products:
             return _plain(
                 linear if isinstance(linear, Int8Linear) else partial(F.linear, weight=linear.weight.detach())
             )
-        return _of_onednn(self.laid_out(linear, _for_onednn))
+        return _of_onednn(_laid_out(linear, _for_onednn))
 
-    def laid_out(self, linear: nn.Linear | Int8Linear, how: Layout = native.panels) -> Tensor:
-        """This layer's weight as it is now, laid out."""
-        return _laid_out(linear.in_full() if isinstance(linear, Int8Linear) else linear.weight, how)
+    def panels(self, linear: nn.Linear | Int8Linear, in_turns: bool = False) -> native.Panels:
+        """This layer's weight as it is now; `in_turns`: see `native.in_turns`."""
+        assert self.native is not None
+        return _laid_out(linear, _as_panels_in_turns if in_turns else _as_panels)
 
 
 def _plain(linear: Callable[[Tensor], Tensor]) -> Product:
@@ -91,21 +95,34 @@ def _plain(linear: Callable[[Tensor], Tensor]) -> Product:
     return product
 
 
-def _for_onednn(weight: Tensor) -> Tensor:
+def _for_onednn(weight: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        weight = weight.to(scale.dtype) * scale[:, None]
     return torch.ops.mkldnn._reorder_linear_weight(weight, _LAID_OUT_FOR)
 
 
-def _laid_out(weight: Tensor, how: Layout) -> Tensor:
+def _as_panels(weight: Tensor, scale: Tensor | None) -> native.Panels:
+    built = native.library()
+    assert built is not None
+    return native.Panels(built, weight, scale)
+
+
+def _as_panels_in_turns(weight: Tensor, scale: Tensor | None) -> native.Panels:
+    return _as_panels(native.in_turns(weight), None if scale is None else native.in_turns(scale))
+
+
+def _laid_out(linear: nn.Linear | Int8Linear, how: Layout[T]) -> T:
     """Again each time for weights that are trained: not all that changes them tells (`.data` does not)."""
+    weight, scale = linear.weight, linear.scale if isinstance(linear, Int8Linear) else None
     if weight.requires_grad or weight.is_inference():
-        return how(weight.detach())
+        return how(weight.detach(), scale)
     state, known = (weight.data_ptr(), weight._version), _FROZEN.setdefault(weight, {})
     if how not in known or known[how][0] != state:
-        known[how] = state, how(weight)
+        known[how] = state, how(weight, scale)
     return known[how][1]
 
 
-def _of_panels(built: ctypes.CDLL, panels: Tensor, outputs: int, norm: Norm | None) -> Product:
+def _of_panels(built: ctypes.CDLL, panels: native.Panels, outputs: int, norm: Norm | None) -> Product:
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
 
     def product(x: Tensor, added: Tensor | None = None) -> Tensor:

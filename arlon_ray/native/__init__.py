@@ -30,6 +30,7 @@ _BUILD_SECONDS = 120
 #: Of what it exports, the arguments: pointers, 64-bit integers, floats, an int.
 _ARGUMENTS = {
     "product": "pnnpnppfpi",
+    "kinds": "",
     "trunk": "ppni",
     "draw": "pnnppppppi",
     "modulated": "pnnfnpnpnpnpi",
@@ -56,7 +57,8 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     for name, kinds in _ARGUMENTS.items():
-        getattr(built, name).argtypes, getattr(built, name).restype = [_KINDS[kind] for kind in kinds], None
+        getattr(built, name).argtypes = [_KINDS[kind] for kind in kinds]
+        getattr(built, name).restype = ctypes.c_int if name == "kinds" else None
     return built
 
 
@@ -77,14 +79,50 @@ def _built(folder: Path) -> Path:
     return path
 
 
-def panels(weight_OC: Tensor) -> Tensor:
-    """The weights as [O/8, C, 8]; zeros fill up the last panel."""
-    return F.pad(weight_OC, (0, 0, 0, -len(weight_OC) % LANES)).unflatten(0, (-1, LANES)).mT.contiguous()
+class Weights(ctypes.Structure):
+    """As in ar.cpp."""
+
+    _fields_ = [("panels", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("kind", ctypes.c_int64)]
 
 
-def panels_in_turns(weight_OC: Tensor) -> Tensor:
-    """The same of the two halves of the weights (gate and up), whose panels take turns."""
-    return panels(weight_OC.unflatten(0, (2, -1, LANES)).transpose(0, 1).flatten(0, 2))
+class Panels:
+    """Weights as `ar.cpp` reads them: [O/8, C, 8] and, of int8, a scale for each output; zeros fill up the last panel.
+
+    Floats that halves or bfloat16 say exactly are kept as such: products are the same and read half of the memory.
+    """
+
+    def __init__(self, built: ctypes.CDLL, weight_OC: Tensor, scale_O: Tensor | None = None) -> None:
+        missing = -len(weight_OC) % LANES
+        whole = F.pad(_narrow(weight_OC, built.kinds()), (0, 0, 0, missing))
+        self.numbers = whole.unflatten(0, (-1, LANES)).mT.contiguous()
+        self.scale = None if scale_O is None else F.pad(scale_O.float(), (0, missing))
+        self.weights = Weights(address(self.numbers), address(self.scale), _STORED.index(self.numbers.dtype))
+
+    def __len__(self) -> int:
+        """Outputs, those that fill up the last panel too."""
+        return len(self.numbers) * LANES
+
+
+#: What weights are kept as, by the number of the kind in ar.cpp.
+_STORED = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+def _narrow(weight: Tensor, kinds: int) -> Tensor:
+    """The same numbers in the first of the `kinds` (bits) of two bytes that says them exactly, or as they are."""
+    for kind in (1, 2):
+        if weight.dtype is torch.float32 and kinds & 1 << kind:
+            # most weights that do not fit are found out by the first ones
+            for part in (weight[:1], weight):
+                if not torch.equal(part, part.to(_STORED[kind]).float()):
+                    break
+            else:
+                return weight.to(_STORED[kind])
+    return weight
+
+
+def in_turns(rows: Tensor) -> Tensor:
+    """Of two halves (gate and up, [2·H, …]) eight rows each in turns: their panels then lie beside each other."""
+    return rows.unflatten(0, (2, -1, LANES)).transpose(0, 1).flatten(0, 2)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -99,17 +137,17 @@ def threads(work: int, enough: int = 2**20) -> int:
 
 
 def product(
-    built: ctypes.CDLL, x_RC: Tensor, panels: Tensor, outputs: int,
+    built: ctypes.CDLL, x_RC: Tensor, panels: Panels, outputs: int,
     added_RO: Tensor | None = None, norm_C: Tensor | None = None, eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """x · weightᵀ (+ added), of x as it is or normed: x · rsqrt(Σx² + eps) · norm. [R, outputs]."""
     x_RC = x_RC.contiguous()
-    (rows, inputs), whole = x_RC.shape, len(panels) * LANES
+    (rows, inputs), whole = x_RC.shape, len(panels)
     if added_RO is not None:
         added_RO = added_RO.contiguous() if whole == outputs else F.pad(added_RO, (0, whole - outputs))
     out = torch.empty(rows, whole)
     built.product(
-        address(x_RC), rows, inputs, address(panels), whole, address(added_RO),
+        address(x_RC), rows, inputs, ctypes.byref(panels.weights), whole, address(added_RO),
         address(norm_C), eps, address(out), threads(rows * inputs * whole),
     )  # fmt: skip
     return out if whole == outputs else out[:, :outputs]

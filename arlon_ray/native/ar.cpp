@@ -2,7 +2,7 @@
 //
 // Every sum is made in one order, whatever rows are beside it and however many threads share the work. Weights come as
 // panels of 8 outputs [O/8, C, 8]: a panel's sums are the lanes of one register, and each weight is read once for up to
-// 8 rows. Legend as in trunk.py: R rows, O outputs, A heads, D channels a head, C channels, H hidden channels, P positions.
+// 8 rows. Few rows wait for weights to be read: those that fit into two bytes, or one, come as such. Legend as in trunk.py: R rows, O outputs, A heads, D channels a head, C channels, H hidden channels, P positions.
 
 #include "common.h"
 
@@ -35,22 +35,68 @@ static inline Lanes exponential(Lanes x) {
   return bounded < -87.0f ? Lanes{} : y * power;
 }
 
-// So many numbers ahead, weights are asked for while rows are multiplied
-constexpr int64_t AHEAD = 512;
+// How weights are kept: each kind gives 8 of them as floats, exactly
+struct Floats {
+  using Number = float;
+  static inline Lanes of(const float* from) { return load(from); }
+};
+
+struct Halves {
+  using Number = uint16_t;
+#ifdef __F16C__
+  static inline Lanes of(const uint16_t* from) { return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+#else
+  static inline Lanes of(const uint16_t*) { __builtin_unreachable(); }  // not offered: see `kinds`
+#endif
+};
+
+struct Brains {  // bfloat16: the first half of a float
+  using Number = uint16_t;
+  static inline Lanes of(const uint16_t* from) {
+    typedef uint16_t Shorts __attribute__((vector_size(16)));
+    Shorts shorts;
+    memcpy(&shorts, from, sizeof shorts);
+    Ints bits = __builtin_convertvector(shorts, Ints) << 16;
+    Lanes x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
+struct Bytes {  // with a scale for each output
+  using Number = int8_t;
+  static inline Lanes of(const int8_t* from) {
+    typedef int8_t Eight __attribute__((vector_size(8)));
+    Eight eight;
+    memcpy(&eight, from, sizeof eight);
+    return __builtin_convertvector(__builtin_convertvector(eight, Ints), Lanes);
+  }
+};
+
+struct Weights {
+  const void* panels;
+  const float* scale;  // [O], or none
+  int64_t kind;        // 0 floats, 1 halves, 2 brains, 3 bytes
+};
+
+// So many bytes ahead, weights are asked for while rows are multiplied
+constexpr int64_t AHEAD = 2048;
 
 // R rows [., C] with P panels
-template <int R, int P>
-static inline void tile(const float* x, int64_t C, const float* panels, float* out, const float* added, int64_t O) {
+template <class Kind, int R, int P>
+static inline void tile(const float* x, int64_t C, const typename Kind::Number* panels, const float* scale, float* out,
+                        const float* added, int64_t O) {
+  constexpr int64_t STEP = 8 * sizeof *panels;
   Lanes sums[R][P] = {};
   for (int64_t c = 0; c < C; c++)
     for (int p = 0; p < P; p++) {
-      Lanes weights = load(panels + (p * C + c) * 8);
-      if (R > 2) __builtin_prefetch(panels + (p * C + c) * 8 + AHEAD);
+      Lanes weights = Kind::of(panels + (p * C + c) * 8);
+      if (R > 2) __builtin_prefetch((const char*)panels + (p * C + c) * STEP + AHEAD);
       for (int r = 0; r < R; r++) sums[r][p] = fma(weights, all(x[r * C + c]), sums[r][p]);
     }
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) {
-      Lanes y = sums[r][p];
+      Lanes y = scale ? sums[r][p] * load(scale + p * 8) : sums[r][p];
       store(out + r * O + p * 8, added ? y + load(added + r * O + p * 8) : y);
     }
 }
@@ -66,28 +112,41 @@ constexpr int SUMS = 8;
 constexpr int panels_for(int rows, int count = 8) { return rows * count <= SUMS ? count : panels_for(rows, count / 2); }
 
 // R rows with `count` panels
-template <int R>
-static void rows_of(const float* x, int64_t C, const float* panels, int64_t count, float* out, const float* added,
-                    int64_t O) {
+template <class Kind, int R>
+static void rows_of(const float* x, int64_t C, const typename Kind::Number* panels, const float* scale, int64_t count,
+                    float* out, const float* added, int64_t O) {
   constexpr int P = panels_for(R);
   int64_t p = 0;
-  for (; p + P <= count; p += P) tile<R, P>(x, C, panels + p * C * 8, out + p * 8, added ? added + p * 8 : added, O);
-  for (; p < count; p++) tile<R, 1>(x, C, panels + p * C * 8, out + p * 8, added ? added + p * 8 : added, O);
+  auto some = [&](auto tile, int panels_of_one) {
+    for (; p + panels_of_one <= count; p += panels_of_one)
+      tile(x, C, panels + p * C * 8, scale ? scale + p * 8 : scale, out + p * 8, added ? added + p * 8 : added, O);
+  };
+  some(tile<Kind, R, P>, P);
+  some(tile<Kind, R, 1>, 1);
 }
 
-using Rows = void (*)(const float*, int64_t, const float*, int64_t, float*, const float*, int64_t);
-static const Rows ROWS[] = {rows_of<1>, rows_of<2>, rows_of<3>, rows_of<4>, rows_of<5>, rows_of<6>, rows_of<7>, rows_of<8>};
-
-// panels [first, end) of out [R, O] = x [R, C] · panels (+ added [R, O])
-static void product_of(const float* x, int64_t R, int64_t C, const float* panels, int64_t first, int64_t end,
+// panels [first, end) of out [R, O] = x [R, C] · weights (+ added [R, O])
+template <class Kind>
+static void product_of(const float* x, int64_t R, int64_t C, const Weights& weights, int64_t first, int64_t end,
                        float* out, const float* added, int64_t O) {
+  static constexpr decltype(&rows_of<Kind, 1>) ROWS[] = {
+      rows_of<Kind, 1>, rows_of<Kind, 2>, rows_of<Kind, 3>, rows_of<Kind, 4>,
+      rows_of<Kind, 5>, rows_of<Kind, 6>, rows_of<Kind, 7>, rows_of<Kind, 8>};
+  const auto* panels = (const typename Kind::Number*)weights.panels;
   int64_t blocks = (R + 7) / 8;
   for (int64_t p = first; p < end; p += 8)
     for (int64_t b = 0; b < blocks; b++) {
       int64_t r = R * b / blocks, until = R * (b + 1) / blocks, at = r * O + p * 8;
-      ROWS[until - r - 1](x + r * C, C, panels + p * C * 8, std::min<int64_t>(8, end - p), out + at,
-                          added ? added + at : added, O);
+      ROWS[until - r - 1](x + r * C, C, panels + p * C * 8, weights.scale ? weights.scale + p * 8 : nullptr,
+                          std::min<int64_t>(8, end - p), out + at, added ? added + at : added, O);
     }
+}
+
+static void product_of(const float* x, int64_t R, int64_t C, const Weights& weights, int64_t first, int64_t end,
+                       float* out, const float* added, int64_t O) {
+  static constexpr decltype(&product_of<Floats>) KINDS[] = {product_of<Floats>, product_of<Halves>,
+                                                            product_of<Brains>, product_of<Bytes>};
+  KINDS[weights.kind](x, R, C, weights, first, end, out, added, O);
 }
 
 // this thread's part of `count` things
@@ -106,7 +165,7 @@ static void normed(const float* x, const float* weight, int64_t count, float eps
 }
 
 struct Layer {
-  const float *qkv, *proj, *gate_up, *down;               // panels; gate's and up's in turns
+  Weights qkv, proj, gate_up, down;                       // gate's and up's panels in turns
   const float *before_attention, *before_mlp, *of_heads;  // norms: [C], [C], [2, D]
   float *keys, *values;                                   // [R, A, P, D]
 };
@@ -183,8 +242,17 @@ static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, con
 
 extern "C" {
 
-// out [R, O] = x [R, C], normed if there is a norm, · panels (+ added)
-void product(const float* x, int64_t R, int64_t C, const float* panels, int64_t O, const float* added,
+// which kinds of weights are read as fast as they come from memory, as bits
+int kinds() {
+#ifdef __F16C__
+  return 0b1111;
+#else
+  return 0b1101;
+#endif
+}
+
+// out [R, O] = x [R, C], normed if there is a norm, · weights (+ added)
+void product(const float* x, int64_t R, int64_t C, const Weights* weights, int64_t O, const float* added,
              const float* norm, float eps, float* out, int threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -194,7 +262,7 @@ void product(const float* x, int64_t R, int64_t C, const float* panels, int64_t 
       for (int64_t r = 0; r < R; r++) normed(x + r * C, norm, C, eps, row.data() + r * C);
     }
     Part part(O / 8);
-    product_of(norm ? row.data() : x, R, C, panels, part.first, part.end, out, added, O);
+    product_of(norm ? row.data() : x, R, C, *weights, part.first, part.end, out, added, O);
   }
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from arlon_ray import native
 from arlon_ray.config import ArConfig
@@ -16,6 +17,7 @@ from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk
 from arlon_ray.generation.products import Products
 from arlon_ray.generation.trunk import AttentionByIndex, Trunk
 from arlon_ray.models.ar import ArTransformer, KeyValueCache
+from arlon_ray.models.quantised import Int8Linear, quantise
 
 ROWS, POSITIONS = 11, 70
 
@@ -67,13 +69,60 @@ def test_the_trunk_is_that_of_torch(
 def test_a_normed_product_of_any_width_is_that_of_torch(built: ctypes.CDLL, channels: int) -> None:
     torch.manual_seed(0)
     x, weight, norm = torch.randn(5, channels), torch.randn(24, channels), torch.rand(channels)
-    panels, eps = native.panels(weight), 1e-3
+    panels, eps = native.Panels(built, weight), 1e-3
     expected = (x * (x.square().sum(-1, keepdim=True) + eps).rsqrt() * norm) @ weight.T
     found = native.product(built, x, panels, 24, None, norm, eps)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     for row in range(5):
         alone = native.product(built, x[row : row + 1].clone(), panels, 24, None, norm, eps)
         assert torch.equal(alone[0], found[row])
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 19])
+def test_weights_in_the_fewest_bytes_that_say_them_give_the_same_product(
+    built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kept: torch.dtype, rows: int
+) -> None:
+    torch.manual_seed(0)
+    weight, x, added = torch.randn(83, 24).to(kept).float(), torch.randn(rows, 24), torch.randn(rows, 83)
+    if kept is torch.bfloat16:
+        weight[50] *= 2.0**20  # more than halves hold
+    weight[0, :3] = torch.tensor([2.0**-24, -0.0, 0.0])  # the smallest half
+    panels = native.Panels(built, weight)
+    monkeypatch.setattr(native, "_narrow", lambda weight, _: weight)
+    plain = native.Panels(built, weight)
+    offered = kept is not torch.float16 or built.kinds() & 2
+    assert plain.numbers.dtype is torch.float32 and panels.numbers.dtype is (kept if offered else torch.float32)
+    found, large = native.product(built, x, panels, 83, added), weight.abs().sum(1)
+    assert torch.equal(found, native.product(built, x, plain, 83, added))
+    assert torch.allclose(found / large, (x @ weight.T + added) / large, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 19])
+def test_products_with_bytes_are_those_of_the_layer(built: ctypes.CDLL, rows: int) -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(40, 83, bias=False))
+    x, added = torch.randn(rows, 40), torch.randn(rows, 83)
+    products = Products(torch.zeros(1))
+    assert products.panels(layer).numbers.dtype is torch.int8
+    assert torch.allclose(products.of(layer)(x, added), layer(x) + added, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["float16", "bfloat16", "int8"])
+def test_the_trunk_with_narrow_weights_is_that_of_torch(
+    built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    one, other = Beginning(), Beginning()
+    for beginning in (one, other):
+        if kept == "int8":
+            quantise(beginning.model)
+        else:
+            for block in beginning.model.blocks:
+                for linear in (block.qkv, block.proj, block.gate_up, block.down):
+                    linear.weight.copy_(linear.weight.to(getattr(torch, kept)))
+    expected, found = one.plain(monkeypatch), other.native()(other.x)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(other.cache.values, one.cache.values, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_is_the_same_whatever_is_beside_it_and_for_any_number_of_threads(
