@@ -5,13 +5,15 @@
 The peer has our width, layers, heads, MLP, codes, dtype and even our weights, a prompt as long as our text, and draws
 as we do (temperature, top-p), as many tokens. On a GPU it is measured as it compiles itself, and without that. Works of
 a case take turns, and so does the measure of the memory's speed: what a step reads at least, over that, is the limit.
-Ours: one token a step (block 1×1), with guidance (two rows a video), and with several tokens a step. What fails is told
-as an error, and the rest runs; a case that would begin after `--seconds` is left out and named.
+Ours: one token a step (block 1×1), with guidance (two rows a video), and with several tokens a step; on a CPU also with
+weights rounded to bfloat16, as they are with `precision: bf16` (the peer in bfloat16 beside it), and to 8 bits. What
+fails is told as an error, and the rest runs; a case that would begin after `--seconds` is left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import sys
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from arlon_ray.config import ArConfig, SamplingConfig
 from arlon_ray.generation.sampling import Sampling, SamplingBatch
 from arlon_ray.models.ar import ArTransformer
+from arlon_ray.models.quantised import quantise
 from benchmarks.machine import in_turns, machine, synchronised
 
 #: name: (settings of the AR, codes). The first three are the presets'.
@@ -44,6 +47,8 @@ BLOCKS = {"2×4 a step": (2, 4), "a row a step": (1, SIDE)}
 PEER = "transformers"
 PEERS = {"compiled": f"{PEER}, compiled", "eager": PEER}
 PLAIN = "ours, torch's kernels"
+#: On a CPU, where they are computed with in float32.
+ROUNDED = {"bf16": "ours, weights in bf16", "int8": "ours, weights in int8"}
 
 
 def build(size: str, block: tuple[int, int], device: str, dtype: torch.dtype, like: ArTransformer | None) -> Any:
@@ -68,6 +73,12 @@ def _filled(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     """Weights as small as those that training starts with, and norms near one."""
     value.uniform_(-0.035, 0.035, generator=generator)
     return value.add_(1) if value.ndim == 1 and name == "weight" else value
+
+
+def rounded(model: ArTransformer, kind: str) -> ArTransformer:
+    """The same with its weights in fewer bits, as a bundle has it on a CPU."""
+    model = copy.deepcopy(model)
+    return model.bfloat16().float() if kind == "bf16" else cast(ArTransformer, quantise(model))
 
 
 def build_peer(model: ArTransformer, positions: int) -> Any:
@@ -192,6 +203,9 @@ class Case:
             makers[PLAIN] = partial(our_work, models["ours"], self.batch, self.tokens, plain, False)
         guided = SamplingConfig(ar_guidance_scale=1.5)
         makers["ours, guided"] = lambda: our_work(models["ours"], self.batch, self.tokens, guided)
+        if self.device == "cpu":
+            for kind, name in ROUNDED.items():
+                makers[name] = partial(self._rounded, models["ours"], kind, plain)
         for name in BLOCKS:
             makers[f"ours, {name}"] = partial(our_work, models[name], self.batch, self.tokens, plain)
         if find_spec("transformers") is None:
@@ -200,6 +214,9 @@ class Case:
             peer = build_peer(models["ours"], TEXT_TOKENS + self.tokens)
             for kind in self.peers if self.device == "cuda" else ("eager",):
                 makers[PEERS[kind]] = partial(peer_work, peer, self.batch, self.tokens, plain, kind == "compiled")
+            if self.device == "cpu":
+                half = build_peer(copy.deepcopy(models["ours"]).bfloat16(), TEXT_TOKENS + self.tokens)
+                makers[f"{PEER}, bf16"] = partial(peer_work, half, self.batch, self.tokens, plain, False)
         for name, make in makers.items():
             try:
                 work = synchronised(make(), self.device)
@@ -212,6 +229,9 @@ class Case:
                 self.works[name] = work
             except Exception as error:
                 self.result["works"][name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+
+    def _rounded(self, model: ArTransformer, kind: str, sampling: SamplingConfig) -> Callable[[], Any]:
+        return our_work(rounded(model, kind), self.batch, self.tokens, sampling)
 
     def _add_limit(self, model: ArTransformer, speeds: dict[str, float]) -> None:
         """The share of the memory's measured speed at which the weights are read, one row of the batch a step."""

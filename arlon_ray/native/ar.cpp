@@ -53,23 +53,26 @@ struct Halves {
 struct Brains {  // bfloat16: the first half of a float
   using Number = uint16_t;
   static inline Lanes of(const uint16_t* from) {
-    typedef uint16_t Shorts __attribute__((vector_size(16)));
-    Shorts shorts;
-    memcpy(&shorts, from, sizeof shorts);
-    Ints bits = __builtin_convertvector(shorts, Ints) << 16;
-    Lanes x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
+#ifdef __AVX2__
+    return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+    Ints bits;
+    for (int n = 0; n < 8; n++) bits[n] = int32_t(uint32_t(from[n]) << 16);
+    return (Lanes)bits;
+#endif
   }
 };
 
 struct Bytes {  // with a scale for each output
   using Number = int8_t;
   static inline Lanes of(const int8_t* from) {
-    typedef int8_t Eight __attribute__((vector_size(8)));
-    Eight eight;
-    memcpy(&eight, from, sizeof eight);
-    return __builtin_convertvector(__builtin_convertvector(eight, Ints), Lanes);
+#ifdef __AVX2__
+    return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    Lanes x;
+    for (int n = 0; n < 8; n++) x[n] = from[n];
+    return x;
+#endif
   }
 };
 
