@@ -41,7 +41,7 @@ from arlon_ray.config import Config, config_fingerprint
 from arlon_ray.models.ar import ArTransformer, load_ar
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.models.dit import STDiT3, load_dit
-from arlon_ray.models.quantised import quantise
+from arlon_ray.models.quantised import in_bf16, quantise
 from arlon_ray.models.text import TextEncoder, load_text_encoder, text_identity
 from arlon_ray.models.vae import VideoVAE, load_vae
 from arlon_ray.offload import Offload, Turns
@@ -223,14 +223,23 @@ class Bundle:
     @cached_property
     def dit(self) -> STDiT3:
         """The guided diffusion transformer."""
-        return self._loaded(load_dit, "dit")
+        return self._dit("dit")
 
     @cached_property
     def baseline(self) -> STDiT3:
         """The text-only diffusion transformer; the guided one (used without tokens) if the bundle has no other."""
-        if "dit_base" not in self.artifacts:
-            return self.dit
-        return self._loaded(load_dit, "dit_base")
+        return self._dit("dit_base") if "dit_base" in self.artifacts else self.dit
+
+    def _dit(self, name: str) -> STDiT3:
+        """On a CPU activations are float32, and products of the precision asked for, where it has that."""
+        if self.device.type != "cpu":
+            return self._loaded(load_dit, name)
+        dit = load_dit(self._part(name), self._home)
+        if self.config.precision == "int8":
+            quantise(dit, self._dtype)
+        elif self._dtype is torch.bfloat16:
+            in_bf16(dit)
+        return self._waiting(dit)
 
     def _loaded(self, load: Callable[[Path, torch.device, torch.dtype], M], name: str) -> M:
         """A part in the precision that the configuration asks for."""

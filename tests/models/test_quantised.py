@@ -1,4 +1,4 @@
-"""AR and DiT with weights of 8 bits."""
+"""AR and DiT with weights of 8 bits, and with products in bfloat16 on a CPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from arlon_ray import native
 from arlon_ray.bundle import Bundle, load_bundle
+from arlon_ray.config import DitConfig
 from arlon_ray.generation import VideoGenerator, default_options
-from arlon_ray.models.quantised import Int8Linear, quantise, weight_bytes
+from arlon_ray.models.dit import STDiT3
+from arlon_ray.models.quantised import Bf16Linear, Int8Linear, in_bf16, quantise, weight_bytes
+from arlon_ray.precision import falls_back
 from jobs.pack_weights import pack
 
 BOX = Path(__file__).parents[2] / "weights" / "tiny"
@@ -60,6 +64,60 @@ def test_a_quantised_weight_is_off_by_at_most_half_a_level() -> None:
     level = before.abs().amax(1, keepdim=True) / 127
     assert not torch.equal(before, after) and ((before - after).abs() <= level * 0.51).all()
     assert torch.equal(model.head.weight, head)
+
+
+@pytest.mark.parametrize("plainly", [False, True])
+@pytest.mark.parametrize("temporal", ["temporal", "joint"])
+@pytest.mark.parametrize("kind", ["int8", "int8 in bf16", "bf16"])
+def test_a_dit_is_nearly_the_same(monkeypatch: pytest.MonkeyPatch, kind: str, temporal: str, plainly: bool) -> None:
+    if kind == "bf16" and falls_back("bf16", "cpu"):
+        pytest.skip("this CPU has no bfloat16")
+    if plainly:
+        monkeypatch.setattr(native, "library", lambda: None)
+    config = DitConfig(
+        depth=2, hidden_size=48, num_heads=2, in_channels=4, caption_channels=16, model_max_length=7,
+        temporal_attention=temporal, input_sq_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dit = STDiT3(config).eval().requires_grad_(False)
+    for parameter in dit.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    x, text = torch.randn(2, 4, 5, 8, 8), torch.randn(2, 7, 16)
+
+    def velocity() -> torch.Tensor:
+        condition = dit.condition((5, 8, 8), text, (7, 4), torch.tensor([16.0, 24.0]), (64, 64), x)
+        return dit(x, torch.tensor([300.0, 900.0]), condition)
+
+    expected = velocity()
+    in_bf16(dit) if kind == "bf16" else quantise(dit, torch.bfloat16 if "in" in kind else None)
+    found = velocity()
+    assert found.dtype is torch.float32 and 1e-5 < (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.skipif(falls_back("bf16", "cpu"), reason="this CPU has no bfloat16")
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_bf16_are_those_of_torch(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(48, 32, bias), torch.randn(3, 7, 48)
+    expected = nn.functional.linear(*(t if t is None else t.bfloat16() for t in (x, layer.weight, layer.bias))).float()
+    found = Bf16Linear(layer)(x)
+    assert found.dtype is torch.float32 and torch.allclose(found, expected, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.skipif(falls_back("bf16", "cpu"), reason="this CPU has no bfloat16")
+def test_on_a_cpu_a_bundle_in_bf16_keeps_its_activations(tmp_path: Path) -> None:
+    whole, small = Bundle(BOX), load_bundle(pack(load_bundle(BOX), tmp_path / "bundle", "bf16"))
+    assert small.dit.final_layer.linear.weight.dtype is small.ar.head.weight.dtype is torch.float32
+    assert any(isinstance(module, Bf16Linear) for module in small.dit.modules())
+    rounded = small.ar.head.weight
+    assert torch.equal(rounded, whole.ar.head.weight.bfloat16().float())
+    options = default_options(whole.config.sampling, steps=3)
+    tokens = next(VideoGenerator(whole).planner.plan(["a red circle"], 1, options)).tokens  # type: ignore[union-attr]
+    clean, found = (
+        VideoGenerator(bundle).renderer.render("a red circle", tokens, None, 1, 0, options).latents
+        for bundle in (whole, small)
+    )
+    assert 0 < np.linalg.norm(found - clean) / np.linalg.norm(clean) < 0.05
 
 
 def test_videos_are_nearly_the_same_and_the_bundle_is_another(packed: Bundle) -> None:
