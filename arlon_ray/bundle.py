@@ -45,7 +45,7 @@ from arlon_ray.models.quantised import in_bf16, quantise
 from arlon_ray.models.text import TextEncoder, load_text_encoder, text_identity
 from arlon_ray.models.vae import VideoVAE, load_vae
 from arlon_ray.offload import Offload, Turns
-from arlon_ray.precision import NOTE, arithmetic, falls_back
+from arlon_ray.precision import NOTE, Weights, arithmetic, falls_back
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,8 @@ class Bundle:
         all_of_it = [parts, self.text_identity, sizes]
         if self.config.precision != "fp32":  # what was begun before there was a choice goes on
             all_of_it.append(self.config.precision)
+        if self.config.vae.precision != "fp32":
+            all_of_it.append({"vae": self.config.vae.precision})
         return hashlib.sha256(json.dumps(all_of_it, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -173,14 +175,18 @@ class Bundle:
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        if falls_back(self.config.precision, self.device):
+        return self._arithmetic(self.config.precision)
+
+    def _arithmetic(self, precision: Weights) -> torch.dtype:
+        if falls_back(precision, self.device):
             log.warning(NOTE)
-        return arithmetic(self.config.precision, self.device)
+        return arithmetic(precision, self.device)
 
     @cached_property
     def vae(self) -> VideoVAE:
         """The video VAE."""
-        return self._waiting(load_vae(self.path / PARTS["vae"][0], self._home, bounds=self.config.vae))
+        vae = load_vae(self.path / PARTS["vae"][0], self._home, bounds=self.config.vae)
+        return self._waiting(vae.in_precision(self._arithmetic(self.config.vae.precision)))
 
     @cached_property
     def text(self) -> TextEncoder:

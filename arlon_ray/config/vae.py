@@ -64,6 +64,9 @@ class VaeConfig(Section):
     temporal: TemporalVaeConfig = TemporalVaeConfig()
     group_batch: int = Field(16, ge=1, description="17-frame groups coded at a time")
     tile: int = Field(0, ge=0, description="side in pixels of the tiles coded at a time; 0: whole frames")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of weights and arithmetic when videos are made; datasets are encoded in float32"
+    )
     kl_weight: float = Field(3e-4, ge=0)
     detail_weight: float = Field(2.0, ge=0, description="extra loss weight on what stands out from its surroundings")
     train: bool = Field(False, description="the pipeline trains a new VAE instead of loading `init`")

@@ -48,8 +48,8 @@ class PartMemory:
 def inference_memory(config: Config, precision: Weights, text_tokens: int | None = None) -> dict[str, PartMemory]:
     """Each part that makes a segment of one video: text encoder, AR, fine codec, DiT, VAE's decoder.
 
-    AR and DiT are in `precision`, the text encoder in bf16 unless that is fp32; VAE and codec always are in float32.
-    Captions are as long as they may be, unless `text_tokens` says otherwise.
+    AR and DiT are in `precision`, the text encoder in bf16 unless that is fp32; the VAE in `vae.precision`, the codec
+    always in float32. Captions are as long as they may be, unless `text_tokens` says otherwise.
     """
     length = text_tokens or config.text.max_tokens
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -164,7 +164,7 @@ def _vae(config: Config) -> PartMemory:
 def _vae_memory(settings: str, groups: int, height: int, width: int) -> PartMemory:
     config = VaeConfig.model_validate_json(settings)
     with META:
-        vae = build_vae(config).eval()
+        vae = build_vae(config).eval().in_precision(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     latents = torch.empty(1, config.latent_channels, groups * GROUP_LATENTS, height, width, device=META)
     return PartMemory(weight_bytes(vae), _working(lambda: vae.decode(latents)))
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from arlon_ray.config import VaeConfig
+from arlon_ray import precision
+from arlon_ray.bundle import Bundle
+from arlon_ray.config import VaeConfig, load_config
 from arlon_ray.models.vae import VideoVAE, build_vae, latent_frames, load_vae
 from arlon_ray.models.vae.base import windows
 from tests.opensora.public import randomized, small_config
@@ -52,6 +54,30 @@ def test_groups_are_coded_on_their_own_whatever_the_batch(kind: str) -> None:
     assert torch.allclose(alone.encode(video), whole, atol=1e-5)
     assert torch.allclose(alone.encode(video[1:, :, 17:34]), whole[1:, :, 5:10], atol=1e-5)
     assert torch.allclose(alone.decode(whole), small(kind, group_batch=16).decode(whole), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["folded", "opensora"])
+def test_in_bf16_it_codes_nearly_the_same_in_float32(kind: str) -> None:
+    video, whole = clip(22), small(kind)
+    half = small(kind).in_precision(torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.shift.dtype is half.scale.dtype is torch.float32
+    latents = whole.encode(video)
+    for found, expected in ((half.encode(video), latents), (half.decode(latents, 22), whole.decode(latents, 22))):
+        assert found.dtype is torch.float32 and 0 < (found - expected).norm() / expected.norm() < 0.05
+    assert torch.equal(half.in_precision(torch.float32).shift, whole.shift)
+
+
+def test_a_bundle_s_vae_is_in_the_precision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    box, half = (Bundle(WEIGHTS.parent) for _ in range(2))
+    half.config = load_config("tiny", ["vae.precision=bf16"])
+    assert half.fingerprint != box.fingerprint
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
+    for each in (box, half):
+        assert next(each.vae.parameters()).dtype is torch.float32
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    del half.vae
+    assert next(half.vae.parameters()).dtype is torch.bfloat16
 
 
 def test_frame_batches_of_the_spatial_half_change_nothing() -> None:

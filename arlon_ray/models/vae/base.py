@@ -54,8 +54,16 @@ class VideoVAE(nn.Module, ABC):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         self.config = config
+        self._dtype = torch.float32
         self.register_buffer("shift", torch.zeros(config.latent_channels))
         self.register_buffer("scale", torch.ones(config.latent_channels))
+
+    def in_precision(self, dtype: torch.dtype) -> VideoVAE:
+        """With weights and arithmetic in `dtype`. Latents and pixels stay float32, and what normalises them."""
+        shift, scale = self.shift, self.scale
+        self.to(dtype)
+        self.shift, self.scale, self._dtype = shift, scale, dtype
+        return self
 
     @abstractmethod
     def posterior(self, video_B3THW: Tensor) -> Posterior:
@@ -84,7 +92,7 @@ class VideoVAE(nn.Module, ABC):
             )
 
         def of_group(part: Tensor) -> Tensor:
-            return self._in_tiles(lambda tile: self.posterior(tile).mean, part, 1, SPACE_FACTOR)
+            return self._in_tiles(lambda tile: self.posterior(tile.to(self._dtype)).mean.float(), part, 1, SPACE_FACTOR)
 
         raw = self._in_groups(of_group, video_B3THW, GROUP_FRAMES)
         return (raw - self.shift[:, None, None, None]) / self.scale[:, None, None, None]
@@ -107,7 +115,9 @@ class VideoVAE(nn.Module, ABC):
 
         def of_group(part: Tensor) -> Tensor:
             length = GROUP_FRAMES if part.shape[2] == GROUP_LATENTS else rest
-            return self._in_tiles(lambda tile: self.reconstruct(tile, length), part, SPACE_FACTOR, 1)
+            return self._in_tiles(
+                lambda tile: self.reconstruct(tile.to(self._dtype), length).float(), part, SPACE_FACTOR, 1
+            )
 
         raw = latents_BCthw * self.scale[:, None, None, None] + self.shift[:, None, None, None]
         return self._in_groups(of_group, raw, GROUP_LATENTS).clamp(-1.0, 1.0)
