@@ -3,16 +3,18 @@
 `python -m benchmarks.dit_step --output FILE` (the weights in the box, and `small` with random ones; on a GPU
 STDiT3-XL/2 is compared by `benchmarks.gpu`). Both have the same weights, the same guidance and the same overlap
 of given frames; their velocities must agree to `TOLERANCE`, else it fails. A sampled segment is everything from text
-features and coarse latent to clean latents: what ours prepares is in it. Works take turns.
+features and coarse latent to clean latents: what ours prepares is in it. Works take turns. Where the CPU has bfloat16
+they are measured in it too: the plain model in it throughout, ours with its products, as `precision: bf16` has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from arlon_ray.diffusion.solvers import sample_flow
 from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.models.dit import STDiT3, load_dit
+from arlon_ray.models.quantised import in_bf16
+from arlon_ray.precision import falls_back
 from benchmarks.machine import in_turns, machine
 from benchmarks.plain_opensora import guided_step
 
@@ -52,6 +56,21 @@ class Comparison:
         self.frozen = (self.noisy, given)
         self.options = GenerationOptions(guidance_scale=config.sampling.guidance_scale)
 
+    def in_bf16(self) -> Comparison:
+        """The plain model and all that it is given in bfloat16."""
+        other = copy.copy(self)
+        other.dit = copy.deepcopy(self.dit).bfloat16()
+        (text, real), (noisy, given) = self.text, self.frozen
+        other.text, other.frozen = (text.bfloat16(), real), (noisy, given.bfloat16())
+        other.noise, other.coarse = self.noise.bfloat16(), self.coarse.bfloat16()
+        return other
+
+    def with_products_in_bf16(self) -> Comparison:
+        """Ours as a CPU has it with `precision: bf16`."""
+        other = copy.copy(self)
+        other.dit = cast(STDiT3, in_bf16(copy.deepcopy(self.dit)))
+        return other
+
     def ours(self) -> Step:
         """Everything that is constant is made here."""
         fps = self.config.video.fps
@@ -73,8 +92,11 @@ class Comparison:
     def difference(self) -> float:
         """How far the two are from each other: ‖ours − plain‖ / ‖plain‖."""
         time = torch.tensor([700.0])
-        plain, ours = self.plain(self.noise, time), self.ours()(self.noise, time)
-        return float((ours - plain).norm() / plain.norm())
+        return float(_apart(self.ours()(self.noise, time), self.plain(self.noise, time)))
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).norm() / other.norm()
 
 
 @torch.no_grad()
@@ -95,18 +117,29 @@ def measured(size: str, steps: int, runs: int, overrides: list[str] | None = Non
     difference, time = comparison.difference(), torch.tensor([700.0])
     assert difference < TOLERANCE, f"{size}: the velocities differ by {difference:.2e} of their size"
     velocity = comparison.ours()
-    step = {
+    step: dict[str, Callable[[], Any]] = {
         "plain": lambda: comparison.plain(comparison.noise, time),
         "ours": lambda: velocity(comparison.noise, time),
     }
-    segment = {
+    segment: dict[str, Callable[[], Any]] = {
         "plain": lambda: comparison.sampled(comparison.plain, steps),
         "ours": lambda: comparison.sampled(comparison.ours(), steps),
     }
+    rounded = {}
+    if not falls_back("bf16", "cpu"):
+        plain, ours = comparison.in_bf16(), comparison.with_products_in_bf16()
+        half = ours.ours()
+        rounded = {"relative_difference_bf16": float(_apart(half(ours.noise, time), velocity(comparison.noise, time)))}
+        step |= {"plain, bf16": lambda: plain.plain(plain.noise, time), "ours, bf16": lambda: half(ours.noise, time)}
+        segment |= {
+            "plain, bf16": lambda: plain.sampled(plain.plain, steps),
+            "ours, bf16": lambda: ours.sampled(ours.ours(), steps),
+        }
     return {
         "parameters": sum(parameter.numel() for parameter in comparison.dit.parameters()),
         "tokens": comparison.dit.token_count(comparison.shape),
         "relative_difference": difference,
+        **rounded,
         "step_s": in_turns(step, runs),
         "steps_of_a_segment": steps,
         "segment_s": in_turns(segment, runs),
@@ -128,12 +161,12 @@ def main() -> None:
         if arguments.output:
             Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
         for what in ("step_s", "segment_s"):
-            ours, plain = found[what]["ours"], found[what]["plain"]
-            print(
-                f"{size} {what}: plain {plain['median']:.4f}, ours {ours['median']:.4f}: "
-                f"{ours['times_as_fast']:.2f} times as fast ({ours['from']:.2f}–{ours['to']:.2f})",
-                flush=True,
-            )
+            for name, its in found[what].items():
+                print(
+                    f"{size} {what}: {name} {its['median']:.4f}: "
+                    f"{its['times_as_fast']:.2f} times as fast ({its['from']:.2f}–{its['to']:.2f})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 `python -m benchmarks.vae_decode --bundle weights/tiny --output FILE`
 
 *decode*: all latents of a few segments, at once (`vae.group_batch` groups of 17 frames at a time) and one group after
-the other. *video*: the same segments rendered from one plan. In the loop a segment is rendered, then its groups are
-decoded one by one; ours decodes a segment while the next is rendered (`in_background`, as `VideoGenerator` does). What
-decoding adds to rendering alone is what a user waits for it. *memory*: the process's peak after few and after many
-segments decoded as they come.
+the other; in bfloat16 too, where the processor has it. *video*: the same segments rendered from one plan. In the loop a
+segment is rendered, then its groups are decoded one by one; ours decodes a segment while the next is rendered
+(`in_background`, as `VideoGenerator` does). What decoding adds to rendering alone is what a user waits for it.
+*memory*: the process's peak after few and after many segments decoded as they come.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, HandOver, default_options, segment_options
 from arlon_ray.generation.overlapped import Threads, computing_with, in_background
+from arlon_ray.precision import falls_back
 from benchmarks.machine import in_turns, machine, peak_memory_mib, tell
 
 PROMPT = "a red circle moves to the right"
@@ -66,6 +67,14 @@ class Work:
             return [self.decoder.decode(latents) for latents in rendered]
 
 
+def in_bf16(bundle: Bundle) -> Bundle:
+    """The same with `vae.precision: bf16`."""
+    other = load_bundle(bundle.path, bundle.device)
+    vae = bundle.config.vae.model_copy(update={"precision": "bf16"})
+    other.config = bundle.config.model_copy(update={"vae": vae})
+    return other
+
+
 def largest_difference(one: list[np.ndarray], other: list[np.ndarray]) -> int:
     """Of the pixels (0 to 255) of two videos."""
     pairs = zip(one, other, strict=True)
@@ -90,7 +99,11 @@ def measured(bundle: Bundle, segments: int, runs: int, many: int = 40) -> dict[s
     difference = largest_difference(work.loop(), work.beside())
     assert difference <= 1, f"the two ways differ by {difference} of 255"
     latents = np.concatenate(parts, axis=1)
-    decode = in_turns({"loop": lambda: work.one_by_one(latents), "ours": lambda: work.decoder.decode(latents)}, runs)
+    decoding = {"loop": lambda: work.one_by_one(latents), "ours": lambda: work.decoder.decode(latents)}
+    if not falls_back("bf16", bundle.device):
+        half = FrameDecoder(in_bf16(bundle))
+        decoding["ours, bf16"] = lambda: half.decode(latents)
+    decode = in_turns(decoding, runs)
     ways = {"loop": work.loop, "ours": work.beside, "rendering alone": lambda: list(work.rendered())}
     video = in_turns(ways, runs)
     alone = video["rendering alone"]["median"]
