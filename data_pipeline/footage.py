@@ -18,6 +18,7 @@ from typing import Protocol
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -133,7 +134,7 @@ class AvFootage:
             if frame is None:
                 raise RuntimeError("no frames")
             self._first_pts, self._base = int(frame.pts or 0), base
-            picture = _upright(frame)
+            picture = _upright(frame, VideoReformatter())
             self.size = _shown_size(picture, _pixel_aspect(stream))
             self._header_s = self._header_duration_s(container, stream)
 
@@ -158,11 +159,11 @@ class AvFootage:
 
     def frames_at(self, moments_s: NDArray[np.float64]) -> Iterator[NDArray[np.uint8]]:
         """See `Footage`."""
-        number = 0
+        number, convert = 0, VideoReformatter()
         for ends_s, frame in self._frames_from(float(moments_s[0])):
             shown: NDArray[np.uint8] | None = None
             while number < len(moments_s) and moments_s[number] + SLACK_S < ends_s:
-                shown = _upright(frame) if shown is None else shown
+                shown = _upright(frame, convert) if shown is None else shown
                 yield shown
                 number += 1
             if number == len(moments_s):
@@ -199,6 +200,7 @@ class AvFootage:
 def scan(location: str, side: int, threads: int = 1) -> Iterator[tuple[float, NDArray[np.uint8]]]:
     """Every frame of a file in order: (seconds from the first, RGB [h,w,3] of at most `side` pixels)."""
     first: int | None = None
+    convert = VideoReformatter()
     with _container(location) as (container, stream):
         stream.codec_context.thread_count = threads
         base = float(stream.time_base or Fraction(1, 90000))
@@ -208,7 +210,7 @@ def scan(location: str, side: int, threads: int = 1) -> Iterator[tuple[float, ND
             first = frame.pts if first is None else first
             scale = min(1.0, side / max(frame.height, frame.width))
             width, height = max(2, round(frame.width * scale)), max(2, round(frame.height * scale))
-            small = frame.to_ndarray(format="rgb24", width=width, height=height)
+            small = convert.reformat(frame, width, height, "rgb24").to_ndarray()
             yield (frame.pts - first) * base, small.astype(np.uint8, copy=False)
 
 
@@ -233,9 +235,9 @@ def opened(location: str) -> Iterator[InputContainer]:
         yield container
 
 
-def _upright(frame: av.VideoFrame) -> NDArray[np.uint8]:
-    """[H,W,3] RGB with the file's rotation applied."""
-    picture = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+def _upright(frame: av.VideoFrame, convert: VideoReformatter) -> NDArray[np.uint8]:
+    """[H,W,3] RGB with the file's rotation applied. `convert`: one for many frames; one's own is set up for each."""
+    picture = convert.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
     turns = round(frame.rotation / 90) % 4
     return np.rot90(picture, turns) if turns else picture
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch.nn import functional as F
 
 from arlon_ray.artifact import ArtifactError
@@ -185,9 +186,10 @@ def _read(path: str, video: VideoConfig) -> np.ndarray:
     """
     parts: list[np.ndarray] = []
     waiting: list[np.ndarray] = []
+    convert = VideoReformatter()  # a frame's own is set up anew for each
     with opened(path) as container:
         for number, frame in enumerate(container.decode(video=0), start=1):
-            waiting.append(frame.to_ndarray(format="rgb24"))
+            waiting.append(convert.reformat(frame, format="rgb24").to_ndarray())
             if len(waiting) == GROUP_FRAMES or number == MOST_FRAMES:
                 parts.append(_shrink(np.stack(waiting), video))
                 waiting = []

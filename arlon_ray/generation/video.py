@@ -182,10 +182,12 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def read_video(path: str | Path | IO[bytes]) -> Frames:
     """All frames of a video as uint8 [T, H, W, 3]. Meant for short ones: everything is in memory."""
     import av
+    from av.video.reformatter import VideoReformatter
 
     opened: Any = av.open(path if hasattr(path, "read") else str(path))
+    convert = VideoReformatter()  # a frame's own is set up anew for each, which takes longer than what it does
     with opened:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)])
+        return np.stack([convert.reformat(frame, format="rgb24").to_ndarray() for frame in opened.decode(video=0)])
 
 
 def contact_sheet(path: str | Path, frames: Frames, columns: int = 8, limit: int = 64) -> Path:
@@ -207,19 +209,22 @@ def contact_sheet(path: str | Path, frames: Frames, columns: int = 8, limit: int
 
 def _encode(file: IO[bytes], frames: Iterable[Frames], fps: float, options: dict[str, str] | None = None) -> None:
     import av
-    from av.video.reformatter import ColorRange, Colorspace
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
     if not fps > 0:
         raise ValueError(f"fps={fps} must be above 0")
-    rate = Fraction(fps).limit_denominator(1001)
+    rate, convert = Fraction(fps).limit_denominator(1001), VideoReformatter()
     with av.open(file, "w", format="mp4", options=options or {}) as output:
         stream: Any = None
         for index, picture in enumerate(frames):
             if stream is None:
                 _check_frames(picture[None])
                 stream = _video_stream(output, rate, picture.shape[1], picture.shape[0])
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            frame = convert.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
             )
             frame.pts, frame.time_base = index, 1 / rate
             output.mux(stream.encode(frame))
