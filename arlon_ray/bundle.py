@@ -137,7 +137,7 @@ class Bundle:
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu", offload: Offload = "none") -> None:
         self.path, self.device, self.offload = fetched(path), torch.device(device), offload
-        self.turns = Turns(self.device)
+        self.turns, self._said = Turns(self.device), False
         manifest = _read_json(self.path / MANIFEST)
         try:
             config = Config.model_validate(manifest["config"])
@@ -178,7 +178,8 @@ class Bundle:
         return self._arithmetic(self.config.precision)
 
     def _arithmetic(self, precision: Weights) -> torch.dtype:
-        if falls_back(precision, self.device):
+        if falls_back(precision, self.device) and not self._said:
+            self._said = True
             log.warning(NOTE)
         return arithmetic(precision, self.device)
 
@@ -216,7 +217,7 @@ class Bundle:
         """The autoregressive transformer.
 
         On a CPU it computes in float32, with weights of the precision asked for: its products wait for weights to be
-        read, however these are multiplied (`arlon_ray.native`).
+        read, however these are multiplied (`arlon_ray.native`). In memory they are float32 too, beside what is read.
         """
         if self.device.type != "cpu":
             return self._loaded(load_ar, "ar")

@@ -18,7 +18,7 @@ def _cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-#: Of models that make videos: int8 computes in bf16 with weights of 8 bits (`arlon_ray.models.quantised`).
+#: Of models that make videos: int8 is bf16 with weights of 8 bits; on a CPU see `Bundle.ar` and `Bundle.dit`.
 Weights = Literal["fp32", "bf16", "int8"]
 
 

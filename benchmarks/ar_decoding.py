@@ -31,6 +31,7 @@ from arlon_ray.config import ArConfig, SamplingConfig
 from arlon_ray.generation.sampling import Sampling, SamplingBatch
 from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.quantised import quantise
+from arlon_ray.precision import falls_back
 from benchmarks.machine import in_turns, machine, synchronised
 
 #: name: (settings of the AR, codes). The first three are the presets'.
@@ -214,9 +215,8 @@ class Case:
             peer = build_peer(models["ours"], TEXT_TOKENS + self.tokens)
             for kind in self.peers if self.device == "cuda" else ("eager",):
                 makers[PEERS[kind]] = partial(peer_work, peer, self.batch, self.tokens, plain, kind == "compiled")
-            if self.device == "cpu":
-                half = build_peer(copy.deepcopy(models["ours"]).bfloat16(), TEXT_TOKENS + self.tokens)
-                makers[f"{PEER}, bf16"] = partial(peer_work, half, self.batch, self.tokens, plain, False)
+            if self.device == "cpu" and not falls_back("bf16", "cpu"):
+                makers[f"{PEER}, bf16"] = partial(self._half_peer, models["ours"], plain)
         for name, make in makers.items():
             try:
                 work = synchronised(make(), self.device)
@@ -229,6 +229,10 @@ class Case:
                 self.works[name] = work
             except Exception as error:
                 self.result["works"][name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+
+    def _half_peer(self, model: ArTransformer, sampling: SamplingConfig) -> Callable[[], Any]:
+        peer = build_peer(copy.deepcopy(model).bfloat16(), TEXT_TOKENS + self.tokens)
+        return peer_work(peer, self.batch, self.tokens, sampling, False)
 
     def _rounded(self, model: ArTransformer, kind: str, sampling: SamplingConfig) -> Callable[[], Any]:
         return our_work(rounded(model, kind), self.batch, self.tokens, sampling)

@@ -60,6 +60,7 @@ class Comparison:
         """The plain model and all that it is given in bfloat16."""
         other = copy.copy(self)
         other.dit = copy.deepcopy(self.dit).bfloat16()
+        other.dit.rope.freqs = self.dit.rope.freqs  # as `load_dit` has it
         (text, real), (noisy, given) = self.text, self.frozen
         other.text, other.frozen = (text.bfloat16(), real), (noisy, given.bfloat16())
         other.noise, other.coarse = self.noise.bfloat16(), self.coarse.bfloat16()

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serve.job_store import Event, JobStore, state_of
+from serve.job_store import UNFINISHED, Event, JobStore, state_of
 from serve.metrics import Metrics, Stage
 from serve.schema import SegmentStatus, Video, VideoError
 from serve.work import Job, Timed
@@ -27,7 +27,7 @@ _PROGRESS: dict[SegmentStatus, int] = {"queued": 0, "planned": 10, "rendering": 
 _PIECE = 2**16  # bytes of a stream that are sent at once
 _TOGETHER_S = 0.25  # for which a state that changes waits for the next one: both are written at once
 _QUIET_S = 15.0  # without an event, after which a comment keeps the connection open
-_GATHER_S = 0.1  # for which whoever watches is not woken again: each message costs a tiny video's making milliseconds
+_GATHER_S = 0.1  # for which whoever has been told something is not told more: a message takes milliseconds of a core
 
 
 class Change:
@@ -63,6 +63,7 @@ class Active:
     timer: asyncio.TimerHandle | None = None  # of its deadline
     past: list[Event] = field(default_factory=list)  # lasting events
     fleeting: Event | None = None  # the newest of the others
+    before_fleeting: int = 0  # lasting events that were there already
     changed: Change = field(default_factory=Change)  # of anything
     grown: Change = field(default_factory=Change)  # of the file, or the end
     _over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,6 +77,11 @@ class Active:
     def id(self) -> str:
         """Of the video or draft."""
         return self.video.id
+
+    @property
+    def tellable(self) -> int:
+        """How many lasting events may be told: the end only when it is written, for who hears it asks for the file."""
+        return len(self.past) - (not self.ended and self.video.status not in UNFINISHED)
 
     @property
     def ended(self) -> bool:
@@ -141,7 +147,7 @@ class Active:
         if kind and lasting:
             self.past.append(Event(kind, data, len(self.past) + 1))
         elif kind and not self.ended:  # a replica's last words may come late
-            self.fleeting = Event(kind, data)
+            self.fleeting, self.before_fleeting = Event(kind, data), len(self.past)
         if ended:
             self._over.set()
             self.grown.tell()
@@ -168,6 +174,7 @@ class Active:
             self.video.started_at = int(self.began)
         for segment in self.video.segments[:done]:
             segment.status = "completed"
+        self.grown.tell()
         self.save_soon()
 
     async def segment(
@@ -234,22 +241,23 @@ async def told(active: Active, after: int) -> AsyncIterator[Event | None]:
     """Events as they come, the lasting ones behind number `after` first; None where nothing came for a while."""
     fleeting: Event | None = None
     while True:
-        changed, ended = active.changed.next, active.ended
-        while after < len(active.past):
-            after += 1
-            yield active.past[after - 1]
+        changed, ended, tellable = active.changed.next, active.ended, active.tellable
+        new = active.past[after:tellable]
+        if active.fleeting is not None and active.fleeting is not fleeting:
+            fleeting = active.fleeting
+            new.insert(max(0, active.before_fleeting - after), fleeting)
+        after = tellable
+        for event in new:
+            yield event
         if ended:
             return
-        if active.fleeting is not fleeting:
-            fleeting = active.fleeting
-            yield fleeting
-            continue  # more may have come meanwhile
+        if new:
+            await active.gather()
+            continue
         try:
             await asyncio.wait_for(changed.wait(), _QUIET_S)
         except TimeoutError:
             yield None
-        else:
-            await active.gather()
 
 
 def as_text(event: Event | None) -> str:

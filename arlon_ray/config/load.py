@@ -93,6 +93,8 @@ def _effective(value: Any) -> Any:
     without = {*WITHOUT_EFFECT, "keep_best"} if not chosen else {*WITHOUT_EFFECT} - {"evaluate_every"}
     if value.get("anchor_groups") == 0:  # what was made before there were any goes on
         without |= {"anchor_groups", "anchor_share"}
+    if "kl_weight" in value:  # a VAE's own precision is that of making videos
+        without |= {"precision"}
     return {name: _effective(inner) for name, inner in value.items() if name not in without}
 
 

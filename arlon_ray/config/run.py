@@ -261,7 +261,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=10**9)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Weights = Field(
-        "fp32", description="of the AR and the DiT when videos are made; int8: bf16 with weights of 8 bits"
+        "fp32", description="of the AR and the DiT when videos are made; int8: weights of 8 bits"
     )
     video: VideoConfig = VideoConfig()
     segment: SegmentConfig = SegmentConfig()

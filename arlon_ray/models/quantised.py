@@ -1,6 +1,7 @@
 """Linear layers with weights in fewer bits: int8, and bfloat16 for a CPU's products.
 
-**int8** is for GPUs that do not hold the weights otherwise (weight-only, symmetric, by output channel).
+**int8** is for GPUs that do not hold the weights otherwise (weight-only, symmetric, by output channel); on a CPU the AR
+reads them faster (`arlon_ray.native`).
 
 w ≈ scale · round(w / scale) with scale = max|w| / 127 of an output channel: half the memory of bf16, a quarter of
 float32. Activations and sums keep their precision: y = scale · (round(w / scale) x). (LLM.int8(), Dettmers et al. 2022,
@@ -19,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 LEVELS = 127
 
@@ -42,10 +44,6 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
         self.bias = linear.bias
 
-    def in_full(self) -> Tensor:
-        """The weights [out, in] that the integers stand for."""
-        return self.weight.to(self.scale.dtype) * self.scale[:, None]
-
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] to […, out] in the type of `x`."""
         dtype = self._products_in or x.dtype
@@ -56,23 +54,33 @@ class Int8Linear(nn.Module):
 class Bf16Linear(nn.Module):
     """A linear layer [out, in] of float32 activations whose products a CPU makes in bfloat16, with sums of float32.
 
-    The weights are laid out for some hundred rows; any number of rows will do.
+    The weights are laid out once more, for some hundred rows (any number will do), when they are first used.
     """
 
     ROWS = 256
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight, bias = linear.weight.detach(), linear.bias
+        bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # not a buffer: whoever moves or copies a module's tensors cannot handle oneDNN's
-        self._laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), self.ROWS)
-        self._bias = None if bias is None else bias.detach().bfloat16()
+        self.register_buffer("weight", linear.weight.detach().bfloat16())
+        self.register_buffer("bias", None if bias is None else bias.detach().bfloat16())
+        self._laid_out: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] to […, out], both float32."""
+        if _len_torch_dispatch_stack():  # whoever counts operations knows none of oneDNN's
+            return F.linear(x.bfloat16(), self.weight, self.bias).float()
+        if self._laid_out is None:
+            self._laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.ROWS)
         product = torch.ops.mkldnn._linear_pointwise.default
-        return product(x.bfloat16(), self._laid_out, self._bias, "none", [], "").float()
+        return product(x.bfloat16(), self._laid_out, self.bias, "none", [], "").float()
+
+    def __getstate__(self) -> dict[str, object]:
+        """What oneDNN has laid out can neither be copied nor stored."""
+        return {**super().__getstate__(), "_laid_out": None}
 
 
 def quantise(model: nn.Module, products_in: torch.dtype | None = None) -> nn.Module:

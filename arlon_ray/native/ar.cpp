@@ -2,7 +2,9 @@
 //
 // Every sum is made in one order, whatever rows are beside it and however many threads share the work. Weights come as
 // panels of 8 outputs [O/8, C, 8]: a panel's sums are the lanes of one register, and each weight is read once for up to
-// 8 rows. Few rows wait for weights to be read: those that fit into two bytes, or one, come as such. Legend as in trunk.py: R rows, O outputs, A heads, D channels a head, C channels, H hidden channels, P positions.
+// 8 rows. Few rows wait for weights to be read: those that fit into two bytes, or one, come as such.
+//
+// Legend as in trunk.py: R rows, O outputs, A heads, D channels a head, C channels, H hidden channels, P positions.
 
 #include "common.h"
 
@@ -245,13 +247,16 @@ static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, con
 
 extern "C" {
 
-// which kinds of weights are read as fast as they come from memory, as bits
+// which kinds of weights, as bits, are worth it where they say the same: those that one instruction widens
 int kinds() {
+  int found = 1;
 #ifdef __F16C__
-  return 0b1111;
-#else
-  return 0b1101;
+  found |= 2;
 #endif
+#if defined __AVX2__ || defined __aarch64__
+  found |= 4;
+#endif
+  return found;
 }
 
 // out [R, O] = x [R, C], normed if there is a norm, · weights (+ added)

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <omp.h>
-#ifdef __FMA__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 

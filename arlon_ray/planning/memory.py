@@ -46,7 +46,7 @@ class PartMemory:
 
 
 def inference_memory(config: Config, precision: Weights, text_tokens: int | None = None) -> dict[str, PartMemory]:
-    """Each part that makes a segment of one video: text encoder, AR, fine codec, DiT, VAE's decoder.
+    """On a GPU, each part that makes a segment of one video: text encoder, AR, fine codec, DiT, VAE's decoder.
 
     AR and DiT are in `precision`, the text encoder in bf16 unless that is fp32; the VAE in `vae.precision`, the codec
     always in float32. Captions are as long as they may be, unless `text_tokens` says otherwise.

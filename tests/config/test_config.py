@@ -97,9 +97,12 @@ def test_files_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_follows_the_settings() -> None:
-    base, same = load_config("tiny"), load_config("tiny", ["dit.training.log_every=3", "dit.init=elsewhere"])
+    without = ["dit.training.log_every=3", "dit.init=elsewhere", "vae.precision=bf16"]
+    base, same = load_config("tiny"), load_config("tiny", without)
     other = load_config("tiny", ["dit.training.steps=3"])
     assert config_fingerprint(base) == config_fingerprint(same) != config_fingerprint(other)
+    trained = load_config("tiny", ["vae.training.precision=fp32"])
+    assert config_fingerprint(base.vae) != config_fingerprint(trained.vae)
     assert Config.model_validate(base.model_dump(mode="json")) == base
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from arlon_ray import native
 from arlon_ray.bundle import Bundle, load_bundle
@@ -40,7 +43,7 @@ def test_a_layer_is_what_its_weights_are() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(48, 32)
     small, x = Int8Linear(layer), torch.randn(5, 48)
-    expected = nn.functional.linear(x, small.in_full(), layer.bias)
+    expected = nn.functional.linear(x, small.weight * small.scale[:, None], layer.bias)
     assert torch.allclose(small(x), expected, atol=1e-5)
     assert torch.allclose(small(x), layer(x), atol=0.02) and not torch.equal(small(x), layer(x))
     zeros = nn.Linear(4, 3)
@@ -60,7 +63,7 @@ def test_a_quantised_weight_is_off_by_at_most_half_a_level() -> None:
     model = Model()
     before, head = model.blocks[0].weight.detach().clone(), model.head.weight.detach().clone()
     quantise(model)
-    after = model.blocks[0].in_full()
+    after = model.blocks[0].weight * model.blocks[0].scale[:, None]
     level = before.abs().amax(1, keepdim=True) / 127
     assert not torch.equal(before, after) and ((before - after).abs() <= level * 0.51).all()
     assert torch.equal(model.head.weight, head)
@@ -72,8 +75,14 @@ def test_a_quantised_weight_is_off_by_at_most_half_a_level() -> None:
 def test_a_dit_is_nearly_the_same(monkeypatch: pytest.MonkeyPatch, kind: str, temporal: str, plainly: bool) -> None:
     if kind == "bf16" and falls_back("bf16", "cpu"):
         pytest.skip("this CPU has no bfloat16")
-    if plainly:
-        monkeypatch.setattr(native, "library", lambda: None)
+    asked: list[bool] = []
+
+    def library() -> ctypes.CDLL | None:
+        asked.append(True)
+        return None if plainly else built
+
+    built = native.library()
+    monkeypatch.setattr(native, "library", library)
     config = DitConfig(
         depth=2, hidden_size=48, num_heads=2, in_channels=4, caption_channels=16, model_max_length=7,
         temporal_attention=temporal, input_sq_size=64,
@@ -84,11 +93,13 @@ def test_a_dit_is_nearly_the_same(monkeypatch: pytest.MonkeyPatch, kind: str, te
         parameter.add_(0.05 * torch.randn_like(parameter))
     x, text = torch.randn(2, 4, 5, 8, 8), torch.randn(2, 7, 16)
 
+    @torch.no_grad()
     def velocity() -> torch.Tensor:
         condition = dit.condition((5, 8, 8), text, (7, 4), torch.tensor([16.0, 24.0]), (64, 64), x)
         return dit(x, torch.tensor([300.0, 900.0]), condition)
 
     expected = velocity()
+    assert asked
     in_bf16(dit) if kind == "bf16" else quantise(dit, torch.bfloat16 if "in" in kind else None)
     found = velocity()
     assert found.dtype is torch.float32 and 1e-5 < (found - expected).norm() / expected.norm() < 0.02
@@ -102,6 +113,14 @@ def test_products_in_bf16_are_those_of_torch(bias: bool) -> None:
     expected = nn.functional.linear(*(t if t is None else t.bfloat16() for t in (x, layer.weight, layer.bias))).float()
     found = Bf16Linear(layer)(x)
     assert found.dtype is torch.float32 and torch.allclose(found, expected, rtol=2**-7, atol=1e-3)
+    half = Bf16Linear(layer)
+    half(x)
+    assert torch.equal(copy.deepcopy(half)(x), found) and weight_bytes(half) == 2 * sum(
+        p.numel() for p in layer.parameters()
+    )
+    with FlopCounterMode(display=False) as counter:
+        assert torch.allclose(half(x), found, rtol=2**-7, atol=1e-3)
+    assert counter.get_total_flops() == 2 * 21 * 48 * 32
 
 
 @pytest.mark.skipif(falls_back("bf16", "cpu"), reason="this CPU has no bfloat16")

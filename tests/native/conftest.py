@@ -12,8 +12,9 @@ import pytest
 
 from arlon_ray import native
 
-#: A processor, as the compiler calls it, and what of /proc/cpuinfo it needs: AVX2 without AVX-512, neither of them.
-OLDER = {"haswell": {"avx2", "fma", "bmi2"}, "x86-64": set()}
+#: A processor, as the compiler calls it, and what of /proc/cpuinfo it needs: AVX2 without AVX-512, halves without AVX2,
+#: none of them.
+OLDER = {"haswell": {"avx2", "fma", "bmi2"}, "ivybridge": {"avx", "f16c"}, "x86-64": set()}
 
 
 @pytest.fixture(params=["native", *OLDER])

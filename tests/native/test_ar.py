@@ -91,7 +91,7 @@ def test_weights_in_the_fewest_bytes_that_say_them_give_the_same_product(
     panels = native.Panels(built, weight)
     monkeypatch.setattr(native, "_narrow", lambda weight, _: weight)
     plain = native.Panels(built, weight)
-    offered = kept is not torch.float16 or built.kinds() & 2
+    offered = built.kinds() & {torch.float16: 2, torch.bfloat16: 4}.get(kept, 1)
     assert plain.numbers.dtype is torch.float32 and panels.numbers.dtype is (kept if offered else torch.float32)
     found, large = native.product(built, x, panels, 83, added), weight.abs().sum(1)
     assert torch.equal(found, native.product(built, x, plain, 83, added))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from serve.job_store import Event
+from serve.active import Active, pieces, told
+from serve.job_store import Event, JobStore, State
 from serve.schema import VideoRequest
 from serve.service import VideoService
 from serve.work import Job, Told
@@ -159,5 +163,110 @@ def test_nothing_comes_behind_the_end(tmp_path: Path) -> None:
             if event and event.type == "completed":
                 await asyncio.sleep(0.5)  # a step is told meanwhile
         assert seen[-1] and seen[-1].type == "completed"
+
+    serve_alone(scenario, tmp_path)
+
+
+def test_the_end_is_told_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who hears that a video is completed asks for its file at once."""
+    monkeypatch.setattr("serve.active._GATHER_S", 0.01)
+    written, save = threading.Event(), JobStore.save
+
+    def slow(store: JobStore, state: State, *others: Any) -> None:
+        if state["status"] == "completed":
+            written.wait(10)
+        save(store, state, *others)
+
+    monkeypatch.setattr(JobStore, "save", slow)
+
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        video = await service.create(VideoRequest(prompt="a"))
+        watched = await service.events(video.id, 0)
+        seen = []
+        while "segment.completed" not in seen:
+            event = await anext(watched)
+            seen.append(event.type if event else "")
+        last = asyncio.ensure_future(anext(watched))
+        await asyncio.sleep(0.2)
+        assert not last.done() and (await service.get(video.id)).status == "in_progress"
+        written.set()
+        event = await last
+        assert event and event.type == "completed" and (await service.get(video.id)).status == "completed"
+
+    try:
+        serve_alone(scenario, tmp_path)
+    finally:
+        written.set()
+
+
+async def waiting(service: VideoService, stages: FakeStages) -> Active:
+    """A video that waits for another one: nobody but the test tells anything of it."""
+    stages.gate.clear()
+    for _ in range(2):
+        video = await service.create(VideoRequest(prompt="a"))
+    active = service._find(video.id)
+    assert active is not None
+    return active
+
+
+def test_who_has_been_told_something_hears_the_rest_together_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.active._GATHER_S", 60.0)
+
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        active = await waiting(service, stages)
+        watched = told(active, 0)
+        assert (await anext(watched)) == Event("queue", {"position": 1})
+        following = asyncio.ensure_future(anext(watched))
+        for step in (2, 3):
+            active.tell("segment.step", lasting=False, step=step)
+        active.tell("segment.rendered", index=0)
+        active.tell("segment.planned", index=1)
+        await asyncio.sleep(0.05)
+        assert not following.done()
+        active.tell(ended=True)  # the end waits for nothing
+        rest = [await following, *[event async for event in watched]]
+        assert [event.type for event in rest if event] == ["segment.step", "segment.rendered", "segment.planned"]
+        assert rest[0] == Event("segment.step", {"step": 3})
+
+    serve_alone(scenario, tmp_path)
+
+
+class Counted(io.BytesIO):
+    """A file that knows how often somebody looked for more."""
+
+    looked = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.looked += 1
+        return super().read(size)
+
+
+def test_a_stream_looks_for_more_when_there_is_more(tmp_path: Path) -> None:
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        active = await waiting(service, stages)
+        file, got = Counted(b"1"), list[bytes]()
+
+        async def read() -> None:
+            async for piece in pieces(file, active):
+                got.append(piece)
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(0.1)
+        looked = file.looked
+        for step in range(5):
+            active.tell("segment.step", lasting=False, step=step)
+        await asyncio.sleep(0.1)
+        assert (got, file.looked) == ([b"1"], looked)
+        for what in (active.started(0), active.segment(0, "completed")):  # after a restart the file is there already
+            at = file.tell()
+            file.write(b"2")
+            file.seek(at)
+            await what
+            await asyncio.sleep(0.1)
+        assert got == [b"1", b"2", b"2"]
+        active.tell(ended=True)
+        await asyncio.wait_for(reading, 5)
 
     serve_alone(scenario, tmp_path)
