@@ -36,9 +36,12 @@ def test_a_packed_bundle_is_small_whole_and_makes_the_same_video(tmp_path: Path)
     assert packed.artifacts["vae"].fingerprint == whole.artifacts["vae"].fingerprint
     assert (tmp_path / "packed" / "README.md").read_text() == "kept"
     assert next(VideoGenerator(packed).generate(["a red circle"], 0)).shape == (34, 64, 64, 3)
-    again = run_script("pack_weights", "--bundle", str(tmp_path / "packed"), "--output", str(tmp_path / "twice"))
+    places = "--bundle", str(tmp_path / "packed"), "--output", str(tmp_path / "twice")
+    again = run_script("pack_weights", *places, "--precision", "bf16", "--vae-precision", "bf16")
     assert again.returncode == 0, again.stderr
     assert load_artifact(tmp_path / "twice" / "ar", "ar").fingerprint
+    twice = Bundle(tmp_path / "twice").config
+    assert (twice.precision, twice.vae.precision) == ("bf16", "bf16") and packed.config.vae.precision == "fp32"
 
 
 def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
