@@ -22,7 +22,7 @@ from benchmarks.machine import machine
 #: Of each part: its arguments for `make bench`, and for the short form (None: left out of it).
 PARTS: dict[str, tuple[str, str | None]] = {
     "ar_decoding": (
-        "--sizes tiny small --batch 1 8 --tokens 512 --runs 3 --seconds 300",
+        "--sizes tiny small --batch 1 8 --tokens 256 --runs 3 --seconds 240",
         "--sizes tiny --batch 1 --tokens 128 --runs 3 --seconds 60",
     ),
     "dit_step": ("--sizes tiny small", "--sizes tiny --runs 5 --steps 2"),
