@@ -32,6 +32,7 @@ class GroupBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x_NEthw: Tensor) -> Tensor:
+        """[N, E, t, h, w] to the same."""
         # normed over the channels of each place: statistics over the group would tie all its tokens together
         normed = x_NEthw * torch.rsqrt(x_NEthw.square().mean(1, keepdim=True) + 1e-6) * self.scale.view(-1, 1, 1, 1)
         return x_NEthw + self.conv2(F.silu(self.conv1(F.silu(normed))))

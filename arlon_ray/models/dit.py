@@ -182,6 +182,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(drawn(2, dim))
 
     def forward(self, x_BTSD: Tensor, times_BD: tuple[Tensor, Tensor], noisy_BT: Tensor | None) -> Tensor:
+        """[B, T, S, D] to patches [B, T, S, p·C]; `times`: features of the time, and of 0 for frames without noise."""
         x = self._modulate(x_BTSD, times_BD[0])
         if noisy_BT is not None:
             # the public model norms conditioning frames twice; nothing reads what it predicts for them

@@ -64,6 +64,7 @@ class LatentAdapter(nn.Module):
         self.blocks = nn.ModuleList(Mlp(width, 2 * width, width) for _ in range(config.injection.blocks))
 
     def forward(self, coarse_BCthw: Tensor) -> Tensor:
+        """See LatentAdapter; edges are filled up with zeros to whole patches."""
         padding = [
             pad for size, p in zip(coarse_BCthw.shape[:1:-1], self.patch[::-1], strict=True) for pad in (0, -size % p)
         ]
@@ -91,6 +92,7 @@ class GatedAdaptiveNorm(nn.Module):
         return gate, scale, bias
 
     def forward(self, x_BNC: Tensor, modulation: Modulation) -> Tensor:
+        """[B, N, C] to the same, with the layer's gate, scale and bias."""
         gate, scale, bias = modulation
         if (built := library_for(x_BNC)) is not None:
             return modulated(built, x_BNC, bias.flatten(0, 1), scale.flatten(0, 1), gate.flatten(0, 1))
@@ -112,6 +114,7 @@ class MlpAdapter(nn.Module):
         return (self.out(F.silu(self.hidden(features_BNE))),)
 
     def forward(self, x_BNC: Tensor, modulation: Modulation) -> Tensor:
+        """[B, N, C] to the same, with what the layer adds."""
         return x_BNC + modulation[0]
 
 

@@ -30,6 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[…, D] to the same."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -42,6 +43,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[…, in] to […, out]."""
         hidden = self.fc1(x)
         built = library_for(hidden)
         gelu = F.gelu(hidden, approximate="tanh") if built is None else gelu_in_place(built, hidden)
@@ -239,6 +241,7 @@ class ScalarEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, values_B: Tensor) -> Tensor:
+        """Values [B] to [B, C]."""
         weight = next(self.mlp.parameters())
         return self.mlp(sinusoidal(values_B, self.frequencies).to(weight.dtype))
 

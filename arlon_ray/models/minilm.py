@@ -52,6 +52,7 @@ class _Layer(nn.Module):
         self.up, self.down, self.mlp_norm = nn.Linear(dim, inner), nn.Linear(inner, dim), nn.LayerNorm(dim, eps)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] to the same."""
         q, k, v = (
             part(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )

@@ -28,6 +28,7 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x_NChw: Tensor) -> Tensor:
+        """[N, C, h, w] to the same."""
         scale = torch.rsqrt(x_NChw.square().mean(1, keepdim=True) + 1e-6)
         return x_NChw * scale * self.weight[:, None, None]
 
@@ -44,6 +45,7 @@ class SpaceTimeBlock(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x_NChw: Tensor, frames: int) -> Tensor:
+        """[B·T, C, h, w] to the same, T = `frames`."""
         y = F.silu(self.space(self.norm(x_NChw)))
         if self.time is not None:
             y = F.silu(self.time(_with_past(y, frames)))

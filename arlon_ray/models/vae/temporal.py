@@ -25,6 +25,7 @@ class CausalConv3d(nn.Module):
         self.padding = (around, around, around, around, kernel - time_stride, 0)
 
     def forward(self, x_BCThw: Tensor) -> Tensor:
+        """[B, C, T, h, w] to [B, C', T or T/2, h, w]: a frame sees itself and those before it."""
         return self.conv(F.pad(x_BCThw, self.padding))
 
 
@@ -41,6 +42,7 @@ class ResBlock(nn.Module):
             self.conv3 = CausalConv3d(inputs, outputs, 1, bias=False)
 
     def forward(self, x_BCThw: Tensor) -> Tensor:
+        """[B, C, T, h, w] to [B, C', T, h, w]."""
         y = self.conv1(F.silu(self.norm1(x_BCThw)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (self.conv3(x_BCThw) if hasattr(self, "conv3") else x_BCThw)
@@ -72,6 +74,7 @@ class TemporalEncoder(nn.Module):
         self.conv2 = CausalConv3d(widths[-1], 2 * config.latent_embed_dim, 1)
 
     def forward(self, x_BCThw: Tensor) -> Tensor:
+        """[B, C, T, h, w], T a multiple of 4, to moments [B, 2·C', T/4, h, w]."""
         x = self.conv_in(x_BCThw)
         for i, blocks in enumerate(self.block_res_blocks):
             for block in blocks:  # type: ignore[attr-defined]
@@ -103,6 +106,7 @@ class TemporalDecoder(nn.Module):
         self.conv_out = CausalConv3d(widths[0], config.in_out_channels)
 
     def forward(self, x_BCthw: Tensor) -> Tensor:
+        """[B, C', t, h, w] to [B, C, 4·t, h, w]."""
         x = self.conv1(x_BCthw)
         for block in self.res_blocks:
             x = block(x)
