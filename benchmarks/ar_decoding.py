@@ -164,10 +164,13 @@ def memory_works(device: str) -> dict[str, tuple[int, Callable[[], Any]]]:
     return {"memory: copy": (2 * size, lambda: target.copy_(matrix)), "memory: read": (size, lambda: matrix @ vector)}
 
 
-def weight_bytes(model: ArTransformer) -> int:
-    """What one step with one token must read of the weights."""
-    read = [*model.blocks.parameters(), model.head.weight, model.norm.weight]
-    return sum(weight.numel() * weight.element_size() for weight in read)
+def weight_bytes(model: ArTransformer, kind: str | None = None) -> int:
+    """What one step with one token must read of the weights, as they are or `rounded`."""
+    blocks = sum(weight.numel() * weight.element_size() for weight in model.blocks.parameters())
+    rest = sum(weight.numel() * weight.element_size() for weight in (model.head.weight, model.norm.weight))
+    if kind == "bf16":
+        return (blocks + rest) // 2
+    return blocks // 4 + rest if kind == "int8" else blocks + rest
 
 
 class Case:
@@ -175,7 +178,7 @@ class Case:
 
     def __init__(self, size: str, batch: int, tokens: int, arguments: argparse.Namespace) -> None:
         self.size, self.batch, self.tokens, self.device = size, batch, tokens, arguments.device
-        self.runs, self.peers = arguments.runs, arguments.peers
+        self.runs, self.peers, self.only = arguments.runs, arguments.peers, arguments.works
         self.works: dict[str, Callable[[], Any]] = {}
         self.result: dict[str, Any] = {"size": size, "batch": batch, "tokens": tokens, "works": {}}
 
@@ -218,6 +221,8 @@ class Case:
             if self.device == "cpu" and not falls_back("bf16", "cpu"):
                 makers[f"{PEER}, bf16"] = partial(self._half_peer, models["ours"], plain)
         for name, make in makers.items():
+            if self.only and name not in self.only:
+                continue
             try:
                 work = synchronised(make(), self.device)
                 seconds = []
@@ -241,10 +246,12 @@ class Case:
         """The share of the memory's measured speed at which the weights are read, one row of the batch a step."""
         size, best = weight_bytes(model), max(speeds.values())
         self.result |= {"bytes_per_s": speeds, "weight_bytes": size, "limit_tokens_per_s": best / size}
-        for name in ("ours", PLAIN, *PEERS.values()):
+        sizes = dict.fromkeys(("ours", PLAIN, *PEERS.values()), size)
+        sizes |= {name: weight_bytes(model, kind) for kind, name in ROUNDED.items()}
+        for name, its in sizes.items():
             work = self.result["works"].get(name, {})
             if "tokens_per_s" in work:
-                work["share_of_limit"] = work["tokens_per_s"] * size / best
+                work["share_of_limit"] = work["tokens_per_s"] * its / best
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -300,6 +307,7 @@ def main() -> None:
     flags.add_argument("--tokens", type=int, default=1024, help=f"of a sequence; a multiple of {SIDE**2}")
     flags.add_argument("--tokens-1b", type=int, help="of a sequence at size 1b, where each takes long on a CPU")
     flags.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help="on a GPU")
+    flags.add_argument("--works", nargs="+", metavar="NAME", help="of those in the table (default: all)")
     flags.add_argument("--runs", type=int, default=3)
     flags.add_argument("--seconds", type=float, default=900, help="no case begins later than this")
     flags.add_argument("--output", metavar="FILE", help="write the JSON there, after every case")
