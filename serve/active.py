@@ -246,7 +246,7 @@ async def told(active: Active, after: int) -> AsyncIterator[Event | None]:
         if active.fleeting is not None and active.fleeting is not fleeting:
             fleeting = active.fleeting
             new.insert(max(0, active.before_fleeting - after), fleeting)
-        after = tellable
+        after = max(after, tellable)
         for event in new:
             yield event
         if ended:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from arlon_ray.generation.video import contact_sheet
+from arlon_ray.generation.video import as_rgb, contact_sheet
 from serve.job_files import PICTURES, VIDEO_FILE, JobFiles
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
@@ -30,8 +30,7 @@ def draw(files: JobFiles, variant: Variant) -> None:
         chosen = (
             {count // 2} if variant == "thumbnail" else set(np.linspace(0, count - 1, min(_SHEET, count)).astype(int))
         )
-        frames = [
-            frame.to_ndarray(format="rgb24") for index, frame in enumerate(video.decode(video=0)) if index in chosen
-        ]
+        shown = (frame for index, frame in enumerate(video.decode(video=0)) if index in chosen)
+        frames = list(as_rgb(shown))
     with tempfile.TemporaryDirectory() as folder:
         files.write(FILES[variant], contact_sheet(Path(folder) / "sheet.png", np.stack(frames)).read_bytes())

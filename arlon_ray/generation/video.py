@@ -182,12 +182,22 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def read_video(path: str | Path | IO[bytes]) -> Frames:
     """All frames of a video as uint8 [T, H, W, 3]. Meant for short ones: everything is in memory."""
     import av
-    from av.video.reformatter import VideoReformatter
 
     opened: Any = av.open(path if hasattr(path, "read") else str(path))
-    convert = VideoReformatter()  # a frame's own is set up anew for each, which takes longer than what it does
     with opened:
-        return np.stack([convert.reformat(frame, format="rgb24").to_ndarray() for frame in opened.decode(video=0)])
+        return np.stack(list(as_rgb(opened.decode(video=0))))
+
+
+def as_rgb(frames: Iterable[Any]) -> Iterator[Frames]:
+    """Each of PyAV's frames as uint8 [H, W, 3].
+
+    By one converter: a frame's own is set up anew for each, which takes longer than what it does.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    convert = VideoReformatter()
+    for frame in frames:
+        yield convert.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
 
 
 def contact_sheet(path: str | Path, frames: Frames, columns: int = 8, limit: int = 64) -> Path:

@@ -109,15 +109,16 @@ _STORED = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 def _narrow(weight: Tensor, kinds: int) -> Tensor:
     """The same numbers in the first of the `kinds` (bits) of two bytes that says them exactly, or as they are."""
-    for kind in (1, 2):
-        if weight.dtype is torch.float32 and kinds & 1 << kind:
-            # most weights that do not fit are found out by the first ones
-            for part in (weight[:1], weight):
-                if not torch.equal(part, part.to(_STORED[kind]).float()):
-                    break
-            else:
+    if weight.dtype is torch.float32:
+        for kind in (1, 2):
+            if kinds & 1 << kind and _says(_STORED[kind], weight):
                 return weight.to(_STORED[kind])
     return weight
+
+
+def _says(dtype: torch.dtype, weight: Tensor) -> bool:
+    # most weights that do not fit are found out by the first ones
+    return all(torch.equal(part, part.to(dtype).float()) for part in (weight[:1], weight))
 
 
 def in_turns(rows: Tensor) -> Tensor:

@@ -91,12 +91,12 @@ constexpr int64_t AHEAD = 2048;
 template <class Kind, int R, int P>
 static inline void tile(const float* x, int64_t C, const typename Kind::Number* panels, const float* scale, float* out,
                         const float* added, int64_t O) {
-  constexpr int64_t STEP = 8 * sizeof *panels;
   Lanes sums[R][P] = {};
   for (int64_t c = 0; c < C; c++)
     for (int p = 0; p < P; p++) {
-      Lanes weights = Kind::of(panels + (p * C + c) * 8);
-      if (R > 2) __builtin_prefetch((const char*)panels + (p * C + c) * STEP + AHEAD);
+      const auto* eight = panels + (p * C + c) * 8;
+      Lanes weights = Kind::of(eight);
+      if (R > 2) __builtin_prefetch((const char*)eight + AHEAD);
       for (int r = 0; r < R; r++) sums[r][p] = fma(weights, all(x[r * C + c]), sums[r][p]);
     }
   for (int r = 0; r < R; r++)

@@ -233,6 +233,22 @@ def test_who_has_been_told_something_hears_the_rest_together_and_in_order(
     serve_alone(scenario, tmp_path)
 
 
+def test_who_comes_back_from_further_on_hears_nothing_twice(tmp_path: Path) -> None:
+    """What a killed server had told and not written is numbered again."""
+
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        active = await waiting(service, stages)
+        watched = told(active, 2)
+        assert (await anext(watched)) == Event("queue", {"position": 1})
+        for index in range(3):
+            active.tell("segment.planned", index=index)
+            await asyncio.sleep(0.15)
+        active.tell(ended=True)
+        assert [event async for event in watched] == [Event("segment.planned", {"index": 2}, 3)]
+
+    serve_alone(scenario, tmp_path)
+
+
 class Counted(io.BytesIO):
     """A file that knows how often somebody looked for more."""
 
