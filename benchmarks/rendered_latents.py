@@ -54,14 +54,24 @@ class Mix:
     grade: str
     groups: tuple[int, ...]
     share: float
+    still: bool = False  # only scenes in which nothing moves
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """`simple:2,3,4=0.8`. Raises ValueError."""
-        found = re.fullmatch(r"(\w+):(\d+(?:,\d+)*)=([\d.]+)", text)
+        """`simple:2,3,4=0.8`, or `simple/still:2,3,4=0.8`. Raises ValueError."""
+        found = re.fullmatch(r"(\w+)(/still)?:(\d+(?:,\d+)*)=([\d.]+)", text)
         if not found:
-            raise ValueError(f"--mix {text}: expected GRADE:GROUPS,GROUPS=SHARE, as simple:2,3,4=0.8")
-        return cls(found[1], tuple(map(int, found[2].split(","))), float(found[3]))
+            raise ValueError(f"--mix {text}: expected GRADE[/still]:GROUPS,GROUPS=SHARE, as simple:2,3,4=0.8")
+        return cls(found[1], tuple(map(int, found[3].split(","))), float(found[4]), bool(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.grade}{'/still' * self.still}:{','.join(map(str, self.groups))}={self.share:g}"
+
+    def has(self, scene: Scene) -> bool:
+        """Whether it is of this kind: of one shot, but for those that change on the way."""
+        if len(scene.shots) > 1 and self.grade != "changing":
+            return False
+        return not self.still or all(thing.action == "still" for shot in scene.shots for thing in shot.things)
 
 
 @dataclass(frozen=True)
@@ -82,11 +92,11 @@ class Rendered(NamedTuple):
 
 
 def scenes_of(config: Config, mix: Mix, seed: int) -> Iterator[Scene]:
-    """Scenes of a grade, without end: of one shot, but for those that change on the way."""
+    """Those of a mix, without end."""
     video = config.video
     for number in count():
         scene = sample_scene(training_seed(seed, number), mix.groups, video.height, video.width, mix.grade)
-        if len(scene.shots) == 1 or mix.grade == "changing":
+        if mix.has(scene):
             yield scene
 
 

@@ -190,8 +190,7 @@ class Box:
 
     def _parents(self) -> dict[str, str]:
         names = [name for name in ("vae", "codec_fine", "codec_coarse") if (self.path(name) / "lineage.json").exists()]
-        mixes = " ".join(f"{mix.grade}:{','.join(map(str, mix.groups))}={mix.share:g}" for mix in self.mixes)
-        scenes = f"rendered from seed {self.seed}, {self.videos} videos of {mixes}"
+        scenes = f"rendered from seed {self.seed}, {self.videos} videos of {' '.join(map(str, self.mixes))}"
         return {"text": self._text, "scenes": scenes} | {
             name: load_artifact(self.path(name), PARTS[name][1]).fingerprint for name in names
         }
@@ -314,7 +313,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--minutes", type=float, default=9.0, help="time for training, where --steps says no number")
     flags.add_argument("--steps", nargs="+", default=[], metavar="PART=N", help="steps of vae, codec_fine, ar, dit, …")
     flags.add_argument("--videos", type=int, default=6000)
-    flags.add_argument("--mix", nargs="+", metavar="GRADE:GROUPS=SHARE", help="default: the configuration's own grade")
+    flags.add_argument("--mix", nargs="+", metavar="GRADE[/still]:GROUPS=SHARE", help="default: the configuration's own grade")
     flags.add_argument("--shard", type=int, default=2000, help="scenes that are encoded together")
     flags.add_argument("--processes", type=int, default=2, help="that render")
     flags.add_argument("--start", metavar="BUNDLE")

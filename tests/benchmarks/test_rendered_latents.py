@@ -89,7 +89,17 @@ def test_a_share_of_the_data_is_its_first_shards(shards: Path) -> None:
     assert max(rows) < max(int(row) for step in range(50) for row in whole.batch(step, 0, 1)["clip_id"])
 
 
+def test_scenes_in_which_nothing_moves_can_be_asked_for() -> None:
+    scenes = list(islice(scenes_of(small_config(), Mix("simple", (2,), 1.0, still=True), 5), 20))
+    assert {thing.action for scene in scenes for thing in scene.shots[0].things} == {"still"}
+    assert {len(scene.shots[0].things) for scene in scenes} == {1, 2}
+    moving = islice(scenes_of(small_config(), Mix("simple", (2,), 1.0), 5), 20)
+    assert {scene.shots[0].things[0].action for scene in moving} == {"still", "move"}
+
+
 def test_a_mix_that_cannot_be_read_is_named() -> None:
+    for text in ("simple:2,3=0.8", "simple/still:7=0.25"):
+        assert str(Mix.parse(text)) == text
     assert Mix.parse("simple:2,3=0.8") == Mix("simple", (2, 3), 0.8)
     with pytest.raises(ValueError, match="--mix simple: expected GRADE"):
         Mix.parse("simple")
