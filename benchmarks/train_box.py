@@ -313,7 +313,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--minutes", type=float, default=9.0, help="time for training, where --steps says no number")
     flags.add_argument("--steps", nargs="+", default=[], metavar="PART=N", help="steps of vae, codec_fine, ar, dit, …")
     flags.add_argument("--videos", type=int, default=6000)
-    flags.add_argument("--mix", nargs="+", metavar="GRADE[/still]:GROUPS=SHARE", help="default: the configuration's own grade")
+    flags.add_argument(
+        "--mix", nargs="+", metavar="GRADE[/still]:GROUPS=SHARE", help="default: the configuration's own grade"
+    )
     flags.add_argument("--shard", type=int, default=2000, help="scenes that are encoded together")
     flags.add_argument("--processes", type=int, default=2, help="that render")
     flags.add_argument("--start", metavar="BUNDLE")
