@@ -227,6 +227,12 @@ class DitConfig(Section):
         le=1,
         description="share of samples whose fine tokens an AR draws, each given the true ones before it",
     )
+    recycled_probability: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of samples whose given frames the DiT makes itself, with its errors, in one evaluation",
+    )
     text_dropout: float = Field(0.1, ge=0, lt=1)
     token_dropout: float = Field(0.1, ge=0, lt=1)
     anchor_share: float = Field(0.5, ge=0, le=1, description="share of the batches that have their anchor_groups")

@@ -23,13 +23,13 @@ from arlon_ray.artifact import LINEAGE, Artifact, ArtifactError, load_artifact, 
 from arlon_ray.bundle import MANIFEST, PARTS
 from arlon_ray.config import GROUP_LATENTS, Config
 from arlon_ray.diffusion.frame_masks import sample_noisy
-from arlon_ray.diffusion.rectified_flow import add_noise, sample_times, schedule, time_ratio
+from arlon_ray.diffusion.rectified_flow import NUM_TIMES, add_noise, sample_times, schedule, time_ratio
 from arlon_ray.diffusion.solvers import sample_flow
 from arlon_ray.generation.guidance import guided_velocity
 from arlon_ray.generation.options import default_options
 from arlon_ray.models.ar import load_ar
 from arlon_ray.models.codec import load_codec
-from arlon_ray.models.dit import STDiT3
+from arlon_ray.models.dit import Condition, STDiT3
 from arlon_ray.models.injection import Modulation
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
@@ -90,6 +90,9 @@ class DitObjective(nn.Module):
         overlap = self.config.segment.overlap_latents
         noisy = sample_noisy(settings.masks, count, frames, overlap, generator, device) & ~given
         noisy = F.pad(noisy, (anchor.shape[2], 0))
+        if self.training and settings.recycled_probability:
+            recycled = ~noisy & chosen(settings.recycled_probability)[:, None]
+            x0 = torch.where(recycled[:, None, :, None, None], self._made(x0, condition, ratio, generator), x0)
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))
         error = (velocity - (x0 - noise)).square().mean((1, 3, 4))
@@ -137,6 +140,15 @@ class DitObjective(nn.Module):
             chances = self.ar.eval()(text, mask, tokens[0]).float().softmax(-1)
             drawn = torch.multinomial(chances.flatten(0, 3), 1, generator=generator).view_as(tokens[0])
         return torch.where(chosen_B[:, None, None, None], drawn, tokens[0]), tokens[1]
+
+    def _made(self, x0: Tensor, condition: Condition, ratio: float, generator: torch.Generator) -> Tensor:
+        """What the DiT makes of x0 out of noise at drawn times, in one evaluation."""
+        time = sample_times(len(x0), ratio, generator, x0.device)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        x = add_noise(x0, noise, time)
+        with torch.no_grad():
+            velocity = self.dit.velocity(self.dit(x, time, condition))
+        return x + (time / NUM_TIMES)[:, None, None, None, None] * velocity
 
     def guide(self, tokens: tuple[Tensor, Tensor], use_coarse_B: Tensor) -> Tensor:
         """The latent that the fine tokens decode to, or for some samples the coarse ones."""
