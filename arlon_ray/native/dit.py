@@ -31,6 +31,8 @@ def library_for(x: Tensor, heads: int = 1) -> ctypes.CDLL | None:
     whole = x.shape[-1] % (heads * native.LANES) == 0
     if not plain or not whole or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return None
+    if torch.is_autocast_enabled("cpu"):  # what x meets may be in half precision
+        return None
     return native.library()
 
 
