@@ -252,6 +252,35 @@ def test_an_ar_draws_the_tokens_of_the_samples_chosen_for_it(parts: dict[str, Pa
     assert not objective.ar.training and int(fine.max()) < config.vqvae.fine.codebook_size
 
 
+def test_given_frames_carry_the_dits_own_errors_and_nothing_else_changes(parts: dict[str, Path]) -> None:
+    seen: dict[float, list[torch.Tensor]] = {}
+    for share in (0.0, 1.0):
+        config = small_config(f"dit.recycled_probability={share}", "dit.masks={overlap: 1.0}")
+        objective = DitStage(config, ToySource(config, 8), paths(parts), {}).objective().train()
+        found = seen.setdefault(share, [])
+        objective.dit.register_forward_pre_hook(lambda _, inputs, found=found: found.append(inputs[0]))
+        batch = ToySource(config, 8).batch(0, 0, 1)
+        objective(batch, torch.Generator().manual_seed(0)).loss.backward()
+        assert objective.dit.x_embedder.proj.weight.grad is not None
+    (true,), (_, made) = seen[0.0], seen[1.0]  # with it, the DiT is asked twice
+    overlap = small_config().segment.overlap_latents
+    x0 = batch["latents"]
+    assert any(torch.equal(true[:, :, :overlap], x0[:, :, at : at + overlap]) for at in range(0, x0.shape[2], overlap))
+    assert torch.equal(made[:, :, overlap:], true[:, :, overlap:])
+    assert not (made[:, :, :overlap] == true[:, :, :overlap]).any()
+
+
+def test_what_a_dit_that_is_right_makes_is_the_truth(parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = DitStage(small_config(), ToySource(small_config(), 8), paths(parts), {}).objective()
+    x0, generator = torch.randn(4, 8, 10, 8, 8), torch.Generator().manual_seed(0)
+
+    def right(x: torch.Tensor, time: torch.Tensor, condition: object) -> torch.Tensor:
+        return (x0 - x) / (time / 1000)[:, None, None, None, None]  # x0 - noise, of x = (1 - t) x0 + t noise
+
+    monkeypatch.setattr(objective.dit, "forward", right)
+    assert torch.allclose(objective._made(x0, None, 1.0, generator), x0, atol=1e-5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"metric": "cosine"}, {"quantizer": "rotation"}, {"quantizer": "fsq", "levels": (4, 4, 2), "code_dim": 3}],
