@@ -8,34 +8,41 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-#: Side of the smallest pictures that flow is looked for in; smaller frames are enlarged.
-FLOW_SIDE = 256
+#: Sides of the smallest pictures that flow is looked for in, to measure and to carry; smaller frames are enlarged.
+MEASURED_SIDE, CARRIED_SIDE = 256, 128
+#: Descents of a patch, and refinements of each scale, of flow that carries pictures.
+DESCENTS, REFINEMENTS = 8, 2
 
 Grey = NDArray[np.uint8]
 
 
-def grey_of(frame: NDArray[np.uint8]) -> Grey:
-    """A frame uint8 [H, W, 3] as flow is looked for in it: grey, and enlarged where it is small."""
-    import cv2
+class DenseFlow:
+    """Flow between frames of one size.
 
-    height, width = frame.shape[:2]
-    scale = _scale(height, width)
-    return np.asarray(cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (width * scale, height * scale)), np.uint8)
-
-
-def flow_between(before: Grey, after: Grey, size: tuple[int, int], *, fast: bool = False) -> NDArray[np.float32]:
-    """Flow [H, W, 2] (x, y) in pixels of frames of `size` (H, W), from one to the other (both of `grey_of`).
-
-    `fast` takes a quarter of the time and is coarser: good enough to carry a picture along.
+    `to_carry`: in a tenth of the time, good enough to carry a picture along, and smoother (docs/long_video.md).
     """
-    import cv2
 
-    height, width = size
-    preset = cv2.DISOPTICAL_FLOW_PRESET_FAST if fast else cv2.DISOPTICAL_FLOW_PRESET_MEDIUM
-    estimator = cv2.DISOpticalFlow.create(preset)
-    flow = estimator.calc(before, after, None)  # type: ignore[call-overload]
-    return (cv2.resize(flow, (width, height)) / _scale(height, width)).astype(np.float32)
+    def __init__(self, height: int, width: int, *, to_carry: bool = False) -> None:
+        import cv2
 
+        self.height, self.width = height, width
+        self._scale = max(1, round((CARRIED_SIDE if to_carry else MEASURED_SIDE) / min(height, width)))
+        preset = cv2.DISOPTICAL_FLOW_PRESET_FAST if to_carry else cv2.DISOPTICAL_FLOW_PRESET_MEDIUM
+        self._estimator = cv2.DISOpticalFlow.create(preset)
+        if to_carry:
+            self._estimator.setGradientDescentIterations(DESCENTS)
+            self._estimator.setVariationalRefinementIterations(REFINEMENTS)
 
-def _scale(height: int, width: int) -> int:
-    return max(1, round(FLOW_SIDE / min(height, width)))
+    def grey(self, frame: NDArray[np.uint8]) -> Grey:
+        """A frame uint8 [H, W, 3] as flow is looked for in it: grey, and enlarged where it is small."""
+        import cv2
+
+        size = (self.width * self._scale, self.height * self._scale)
+        return np.asarray(cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), size), np.uint8)
+
+    def between(self, before: Grey, after: Grey) -> NDArray[np.float32]:
+        """Flow [H, W, 2] (x, y) in pixels of the frames, from one to the other, both of `grey`."""
+        import cv2
+
+        flow = self._estimator.calc(before, after, None)  # type: ignore[call-overload]
+        return np.asarray(cv2.resize(flow, (self.width, self.height)) / self._scale, np.float32)

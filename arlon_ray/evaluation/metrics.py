@@ -49,7 +49,7 @@ from arlon_ray.evaluation.scenes import (
     rim,
 )
 from arlon_ray.evaluation.world import ACTIONS, RELATIONS, Deed, Shot, deed_of
-from arlon_ray.flow import flow_between, grey_of
+from arlon_ray.flow import DenseFlow
 
 Features = NDArray[np.float64]
 
@@ -193,8 +193,8 @@ def dynamic(flow: NDArray[np.float32], size: tuple[int, ...], fps: float) -> boo
 
 def optical_flow(frames: Frames) -> NDArray[np.float32]:
     """Dense flow [T − 1, H, W, 2] (x, y) in pixels from each frame to the next; small frames are enlarged for it."""
-    size = (frames.shape[1], frames.shape[2])
-    return np.stack([flow_between(before, after, size) for before, after in pairwise(map(grey_of, frames))])
+    flow = DenseFlow(frames.shape[1], frames.shape[2])
+    return np.stack([flow.between(before, after) for before, after in pairwise(map(flow.grey, frames))])
 
 
 def sharpness(frames: Frames, masks: Mask) -> float:

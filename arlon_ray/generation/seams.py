@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arlon_ray.config import GROUP_FRAMES
-from arlon_ray.flow import Grey, flow_between, grey_of
+from arlon_ray.flow import DenseFlow
 
 #: Grey levels by which two sides of a border may differ to count as the same thing.
 SIGMA = 40.0
@@ -49,29 +49,29 @@ def blend_seams(frames: Frames, before: Frames | None, count: int) -> Frames:
 
 def _joined(last: Frames, group: Frames, count: int) -> Frames:
     """The first `count` frames of a group, as they follow the last one before it."""
-    size = (last.shape[0], last.shape[1])
-    places = np.stack(np.meshgrid(np.arange(size[1]), np.arange(size[0])), -1).astype(np.float32)
-    picture, grey = last.astype(np.float32), grey_of(last)
-    jump = _jump(picture, grey, group, places)
+    height, width, _ = last.shape
+    places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
+    flow, picture = DenseFlow(height, width, to_carry=True), last.astype(np.float32)
+    grey, greys = flow.grey(last), [flow.grey(frame) for frame in group[: max(count, *MOTION) + 1]]
+    first, second = (min(at, len(greys) - 1) for at in MOTION)
+    motion = flow.between(greys[first], greys[second]) / np.float32(max(1, second - first))
+    jump = _jump(picture, group[0], flow.between(grey, greys[0]), motion, places)
     joined = np.empty_like(group[:count])
     for k, frame in enumerate(group[:count]):
         weight = 1 - (k + 1) / (count + 1)
-        back = flow_between(grey_of(frame), grey, size, fast=True)
+        back = flow.between(greys[k], grey)
         drawn = places + weight * _at(jump, places + back)
         shown, carried = _at(frame, drawn), _at(picture, drawn + _at(back, drawn))
         joined[k] = (shown + weight * _alike(carried, shown) * (carried - shown)).round().clip(0, 255)
     return joined
 
 
-def _jump(picture: Field, grey: Grey, group: Frames, places: Field) -> Field:
-    """How far [H, W, 2] what the last frame shows has jumped, beyond its motion, when the group begins."""
+def _jump(picture: Field, frame: Frames, forth: Field, motion: Field, places: Field) -> Field:
+    """How far [H, W, 2] what `picture` shows has jumped, beyond its `motion`: `frame` shows it `forth` from there."""
     import cv2
 
-    size, (first, second) = (picture.shape[0], picture.shape[1]), (min(at, len(group) - 1) for at in MOTION)
-    forth = flow_between(grey, grey_of(group[0]), size, fast=True)
-    motion = flow_between(grey_of(group[first]), grey_of(group[second]), size, fast=True) / max(1, second - first)
     there = places + forth
-    jump = (forth - _at(motion, there)) * _alike(_at(group[0], there), picture)
+    jump = (forth - _at(motion, there)) * _alike(_at(frame, there), picture)
     return np.asarray(cv2.GaussianBlur(jump, (0, 0), SMOOTH), np.float32)
 
 
