@@ -1,7 +1,7 @@
 """AR, DiT and frame decoder as Ray Serve deployments, each with its own resources and autoscaling.
 
-The classes hold no generation logic: they run `arlon_ray.generation` in one thread per replica, so that the replica's
-event loop stays free for cancellations and health checks.
+The classes hold no generation logic: they run `arlon_ray.generation` in threads of the replica, so that its event loop
+stays free for cancellations and health checks.
 """
 
 from __future__ import annotations
@@ -46,33 +46,6 @@ _LEAST_LOOK_BACK_S = 10.5  # Ray's replicas report every 10 seconds
 AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
 
 
-class _Worker:
-    """One thread for a replica's model: calls take turns, and torch and OpenCV use `threads` threads for each."""
-
-    def __init__(self, threads: int) -> None:
-        import cv2
-
-        keep_freed_memory()
-        # OpenMP's limit holds for the thread that sets it; OpenCV would take all cores for the flow at borders
-        self._pool = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, threads))
-        cv2.setNumThreads(threads)
-
-    def now(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Run in the thread and block."""
-        return self._pool.submit(call, *arguments).result()
-
-    async def run(self, call: Callable[..., T], *arguments: Any) -> Timed[T]:
-        """Run in the thread. If the caller is cancelled, a call that has not begun never does."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(_timed, call, *arguments))
-
-    def check(self) -> None:
-        """A thread of a pool does not die."""
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=False)
-
-
 class _Planner(BatchWorker):
     """The AR of one bundle, and its thread."""
 
@@ -92,13 +65,35 @@ class _Renderer(BatchWorker):
         self.use(DenoisingBatch(max_batch))
 
 
-class _Decoder(_Worker):
-    """The VAE of one bundle, and its thread."""
+class _Decoder:
+    """The VAE of one bundle, and its threads; torch and OpenCV use `threads` more for each.
+
+    On a CPU there are two: what the DiT renders together is to be decoded at the same time.
+    """
 
     def __init__(self, threads: int, bundle: Bundle) -> None:
-        super().__init__(threads)
-        self.now(_give_way, bundle.device)
-        self.model = self.now(FrameDecoder, bundle)
+        import cv2
+
+        def begin() -> None:
+            torch.set_num_threads(threads)  # OpenMP's limit holds for the thread that sets it
+            _give_way(bundle.device)
+
+        keep_freed_memory()
+        cv2.setNumThreads(threads)  # it would take all cores for the flow at borders
+        calls = _lanes() if bundle.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(calls, initializer=begin)
+        self.model = self._pool.submit(FrameDecoder, bundle).result()
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> Timed[T]:
+        """Run in one of the threads. If the caller is cancelled, a call that has not begun never does."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(_timed, call, *arguments))
+
+    def check(self) -> None:
+        """A thread of a pool does not die."""
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False)
 
 
 class _Reports:
@@ -190,7 +185,7 @@ class DitDeployment:
     ) -> None:
         self._reports = _Reports("dit", log)
         # lanes are worth a thread each, also where a replica has asked for one core or a share of it
-        threads = max(threads, min(LANES, len(os.sched_getaffinity(0))))
+        threads = max(threads, _lanes())
         self._models = LoadedModels(partial(_Renderer, threads, max_batch), device, bundle, offload)
         self._counts = {"steps": 0, "segments": 0}
         self._news = StepNews()
@@ -321,6 +316,10 @@ def _give_way(device: torch.device) -> None:
         return
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICER)
+
+
+def _lanes() -> int:
+    return min(LANES, len(os.sched_getaffinity(0)))
 
 
 def _largest(models: Iterable[BatchWorker]) -> int:

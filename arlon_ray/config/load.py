@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from arlon_ray.config.base import Section
 from arlon_ray.config.run import Config
 
 
@@ -64,16 +65,14 @@ WITHOUT_EFFECT = (
 
 def config_fingerprint(*sections: BaseModel) -> str:
     """sha256 (hex) of the resolved sections: equal settings, equal fingerprint, whatever the bookkeeping."""
-    text = json.dumps([_effective(section.model_dump(mode="json")) for section in sections], sort_keys=True)
+    text = json.dumps([_effective(section) for section in sections], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def effective_settings(**sections: BaseModel) -> dict[str, Any]:
     """What `config_fingerprint` looks at, flat: {"dit.depth": 3, …}."""
     return {
-        f"{section}.{name}": value
-        for section, model in sections.items()
-        for name, value in flat(_effective(model.model_dump(mode="json")))
+        f"{section}.{name}": value for section, model in sections.items() for name, value in flat(_effective(model))
     }
 
 
@@ -86,16 +85,19 @@ def flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _effective(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    chosen = value.get("keep_best")  # then the weights that are exported depend on when they are evaluated
-    without = {*WITHOUT_EFFECT, "keep_best"} if not chosen else {*WITHOUT_EFFECT} - {"evaluate_every"}
-    if value.get("anchor_groups") == 0:  # what was made before there were any goes on
-        without |= {"anchor_groups", "anchor_share"}
-    if "kl_weight" in value:  # a VAE's own precision is that of making videos
-        without |= {"precision"}
-    return {name: _effective(inner) for name, inner in value.items() if name not in without}
+def _effective(section: BaseModel) -> dict[str, Any]:
+    values = section.model_dump(mode="json")
+    without = {*WITHOUT_EFFECT, "keep_best"}
+    if values.get("keep_best"):  # then the weights that are exported depend on when they are evaluated
+        without -= {"evaluate_every", "keep_best"}
+    if isinstance(section, Section):
+        fields = type(section).model_fields
+        without |= section.of_use_alone | {name for name in section.later if values[name] == fields[name].default}
+    return {
+        name: _effective(inner) if isinstance(inner := getattr(section, name), BaseModel) else value
+        for name, value in values.items()
+        if name not in without
+    }
 
 
 def _read(source: str) -> dict[str, Any]:

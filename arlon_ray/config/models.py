@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -198,6 +198,8 @@ class FrameMaskConfig(Section):
 
 class DitConfig(Section):
     """STDiT3 (Open-Sora v1.2), with public parameter names; field names are those of its config.json."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"anchor_groups", "anchor_share", "recycled_probability"})
 
     depth: int = Field(28, ge=1, description="pairs of one spatial and one temporal block")
     hidden_size: int = Field(1152, ge=16)

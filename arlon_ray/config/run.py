@@ -129,7 +129,8 @@ class DeploymentConfig(Section):
     num_cpus: float = Field(
         0.5,
         ge=0,
-        description="what Ray reserves for a replica, and with how many threads it computes: one at least, the DiT two",
+        description="what Ray reserves for a replica, and with how many threads it computes: one at least, the DiT "
+        "two, the decoder as many for each of two segments",
     )
     num_gpus: float = Field(0.0, ge=0)
     offload: Offload = Field(

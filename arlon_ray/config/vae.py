@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,8 @@ class VaeConfig(Section):
 
     `folded` is the small convolutional one, `opensora` Open-Sora v1.2's (spatial, then temporal).
     """
+
+    of_use_alone: ClassVar[frozenset[str]] = frozenset({"precision"})
 
     kind: Literal["folded", "opensora"] = "folded"
     latent_channels: int = Field(4, ge=1)

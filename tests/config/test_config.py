@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from arlon_ray.config import Config, ConfigError, config_fingerprint, load_config, override, preset_names
+from arlon_ray.config import (
+    Config,
+    ConfigError,
+    config_fingerprint,
+    effective_settings,
+    load_config,
+    override,
+    preset_names,
+)
 
 
 def test_every_preset_loads_and_is_frozen() -> None:
@@ -104,6 +112,13 @@ def test_the_fingerprint_follows_the_settings() -> None:
     trained = load_config("tiny", ["vae.training.precision=fp32"])
     assert config_fingerprint(base.vae) != config_fingerprint(trained.vae)
     assert Config.model_validate(base.model_dump(mode="json")) == base
+
+
+def test_a_setting_that_came_later_changes_no_fingerprint_at_its_default() -> None:
+    base, recycled = (load_config("tiny", text).dit for text in ([], ["dit.recycled_probability=0.5"]))
+    assert not {"dit.recycled_probability", "dit.anchor_groups"} & set(effective_settings(dit=base))
+    assert effective_settings(dit=recycled) == effective_settings(dit=base) | {"dit.recycled_probability": 0.5}
+    assert config_fingerprint(recycled) != config_fingerprint(base)
 
 
 def test_a_file_can_change_a_preset(tmp_path: Path) -> None:
