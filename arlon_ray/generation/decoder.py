@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arlon_ray import native
 from arlon_ray.generation.fused import FusedTrunk, agrees, fused_trunk
 from arlon_ray.generation.latest import Latest
-from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk
+from arlon_ray.generation.native_step import native_step
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.products import Norm, Products
 from arlon_ray.generation.trunk import Attention, AttentionByIndex, AttentionByRuns, Trunk
@@ -132,10 +131,11 @@ class Decoder:
         self._slots.copy_(torch.arange(most))
         self._row_starts = torch.arange(rows, device=self.device) * stored
         self.layout = Layout([], [], [], [])
-        self._native: NativeTrunk | None = None
+        self._native = None
         if not self.by_index:
-            self._native = native_trunk(model, products, self.cache, self.turns, self.filled, self.visible)
-        self._library = None if self.by_index else products.native
+            of_rows = self.turns, self.filled, self.visible
+            of_members = self._owners, self._first, self._away, self._scale, *self._choice[:3], self.fine
+            self._native = native_step(model, products, self.cache, of_rows, of_members)
         self._take_weights(products)
         self._fused: FusedTrunk | None = None
         if self.by_index and (self.device.type == "cuda" if fused is None else fused):
@@ -201,27 +201,25 @@ class Decoder:
         """The next block of each member, token by token."""
         model, members = self.model, len(self.layout.first)
         slots, count, owners = self._slots[:members], self.count[:members], self._owners[: len(self.layout.owners)]
+        numbers, inner, state = self.numbers[slots, count], self.inner[slots, count], self.state[: len(owners)]
+        if self._native is not None:
+            self.drawn[slots, count] = self._native[1](state, numbers, inner)
+            count += 1
+            return
         temperature, top_k, top_p, limited = self._choice
         choice = Choice(temperature[:members], top_k[:members], top_p[:members], limited)
-        numbers, state, tokens = self.numbers[slots, count], self.state[: len(owners)], list[Tensor]()
-        inner = None if model.inside is None else self.inner[slots, count]
+        tokens = list[Tensor]()
         for place in range(numbers.shape[1]):
             logits = self._guided(self._logits(self._feature(state, place)).float(), members)
-            token = self._drawn(logits, choice, numbers[:, place])
-            if inner is not None:
+            token = draw(logits, choice, numbers[:, place])
+            if model.inside is not None:
                 token = torch.where(inner[:, place], token, model.codebook_size)
             tokens.append(token)
             if place + 1 < numbers.shape[1]:
                 state = self._before[place](model.codes(token.clamp(max=model.last))[owners], state)
         self.drawn[slots, count] = tokens[0][:, None] if len(tokens) == 1 else torch.stack(tokens, 1)
-        if self._library is None:
-            self.fine[:members] &= logits.isfinite().all(-1)
+        self.fine[:members] &= logits.isfinite().all(-1)
         count += 1
-
-    def _drawn(self, logits_QK: Tensor, choice: Choice, numbers_Q: Tensor) -> Tensor:
-        if self._library is None:
-            return draw(logits_QK, choice, numbers_Q)
-        return native.draw(self._library, logits_QK, *choice[:3], numbers_Q, self.fine)
 
     def _logits(self, feature: Tensor) -> Tensor:
         if self._fused is not None:
@@ -263,7 +261,7 @@ class Decoder:
 
     def _run_trunk(self, x_RC: Tensor, at_R: Tensor, furthest: int, runs: list[tuple[int, int, int]]) -> Tensor:
         if self._native is not None:
-            return self._native(x_RC)
+            return self._native[0](x_RC)
         attention: Attention
         if self.by_index:
             attention = AttentionByIndex(self.cache, self.filled[: len(x_RC)], self.visible, self.bucket(furthest))

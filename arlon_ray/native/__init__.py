@@ -32,7 +32,7 @@ _ARGUMENTS = {
     "product": "pnnpnppfpi",
     "kinds": "",
     "trunk": "ppni",
-    "draw": "pnnppppppi",
+    "block": "ppnnpppi",
     "modulated": "pnnfnpnpnpnpi",
     "gelu_in_place": "pni",
     "self_attention": "ppnnppfpppi",
@@ -152,18 +152,3 @@ def product(
         address(norm_C), eps, address(out), threads(rows * inputs * whole),
     )  # fmt: skip
     return out if whole == outputs else out[:, :outputs]
-
-
-def draw(
-    built: ctypes.CDLL, logits_QK: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, numbers_Q: Tensor,
-    fine_Q: Tensor,
-) -> Tensor:  # fmt: skip
-    """As `decoder.draw`, with the numbers of `Choice`. `fine_Q` turns false where logits are not finite."""
-    logits_QK, numbers_Q = logits_QK.contiguous(), numbers_Q.contiguous()
-    members, codes = logits_QK.shape
-    tokens = torch.empty(members, dtype=torch.long)
-    built.draw(
-        address(logits_QK), members, codes, address(temperature), address(top_k), address(top_p),
-        address(numbers_Q), address(fine_Q), address(tokens), threads(logits_QK.numel(), 2**14),
-    )  # fmt: skip
-    return tokens

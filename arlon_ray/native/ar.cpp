@@ -169,6 +169,15 @@ static void normed(const float* x, const float* weight, int64_t count, float eps
   for (int64_t i = 0; i < count; i++) out[i] = x[i] * factor * weight[i];
 }
 
+// hidden [R, H] = silu(gate) · up, of both in turns
+static void gated(const float* gate_up, int64_t R, int64_t H, Part part, float* hidden) {
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t p = part.first; p < part.end; p++) {
+      Lanes gate = load(gate_up + r * 2 * H + p * 16), up = load(gate_up + r * 2 * H + p * 16 + 8);
+      store(hidden + r * H + p * 8, gate / (exponential(-gate) + 1.0f) * up);
+    }
+}
+
 struct Layer {
   Weights qkv, proj, gate_up, down;                       // gate's and up's panels in turns
   const float *before_attention, *before_mlp, *of_heads;  // norms: [C], [C], [2, D]
@@ -245,6 +254,48 @@ static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, con
   for (; i < D; i += 8) mixed<1>(values + i, D, chances, count, total, out + i);
 }
 
+struct Head {
+  Weights logits, gate_up, down;  // the latter two with gate's and up's panels in turns, or none where a block is one token
+  const Weights* before;          // [k - 1]: of each earlier token
+  const float *before_logits, *before_mlp, *place, *codes;  // norms [C], [C]; [k, C], [K, C]
+  int64_t C, H, K, k;
+  float eps, eps_of_mlp;
+  const int64_t *owners, *first, *away;  // whose each row is [R]; each member's row with its text, and without [Q]
+  const float *scale, *temperature;      // [Q]
+  const int64_t* top_k;
+  const float* top_p;
+  uint8_t* fine;  // turns false where logits are not finite [Q]
+};
+
+// As `decoder.draw`: a token of logits [K], and whether they are finite numbers. Chances are sorted as the bits of
+// positive numbers are.
+static int64_t drawn_of(const float* logits, int64_t K, float temperature, int64_t top_k, float top_p, float number,
+                        uint8_t& fine) {
+  static thread_local std::vector<float> chances;
+  static thread_local std::vector<uint64_t> order;
+  const int64_t padded = (K + 7) / 8 * 8, kept = top_k > 0 ? std::min(top_k, K) : K;
+  chances.assign(padded, -INFINITY), order.resize(K);
+  float most = -INFINITY;
+  for (int64_t k = 0; k < K; k++) {
+    fine &= std::isfinite(logits[k]);
+    most = std::max(most, chances[k] = logits[k] / temperature);
+  }
+  for (int64_t k = 0; k < padded; k += 8) store(&chances[k], exponential(load(&chances[k]) - most));
+  for (int64_t k = 0; k < K; k++) {
+    uint32_t bits;
+    memcpy(&bits, &chances[k], sizeof bits);
+    order[k] = uint64_t(bits) << 32 | uint32_t(K - 1 - k);
+  }
+  std::sort(order.begin(), order.end(), std::greater<uint64_t>());
+  auto code = [&](int64_t place) { return K - 1 - int64_t(order[place] & 0xffffffff); };
+  double total = 0, nucleus = 0, passed = 0;
+  for (int64_t n = 0; n < kept; n++) total += chances[code(n)];
+  for (int64_t n = 0; n < kept && (n == 0 || nucleus < top_p * total); n++) nucleus += chances[code(n)];
+  int64_t place = 0;
+  while (place < kept - 1 && (passed += chances[code(place)]) <= number * nucleus) place++;
+  return code(place);
+}
+
 extern "C" {
 
 // which kinds of weights, as bits, are worth it where they say the same: those that one instruction widens
@@ -297,11 +348,7 @@ void trunk(const Trunk* trunk, float* x, int64_t R, int threads) {
 #pragma omp barrier
       for (int64_t r = 0; r < R; r++) normed(x + r * C, layer.before_mlp, C, t.eps, row.data() + r * C);
       product_of(row.data(), R, C, layer.gate_up, 2 * hidden_part.first, 2 * hidden_part.end, gate_up, nullptr, 2 * H);
-      for (int64_t r = 0; r < R; r++)
-        for (int64_t p = hidden_part.first; p < hidden_part.end; p++) {
-          Lanes gate = load(gate_up + r * 2 * H + p * 16), up = load(gate_up + r * 2 * H + p * 16 + 8);
-          store(hidden + r * H + p * 8, gate / (exponential(-gate) + 1.0f) * up);
-        }
+      gated(gate_up, R, H, hidden_part, hidden);
 #pragma omp barrier
       product_of(hidden, R, H, layer.down, out_part.first, out_part.end, x, x, C);
 #pragma omp barrier
@@ -309,34 +356,50 @@ void trunk(const Trunk* trunk, float* x, int64_t R, int threads) {
   }
 }
 
-// As `decoder.draw`: a token of logits [Q, K] for each member, and whether they are finite numbers, if they were `fine`. Chances are sorted as the bits of positive numbers are.
-void draw(const float* logits, int64_t Q, int64_t K, const float* temperature, const int64_t* top_k,
-          const float* top_p, const float* numbers, uint8_t* fine, int64_t* tokens, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t q = 0; q < Q; q++) {
-    static thread_local std::vector<float> chances;
-    static thread_local std::vector<uint64_t> order;
-    const int64_t padded = (K + 7) / 8 * 8, kept = top_k[q] > 0 ? std::min(top_k[q], K) : K;
-    chances.assign(padded, -INFINITY), order.resize(K);
-    float most = -INFINITY;
-    for (int64_t k = 0; k < K; k++) {
-      fine[q] &= std::isfinite(logits[q * K + k]);
-      most = std::max(most, chances[k] = logits[q * K + k] / temperature[q]);
+// The next block of Q members, token by token, of the trunk's output x [R, C], which is used up. numbers, inner and drawn
+// [Q, k]: random numbers, whether a token lies within the grid, and the tokens.
+void block(const Head* head, float* x, int64_t R, int64_t Q, const float* numbers, const uint8_t* inner, int64_t* drawn,
+           int threads) {
+  const Head& h = *head;
+  const int64_t C = h.C, H = h.H, K = h.K, padded = (K + 7) / 8 * 8;
+  static thread_local std::vector<float> memory;
+  memory.resize(R * (2 * H + H + C + padded));
+  float *gate_up = memory.data(), *hidden = gate_up + R * 2 * H, *feature = hidden + R * H, *logits = feature + R * C;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local std::vector<float> row, other, guided;
+    row.resize(R * C), other.resize(R * C), guided.resize(padded);
+    Part hidden_part(H / 8), out_part(C / 8), codes_part(padded / 8), members(Q);
+    for (int64_t n = 0; n < h.k; n++) {
+      const float* found = x;
+      if (h.gate_up.panels) {
+        for (int64_t r = 0; r < R; r++) {
+          for (int64_t c = 0; c < C; c++) other[r * C + c] = x[r * C + c] + h.place[n * C + c];
+          normed(other.data() + r * C, h.before_mlp, C, h.eps_of_mlp, row.data() + r * C);
+        }
+        product_of(row.data(), R, C, h.gate_up, 2 * hidden_part.first, 2 * hidden_part.end, gate_up, nullptr, 2 * H);
+        gated(gate_up, R, H, hidden_part, hidden);
+#pragma omp barrier
+        product_of(hidden, R, H, h.down, out_part.first, out_part.end, feature, other.data(), C);
+        found = feature;
+#pragma omp barrier
+      }
+      for (int64_t r = 0; r < R; r++) normed(found + r * C, h.before_logits, C, h.eps, row.data() + r * C);
+      product_of(row.data(), R, C, h.logits, codes_part.first, codes_part.end, logits, nullptr, padded);
+#pragma omp barrier
+      for (int64_t q = members.first; q < members.end; q++) {
+        const float *with = logits + h.first[q] * padded, *away = logits + h.away[q] * padded;
+        for (int64_t c = 0; c < K; c++) guided[c] = with == away ? away[c] : away[c] + h.scale[q] * (with[c] - away[c]);
+        int64_t token = drawn_of(guided.data(), K, h.temperature[q], h.top_k[q], h.top_p[q], numbers[q * h.k + n], h.fine[q]);
+        drawn[q * h.k + n] = inner[q * h.k + n] ? token : K;
+      }
+#pragma omp barrier
+      if (n + 1 == h.k) break;
+      for (int64_t r = 0; r < R; r++)
+        memcpy(row.data() + r * C, h.codes + std::min(drawn[h.owners[r] * h.k + n], K - 1) * C, C * sizeof(float));
+      product_of(row.data(), R, C, h.before[n], out_part.first, out_part.end, x, x, C);
+#pragma omp barrier
     }
-    for (int64_t k = 0; k < padded; k += 8) store(&chances[k], exponential(load(&chances[k]) - most));
-    for (int64_t k = 0; k < K; k++) {
-      uint32_t bits;
-      memcpy(&bits, &chances[k], sizeof bits);
-      order[k] = uint64_t(bits) << 32 | uint32_t(K - 1 - k);
-    }
-    std::sort(order.begin(), order.end(), std::greater<uint64_t>());
-    auto code = [&](int64_t place) { return K - 1 - int64_t(order[place] & 0xffffffff); };
-    double total = 0, nucleus = 0, passed = 0;
-    for (int64_t n = 0; n < kept; n++) total += chances[code(n)];
-    for (int64_t n = 0; n < kept && (n == 0 || nucleus < top_p[q] * total); n++) nucleus += chances[code(n)];
-    int64_t place = 0;
-    while (place < kept - 1 && (passed += chances[code(place)]) <= numbers[q] * nucleus) place++;
-    tokens[q] = code(place);
   }
 }
 }

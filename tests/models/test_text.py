@@ -9,7 +9,7 @@ import torch
 
 from arlon_ray.artifact import ArtifactError
 from arlon_ray.config import load_config
-from arlon_ray.models.text import TextEncoder, load_text_encoder
+from arlon_ray.models.text import KEPT, TextEncoder, load_text_encoder
 
 CAPTIONS = ["a red circle moves to the right", "two blue squares", "a green triangle that slowly floats upwards"]
 
@@ -37,6 +37,28 @@ def test_like_captions_are_near_and_long_ones_are_cut(encoder: TextEncoder) -> N
     assert encoder.count_tokens(long) > 32 and bool(encoder.encode([long]).mask.all())
     with pytest.raises(ValueError, match="no captions"):
         encoder.encode([])
+
+
+def test_what_segments_ask_for_again_and_again_is_computed_once(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    model = encoder.model.forward
+
+    def counted(**arguments: torch.Tensor) -> object:
+        asked.append(1)
+        return model(**arguments)
+
+    monkeypatch.setattr(encoder.model, "forward", counted)
+    captions = [f"A red circle moves {number} pixels." for number in range(KEPT)]
+    values = [encoder.encode([caption]).values for caption in captions * 2]
+    assert len(asked) == KEPT and all(map(torch.equal, values[:KEPT], values[KEPT:]))
+    encoder.encode(["One more"])  # makes room
+    encoder.encode(captions[-1:])
+    assert len(asked) == KEPT + 1
+    assert torch.equal(encoder.encode(captions[:1]).values, values[0]) and len(asked) == KEPT + 2
+    encoder.encode(captions[-2:])  # of many together, as datasets are made, nothing is kept
+    assert len(asked) == KEPT + 4
 
 
 def test_other_widths_and_missing_weights_are_refused(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from arlon_ray import native
 from arlon_ray.config import ArConfig
-from arlon_ray.generation.decoder import Choice, draw
-from arlon_ray.generation.native_trunk import NativeTrunk, native_trunk
+from arlon_ray.generation.decoder import Decoder, Layout
+from arlon_ray.generation.native_step import NativeTrunk
+from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.products import Products
 from arlon_ray.generation.trunk import AttentionByIndex, Trunk
 from arlon_ray.models.ar import ArTransformer, KeyValueCache
@@ -42,9 +43,8 @@ class Beginning:
 
     def native(self) -> NativeTrunk:
         products = Products(self.model.head.weight)
-        found = native_trunk(self.model, products, self.cache, self.turns, self.filled, self.visible)
-        assert found is not None
-        return found
+        assert products.native is not None
+        return NativeTrunk(products.native, self.model, products, self.cache, self.turns, self.filled, self.visible)
 
     def plain(self, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
         with monkeypatch.context() as patched:
@@ -142,22 +142,106 @@ def test_a_row_is_the_same_whatever_is_beside_it_and_for_any_number_of_threads(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("codes", [64, 100, 513])
-def test_tokens_are_those_of_torch(built: ctypes.CDLL, codes: int) -> None:
-    members = 200
-    logits, numbers = 3 * torch.randn(members, codes), torch.rand(members)
-    numbers[:3], logits[4, 5] = torch.tensor([0.0, 1 - 2**-24, 1 - 2**-24]), -torch.inf
-    top_k, top_p = torch.tensor([0, 1, 9, 1000])[torch.arange(members) % 4], torch.rand(members)
-    top_p[::3] = 1.0
-    choice = Choice(torch.rand(members) + 0.3, top_k, top_p)
-    fine = torch.ones(members, dtype=torch.bool)
-    found = native.draw(built, logits, *choice[:3], numbers, fine)
-    assert fine.tolist() == [number != 4 for number in range(members)]
-    assert (found == draw(logits, choice, numbers)).float().mean() > 0.99  # rounding may move an edge
-    few = [x[7:9].clone() for x in (*choice[:3], numbers, fine)]
-    assert torch.equal(native.draw(built, logits[7:9], *few), found[7:9])
-    nothing = native.draw(built, torch.full_like(logits, torch.nan), *choice[:3], numbers, fine)
-    assert ((nothing >= 0) & (nothing < codes)).all() and not fine.any()
+def decoder_of(block: tuple[int, int], codes: int, members: int, rows: int, channels: int = 24) -> Decoder:
+    """Members that draw in different ways, some of them guided, each of which the trunk has given something else."""
+    torch.manual_seed(0)
+    config = ArConfig(dim=2 * channels, layers=1, heads=2, block=block)
+    model = ArTransformer(config, codebook_size=codes, text_dim=8, max_text=6).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    decoder = Decoder(model, 4, members)
+    choices = [{"temperature": 0.5}, {"top_k": 1}, {"top_k": 9, "top_p": 0.7}, {"top_p": 0.3}, {"top_k": codes + 9}]
+    options = [
+        GenerationOptions.model_validate(choices[n % 5] | {"ar_guidance_scale": 1 + n % 3}) for n in range(members)
+    ]
+    # the first ones have a row without text behind all that have one
+    guided = rows - members
+    owners, away = [*range(members), *range(guided)], [*range(members, rows), *range(guided, members)]
+    decoder.arrange(Layout(owners, list(range(members)), away, options))
+    decoder.numbers.uniform_()
+    decoder.numbers[:3] = torch.tensor([0.0, 1 - 2**-24, 1 - 2**-24])[:, None, None]
+    if block != (1, 1):  # a block of one token lies within the grid
+        decoder.inner.copy_(torch.rand(decoder.inner.shape) > 0.2)
+    decoder.count.random_(4)
+    decoder.state.normal_()
+    return decoder
+
+
+def drawn_by(decoder: Decoder, members: int) -> torch.Tensor:
+    decoder.draw()
+    return decoder.drawn[torch.arange(members), decoder.count[:members] - 1]
+
+
+@pytest.mark.parametrize("kept", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("block, codes", [((2, 4), 64), ((1, 1), 513), ((1, 2), 100)])
+def test_blocks_are_those_of_torch(
+    built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], codes: int, kept: str
+) -> None:
+    members, rows, found = 40, 53, []
+    for natively in (True, False):
+        with monkeypatch.context() as patched:
+            if not natively:
+                patched.setattr(native, "library", lambda: None)
+            decoder = decoder_of(block, codes, members, rows)
+            narrow(decoder.model, kept)
+            decoder = again(decoder)
+            state, expected_count = decoder.state.clone(), decoder.count + 1
+            found.append(drawn_by(decoder, members))
+            assert torch.equal(decoder.state, state) and torch.equal(decoder.count, expected_count)
+            assert decoder.fine.all() and (decoder._native is not None) == natively
+    ours, torchs = found
+    inner = decoder.inner[torch.arange(members), decoder.count - 1]
+    assert ((ours == codes) == ~inner).all()
+    # rounding may move an edge, and what follows in the block
+    assert (ours == torchs).all(1).float().mean() > 0.95 and int(ours.min()) >= 0 and int(ours.max()) <= codes
+
+
+def narrow(model: ArTransformer, kept: str) -> None:
+    """Weights that fewer bytes say."""
+    if kept == "int8":
+        quantise(model)
+        return
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight.copy_(linear.weight.to(getattr(torch, kept)))
+
+
+def again(decoder: Decoder) -> Decoder:
+    """The same state with the model's weights as they are now."""
+    made = Decoder(decoder.model, decoder.positions, len(decoder.count))
+    made.arrange(decoder.layout)
+    for new, old in zip((*made.of_members(), made.state), (*decoder.of_members(), decoder.state), strict=True):
+        new.copy_(old)
+    return made
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 2)])
+def test_a_block_is_the_same_whatever_is_beside_it_and_for_any_number_of_threads(
+    built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]
+) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(native, "threads", lambda *_: torch.get_num_threads())  # however little there is to do
+    expected = drawn_by(decoder_of(block, 100, 6, 12), 6)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(drawn_by(decoder_of(block, 100, 6, 12), 6), expected)
+            for member in range(6):
+                decoder = decoder_of(block, 100, 6, 12)
+                decoder.state[:2] = decoder.state[[member, 6 + member]].clone()
+                for buffer in decoder.of_members():
+                    buffer[0] = buffer[member].clone()
+                decoder.arrange(Layout([0, 0], [0], [1], [decoder.layout.options[member]]))
+                assert torch.equal(drawn_by(decoder, 1)[0], expected[member])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_whoever_has_logits_that_are_no_numbers_is_told(built: ctypes.CDLL) -> None:
+    decoder = decoder_of((2, 2), 64, 4, 8)
+    decoder.state[2], decoder.state[4 + 1, 5] = torch.nan, torch.inf
+    found = drawn_by(decoder, 4)
+    assert decoder.fine.tolist() == [True, False, False, True] and ((found >= 0) & (found <= 64)).all()
 
 
 def test_without_a_compiler_torch_goes_on_and_the_log_says_so(
