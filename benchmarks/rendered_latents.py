@@ -71,7 +71,9 @@ class Mix:
         """Whether it is of this kind: of one shot, but for those that change on the way."""
         if len(scene.shots) > 1 and self.grade != "changing":
             return False
-        return not self.still or all(thing.action == "still" for shot in scene.shots for thing in shot.things)
+        return not self.still or all(
+            shot.pan == "still" and all(thing.action == "still" for thing in shot.things) for shot in scene.shots
+        )
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ class _Renderer(BatchWorker):
 
 
 class _Decoder:
-    """The VAE of one bundle, and its threads; torch and OpenCV use `threads` more for each.
+    """The VAE of one bundle, and the threads that run it, in each of which torch and OpenCV compute with `threads`.
 
-    On a CPU there are two: what the DiT renders together is to be decoded at the same time.
+    On a CPU of several cores there are two: what the DiT renders together is decoded at the same time.
     """
 
     def __init__(self, threads: int, bundle: Bundle) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -13,10 +13,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    #: Names of settings of making videos, which change nothing that is trained.
-    of_use_alone: ClassVar[frozenset[str]] = frozenset()
-    #: Names of settings that came later, no part of a fingerprint at their defaults: what was made before goes on.
-    later: ClassVar[frozenset[str]] = frozenset()
+    def without_effect(self) -> set[str]:
+        """Names of the settings that, as these are, change nothing that is trained: no part of a fingerprint.
+
+        What came later and is off is among them: what was made before there was any goes on.
+        """
+        return set()
 
     @field_validator("*", mode="before")
     @classmethod

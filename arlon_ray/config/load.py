@@ -91,8 +91,7 @@ def _effective(section: BaseModel) -> dict[str, Any]:
     if values.get("keep_best"):  # then the weights that are exported depend on when they are evaluated
         without -= {"evaluate_every", "keep_best"}
     if isinstance(section, Section):
-        fields = type(section).model_fields
-        without |= section.of_use_alone | {name for name in section.later if values[name] == fields[name].default}
+        without |= section.without_effect()
     return {
         name: _effective(inner) if isinstance(inner := getattr(section, name), BaseModel) else value
         for name, value in values.items()

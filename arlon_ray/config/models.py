@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -199,8 +199,6 @@ class FrameMaskConfig(Section):
 class DitConfig(Section):
     """STDiT3 (Open-Sora v1.2), with public parameter names; field names are those of its config.json."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"anchor_groups", "anchor_share", "recycled_probability"})
-
     depth: int = Field(28, ge=1, description="pairs of one spatial and one temporal block")
     hidden_size: int = Field(1152, ge=16)
     num_heads: int = Field(16, ge=1)
@@ -245,6 +243,11 @@ class DitConfig(Section):
     train_only: Literal["all", "injection"] = Field("all", description="`injection` freezes the base")
     base_steps: int = Field(0, ge=0, description="steps of text-only training before the guided one, in the pipeline")
     training: TrainingConfig = TrainingConfig()
+
+    def without_effect(self) -> set[str]:
+        """See Section."""
+        anchor = set() if self.anchor_groups else {"anchor_groups", "anchor_share"}
+        return anchor if self.recycled_probability else anchor | {"recycled_probability"}
 
     @model_validator(mode="after")
     def _heads_divide(self) -> DitConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -55,8 +55,6 @@ class VaeConfig(Section):
     `folded` is the small convolutional one, `opensora` Open-Sora v1.2's (spatial, then temporal).
     """
 
-    of_use_alone: ClassVar[frozenset[str]] = frozenset({"precision"})
-
     kind: Literal["folded", "opensora"] = "folded"
     latent_channels: int = Field(4, ge=1)
     width: int = Field(96, ge=8, description="folded: channels at half latent resolution")
@@ -74,6 +72,10 @@ class VaeConfig(Section):
     train: bool = Field(False, description="the pipeline trains a new VAE instead of loading `init`")
     init: str | None = Field("weights/tiny/vae", description="artefact to load")
     training: TrainingConfig = TrainingConfig()
+
+    def without_effect(self) -> set[str]:
+        """See Section: its precision is that of making videos."""
+        return {"precision"}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> VaeConfig:

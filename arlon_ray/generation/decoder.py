@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arlon_ray.generation.fused import FusedTrunk, agrees, fused_trunk
-from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.native_step import native_step
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.products import Norm, Products
 from arlon_ray.generation.trunk import Attention, AttentionByIndex, AttentionByRuns, Trunk
+from arlon_ray.latest import Latest
 from arlon_ray.models.ar import ArTransformer, KeyValueCache
 
 #: On a device whose host does not know how far a row is, so many positions at a time are attended to.
@@ -164,10 +164,10 @@ class Decoder:
 
     def _take_weights(self, products: Products) -> None:
         model, inside = self.model, self.model.inside
-        if self._native is None:
-            self._trunk = Trunk(model, products)
-        self._head = products.of(model.head, Norm.of(model.norm))
         self._join = None if model.join is None else products.of(model.join)
+        if self._native is not None:
+            return
+        self._trunk, self._head = Trunk(model, products), products.of(model.head, Norm.of(model.norm))
         if inside is not None:
             self._before = [products.of(layer) for layer in inside.before]  # type: ignore[arg-type]
             self._gate_up, self._down = products.of(inside.gate_up, Norm.of(inside.norm)), products.of(inside.down)
@@ -203,7 +203,7 @@ class Decoder:
         slots, count, owners = self._slots[:members], self.count[:members], self._owners[: len(self.layout.owners)]
         numbers, inner, state = self.numbers[slots, count], self.inner[slots, count], self.state[: len(owners)]
         if self._native is not None:
-            self.drawn[slots, count] = self._native[1](state, numbers, inner)
+            self.drawn[slots, count] = self._native.head(state, numbers, inner)
             count += 1
             return
         temperature, top_k, top_p, limited = self._choice
@@ -261,7 +261,7 @@ class Decoder:
 
     def _run_trunk(self, x_RC: Tensor, at_R: Tensor, furthest: int, runs: list[tuple[int, int, int]]) -> Tensor:
         if self._native is not None:
-            return self._native[0](x_RC)
+            return self._native.trunk(x_RC)
         attention: Attention
         if self.by_index:
             attention = AttentionByIndex(self.cache, self.filled[: len(x_RC)], self.visible, self.bucket(furthest))

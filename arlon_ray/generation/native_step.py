@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class NativeHead:
                 "hidden": inside.down.weight.shape[1],
             }.items():  # fmt: skip
                 setattr(self._numbers, name, value)
-            self._held += [before_mlp, place, gate_up, down, before, weights]
+            self._held += [before_mlp, place, gate_up, down, *before, weights]
         for name, buffer in zip(
             ("owners", "first", "away", "scale", "temperature", "top_k", "top_p", "fine"), buffers, strict=True
         ):
@@ -130,20 +130,25 @@ class NativeHead:
         return drawn
 
 
+class NativeStep(NamedTuple):
+    """The two calls."""
+
+    trunk: NativeTrunk
+    head: NativeHead
+
+
 def native_step(
     model: ArTransformer,
     products: Products,
     cache: KeyValueCache,
     of_rows: Sequence[Tensor],
     of_members: Sequence[Tensor],
-) -> tuple[NativeTrunk, NativeHead] | None:
+) -> NativeStep | None:
     """None where there is no library (it says so), and for heads that are not whole registers wide.
 
     `of_rows`: turns, filled and visible, as `NativeTrunk` has them; `of_members`: as `NativeHead` has them.
     """
     if products.native is None or (model.config.dim // model.config.heads) % native.LANES:
         return None
-    return (
-        NativeTrunk(products.native, model, products, cache, *of_rows),
-        NativeHead(products.native, model, products, of_members),
-    )
+    trunk = NativeTrunk(products.native, model, products, cache, *of_rows)
+    return NativeStep(trunk, NativeHead(products.native, model, products, of_members))

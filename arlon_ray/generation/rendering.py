@@ -19,10 +19,10 @@ from arlon_ray.diffusion.solvers import FlowPath
 from arlon_ray.generation.batching import Member, run_alone
 from arlon_ray.generation.guidance import GuidedVelocity, StepCache, Together, guided_velocity, velocities
 from arlon_ray.generation.lanes import in_lanes
-from arlon_ray.generation.latest import Latest
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.seeds import segment_generator
 from arlon_ray.generation.storyboard import SegmentText, begins_shot, first_of_prompt, goes_on, words_of
+from arlon_ray.latest import Latest
 from arlon_ray.models.dit import LateLayers
 
 #: What fields share is kept of so many of the latest sets: intervals and caches make them change from step to step.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from arlon_ray.artifact import ArtifactError, fetched, load_artifact, one_line, read_object, sha256_of
 from arlon_ray.config import TextConfig
+from arlon_ray.latest import Latest
 from arlon_ray.models.captions import clean_caption, with_scores
 from arlon_ray.models.minilm import WordPieces, load_minilm
 from arlon_ray.precision import arithmetic
@@ -45,7 +45,7 @@ class TextEncoder:
         #: What its work is done within, and where its values go (None: they stay where the model is).
         self.at_work: Callable[[], AbstractContextManager[None]] = nullcontext
         self.values_to: torch.device | None = None
-        self._of_one = lru_cache(KEPT)(lambda caption: self._embed([caption]))
+        self._latest: Latest[str, TextEmbedding] = Latest(KEPT)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +64,9 @@ class TextEncoder:
         """
         if not captions:
             raise ValueError("no captions to encode: expected at least one")
-        return self._of_one(captions[0]) if len(captions) == 1 else self._embed(captions)
+        if len(captions) > 1:
+            return self._embed(captions)
+        return self._latest.get(captions[0]) or self._latest.put(captions[0], self._embed(captions))
 
     @torch.no_grad()
     def _embed(self, captions: Sequence[str]) -> TextEmbedding:

@@ -4,7 +4,8 @@
 // panels of 8 outputs [O/8, C, 8]: a panel's sums are the lanes of one register, and each weight is read once for up to
 // 8 rows. Few rows wait for weights to be read: those that fit into two bytes, or one, come as such.
 //
-// Legend as in trunk.py: R rows, O outputs, A heads, D channels a head, C channels, H hidden channels, P positions.
+// Legend as in trunk.py: R rows, O outputs, A heads, D channels a head, C channels, H hidden channels, P positions;
+// Q members, K codes, k tokens of a block.
 
 #include "common.h"
 
@@ -255,7 +256,7 @@ static void attend(const Trunk& t, const Layer& layer, int64_t r, int64_t a, con
 }
 
 struct Head {
-  Weights logits, gate_up, down;  // the latter two with gate's and up's panels in turns, or none where a block is one token
+  Weights logits, gate_up, down;  // gate's and up's panels in turns; none of the latter where a block is one token
   const Weights* before;          // [k - 1]: of each earlier token
   const float *before_logits, *before_mlp, *place, *codes;  // norms [C], [C]; [k, C], [K, C]
   int64_t C, H, K, k;
@@ -356,8 +357,8 @@ void trunk(const Trunk* trunk, float* x, int64_t R, int threads) {
   }
 }
 
-// The next block of Q members, token by token, of the trunk's output x [R, C], which is used up. numbers, inner and drawn
-// [Q, k]: random numbers, whether a token lies within the grid, and the tokens.
+// The next block of Q members, token by token, of the trunk's output x [R, C], which is used up. numbers, inner and
+// drawn [Q, k]: random numbers, whether a token lies within the grid, and the tokens.
 void block(const Head* head, float* x, int64_t R, int64_t Q, const float* numbers, const uint8_t* inner, int64_t* drawn,
            int threads) {
   const Head& h = *head;
@@ -390,7 +391,8 @@ void block(const Head* head, float* x, int64_t R, int64_t Q, const float* number
       for (int64_t q = members.first; q < members.end; q++) {
         const float *with = logits + h.first[q] * padded, *away = logits + h.away[q] * padded;
         for (int64_t c = 0; c < K; c++) guided[c] = with == away ? away[c] : away[c] + h.scale[q] * (with[c] - away[c]);
-        int64_t token = drawn_of(guided.data(), K, h.temperature[q], h.top_k[q], h.top_p[q], numbers[q * h.k + n], h.fine[q]);
+        int64_t token = drawn_of(guided.data(), K, h.temperature[q], h.top_k[q], h.top_p[q], numbers[q * h.k + n],
+                                 h.fine[q]);
         drawn[q * h.k + n] = inner[q * h.k + n] ? token : K;
       }
 #pragma omp barrier

@@ -76,7 +76,9 @@ def sample_work(config: Config, stage: str, text: int | None = None) -> Work:
         return ar_forward(config, groups, length) * TRAINING
     if stage == "dit":
         grid = dit_grid(config, groups + config.dit.anchor_groups)
-        return (dit_forward(config.dit, *grid, length, 1) + dit_condition(config.dit, *grid, length, 1)) * TRAINING
+        forward = dit_forward(config.dit, *grid, length, 1)
+        made = forward if config.dit.recycled_probability else Work()  # without gradients
+        return (forward + dit_condition(config.dit, *grid, length, 1)) * TRAINING + made
     role = stage.removeprefix("vqvae_")
     return (codec_group(config, role, True) + codec_group(config, role, False)) * (TRAINING * groups)
 

@@ -114,11 +114,15 @@ def test_the_fingerprint_follows_the_settings() -> None:
     assert Config.model_validate(base.model_dump(mode="json")) == base
 
 
-def test_a_setting_that_came_later_changes_no_fingerprint_at_its_default() -> None:
+def test_a_setting_that_came_later_changes_no_fingerprint_while_it_is_off() -> None:
     base, recycled = (load_config("tiny", text).dit for text in ([], ["dit.recycled_probability=0.5"]))
     assert not {"dit.recycled_probability", "dit.anchor_groups"} & set(effective_settings(dit=base))
     assert effective_settings(dit=recycled) == effective_settings(dit=base) | {"dit.recycled_probability": 0.5}
     assert config_fingerprint(recycled) != config_fingerprint(base)
+    anchored = load_config("tiny", ["dit.anchor_groups=1"]).dit
+    assert effective_settings(dit=anchored) == effective_settings(dit=base) | {
+        "dit.anchor_groups": 1, "dit.anchor_share": 0.5
+    }  # fmt: skip
 
 
 def test_a_file_can_change_a_preset(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 import torch
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.generation import DiTRenderer, VideoGenerator, default_options, segment_options
+from arlon_ray.generation import DiTRenderer, FrameDecoder, VideoGenerator, default_options, segment_options
 from serve.batching import BatchWorker, Cancelled
 from serve.deployments import ArDeployment, DecoderDeployment, DitDeployment
 from serve.work import Job, Timed, Tokens
@@ -231,6 +234,29 @@ async def test_parts_that_are_offloaded_make_the_same(bundle: Path) -> None:
         # nothing is left at work
         parts = [part for model in held for part in model.bundle.turns._parts.values()]
         assert parts and not any(part.users for part in parts)
+
+
+@driven
+async def test_segments_of_several_videos_are_decoded_at_the_same_time(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core: one segment at a time")
+    rng = np.random.default_rng(0)
+    given = [rng.normal(size=(8, 5, 8, 8)).astype(np.float32) for _ in range(4)]
+    before = rng.integers(0, 255, (64, 64, 3), np.uint8)
+    generator = VideoGenerator(load_bundle(bundle))
+    alone = [generator.decoder.decode(latents, before, 12)[-1] for latents in given]
+    decoder, asked = DecoderDeployment(str(bundle), "cpu", 1, 16.0), job(generator, 0, 1)
+    both, decode = threading.Barrier(2), FrameDecoder.decode
+
+    def meeting(*arguments: Any) -> np.ndarray:
+        both.wait(timeout=30)  # a second one is at work
+        return decode(*arguments)
+
+    monkeypatch.setattr(FrameDecoder, "decode", meeting)
+    decoded = await asyncio.gather(*(decoder.decode(asked, 0, latents, before) for latents in given))
+    assert all(np.array_equal(each.value.last, last) for each, last in zip(decoded, alone, strict=True))
 
 
 def test_a_decoder_takes_no_more_threads_than_it_was_given(bundle: Path) -> None:

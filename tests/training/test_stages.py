@@ -255,7 +255,8 @@ def test_an_ar_draws_the_tokens_of_the_samples_chosen_for_it(parts: dict[str, Pa
 def test_given_frames_carry_the_dits_own_errors_and_nothing_else_changes(parts: dict[str, Path]) -> None:
     seen: dict[float, list[torch.Tensor]] = {}
     for share in (0.0, 1.0):
-        config = small_config(f"dit.recycled_probability={share}", "dit.masks={overlap: 1.0}")
+        heard = ("dit.text_dropout=0", "dit.token_dropout=0")
+        config = small_config(f"dit.recycled_probability={share}", "dit.masks={overlap: 1.0}", *heard)
         objective = DitStage(config, ToySource(config, 8), paths(parts), {}).objective().train()
         found = seen.setdefault(share, [])
         objective.dit.register_forward_pre_hook(lambda _, inputs, found=found: found.append(inputs[0]))
@@ -268,6 +269,37 @@ def test_given_frames_carry_the_dits_own_errors_and_nothing_else_changes(parts: 
     assert any(torch.equal(true[:, :, :overlap], x0[:, :, at : at + overlap]) for at in range(0, x0.shape[2], overlap))
     assert torch.equal(made[:, :, overlap:], true[:, :, overlap:])
     assert not (made[:, :, :overlap] == true[:, :, :overlap]).any()
+
+
+@pytest.mark.parametrize(
+    "changes, rows, frames",
+    [
+        ((), slice(2, None), slice(0, 5)),  # of the first two an earlier caption's frames are given
+        (("dit.anchor_groups=1", "dit.anchor_share=1"), slice(2, None), slice(0, 5)),
+        (("dit.text_dropout=0.999",), slice(0), slice(0)),
+        (("dit.token_dropout=0.999",), slice(0), slice(0)),
+    ],
+    ids=["given", "anchor", "without text", "without tokens"],
+)
+def test_what_segments_are_never_made_from_is_not_recycled(
+    parts: dict[str, Path], changes: tuple[str, ...], rows: slice, frames: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_of = ("dit.recycled_probability=1", "dit.masks={overlap: 1.0}", "dit.text_dropout=0", "dit.token_dropout=0")
+    config = small_config(*all_of, *changes)
+    objective = DitStage(config, ToySource(config, 8), paths(parts), {}).objective().train()
+    monkeypatch.setattr(objective, "_made", lambda x0, *_: torch.full_like(x0, 9))
+    seen: list[torch.Tensor] = []
+    objective.dit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = ToySource(config, 8).batch(0, 0, 1)
+    given = torch.tensor([17, 17, *[0] * 6])
+    objective(batch | ({} if config.dit.anchor_groups else {"given_frames": given}), torch.Generator().manual_seed(0))
+    recycled = (seen[0] == 9).all(1).flatten(2).all(2)  # [B, t]
+    anchor = config.anchor_latents
+    expected = torch.zeros_like(recycled)
+    expected[:, anchor:][rows, frames] = True
+    if anchor:
+        expected[:2, anchor : anchor + 5] = True
+    assert seen[0].shape[2] == anchor + 10 and torch.equal(recycled, expected)
 
 
 def test_what_a_dit_that_is_right_makes_is_the_truth(parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,14 +75,15 @@ class DitObjective(nn.Module):
         if tokens and self.ar is not None and self.training:
             tokens = self._drawn_by_ar(tokens, text, text_mask, chosen(settings.ar_token_probability), generator)
         null = self.dit.y_embedder.y_embedding[: text.shape[1]]
-        text = torch.where(chosen(settings.text_dropout)[:, None, None], null, text)
+        silent = chosen(settings.text_dropout)
+        text = torch.where(silent[:, None, None], null, text)
         size = (video.height, video.width)
         guide = None
         if tokens:  # that of the anchor is itself
             guide = torch.cat([anchor, self.guide(tokens, chosen(settings.coarse_probability))], 2)
         condition = self.dit.condition(
             tuple(x0.shape[2:]),  # type: ignore[arg-type]
-            text, real, batch["fps"], size, guide, ~chosen(settings.token_dropout), generator,
+            text, real, batch["fps"], size, guide, listening := ~chosen(settings.token_dropout), generator,
         )  # fmt: skip
         ratio = time_ratio(*size, frames, settings.time_base_pixels) * settings.time_scale
         time = sample_times(count, ratio, generator, device)
@@ -91,7 +92,8 @@ class DitObjective(nn.Module):
         noisy = sample_noisy(settings.masks, count, frames, overlap, generator, device) & ~given
         noisy = F.pad(noisy, (anchor.shape[2], 0))
         if self.training and settings.recycled_probability:
-            recycled = ~noisy & chosen(settings.recycled_probability)[:, None]
+            whole = chosen(settings.recycled_probability) & ~silent & listening  # as segments are made
+            recycled = ~noisy & F.pad(~given, (anchor.shape[2], 0)) & whole[:, None]
             x0 = torch.where(recycled[:, None, :, None, None], self._made(x0, condition, ratio, generator), x0)
         x = torch.where(noisy[:, None, :, None, None], add_noise(x0, noise, time), x0)
         velocity = self.dit.velocity(self.dit(x, time, condition, noisy))

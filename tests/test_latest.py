@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arlon_ray.generation.decoder import Graphs
-from arlon_ray.generation.latest import Latest
+from arlon_ray.latest import Latest
 
 
 def test_the_keys_that_were_used_last_are_kept() -> None:
