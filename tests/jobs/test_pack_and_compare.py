@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from arlon_ray.artifact import load_artifact
+from arlon_ray.artifact import load_artifact, save_artifact
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import TrainingConfig, load_config
 from arlon_ray.generation import VideoGenerator
@@ -42,6 +42,28 @@ def test_a_packed_bundle_is_small_whole_and_makes_the_same_video(tmp_path: Path)
     assert load_artifact(tmp_path / "twice" / "ar", "ar").fingerprint
     twice = Bundle(tmp_path / "twice").config
     assert (twice.precision, twice.vae.precision) == ("bf16", "bf16") and packed.config.vae.precision == "fp32"
+
+
+def test_an_average_lies_between_and_says_of_what(tmp_path: Path) -> None:
+    parts = Bundle(make_random_bundle(tmp_path / "bundle")).artifacts
+    one = parts["dit"]
+    further = {name: value + torch.randn_like(value) for name, value in one.tensors().items()}
+    other = save_artifact(
+        tmp_path / "further", kind="dit", config=one.config, tensors=further, parents={"dit_init": "x"}
+    )
+    places = "--artifact", str(one.path), "--with", str(other.path), "--output", str(tmp_path / "between")
+    result = run_script("average_weights", *places, "--share", "0.25")
+    assert result.returncode == 0, result.stderr
+    found = load_artifact(tmp_path / "between", "dit")
+    for name, value in found.tensors().items():
+        assert torch.allclose(value, 0.75 * one.tensors()[name] + 0.25 * further[name], rtol=1e-3, atol=1e-5)
+    assert found.lineage.parents == {
+        "dit_init": "x", "average_of": one.fingerprint, "and": other.fingerprint, "share": "0.25"
+    }  # fmt: skip
+    for more, reason in ((parts["ar"].path, "expected a dit artefact"), (tmp_path / "nothing", "nothing")):
+        places = "--artifact", str(one.path), "--with", str(more), "--output", str(tmp_path / "wrong")
+        wrong = run_script("average_weights", *places)
+        assert wrong.returncode == 2 and reason in wrong.stderr and not (tmp_path / "wrong").exists()
 
 
 def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
