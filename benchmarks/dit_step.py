@@ -2,9 +2,10 @@
 
 `python -m benchmarks.dit_step --output FILE` (the weights in the box, and `small` with random ones; on a GPU
 STDiT3-XL/2 is compared by `benchmarks.gpu`). Both have the same weights, the same guidance and the same overlap
-of given frames; their velocities, with random weights, must agree to `TOLERANCE`, else it fails. A sampled segment is everything from text
-features and coarse latent to clean latents: what ours prepares is in it. Works take turns. Where the CPU has bfloat16
-they are measured in it too: the plain model in it throughout, ours with its products, as `precision: bf16` has it.
+of given frames; with random weights their velocities must agree to `TOLERANCE`, else it fails. A sampled segment is
+everything from text features and coarse latent to clean latents: what ours prepares is in it. Works take turns. Where
+the CPU has bfloat16 they are measured in it too: the plain model in it throughout, ours with its products, as
+`precision: bf16` has it.
 """
 
 from __future__ import annotations
