@@ -201,18 +201,18 @@ class Decoder:
         """The next block of each member, token by token."""
         model, members = self.model, len(self.layout.first)
         slots, count, owners = self._slots[:members], self.count[:members], self._owners[: len(self.layout.owners)]
-        numbers, inner, state = self.numbers[slots, count], self.inner[slots, count], self.state[: len(owners)]
+        numbers, state = self.numbers[slots, count], self.state[: len(owners)]
         if self._native is not None:
-            self.drawn[slots, count] = self._native.head(state, numbers, inner)
+            self.drawn[slots, count] = self._native.head(state, numbers, self.inner[slots, count])
             count += 1
             return
         temperature, top_k, top_p, limited = self._choice
         choice = Choice(temperature[:members], top_k[:members], top_p[:members], limited)
-        tokens = list[Tensor]()
+        tokens, inner = list[Tensor](), None if model.inside is None else self.inner[slots, count]
         for place in range(numbers.shape[1]):
             logits = self._guided(self._logits(self._feature(state, place)).float(), members)
             token = draw(logits, choice, numbers[:, place])
-            if model.inside is not None:
+            if inner is not None:
                 token = torch.where(inner[:, place], token, model.codebook_size)
             tokens.append(token)
             if place + 1 < numbers.shape[1]:

@@ -21,6 +21,8 @@ from arlon_ray.models.ar import ArBlock, ArTransformer, KeyValueCache
 _ENOUGH = 2**22
 _WEIGHTS = ("qkv", "proj", "gate_up", "down")
 _TENSORS = ("before_attention", "before_mlp", "of_heads", "keys", "values")
+#: What the head reads of the decoder's buffers, and the last of which it fills.
+_BUFFERS = ("owners", "first", "away", "scale", "temperature", "top_k", "top_p", "fine")
 
 
 class _Layer(ctypes.Structure):
@@ -83,15 +85,12 @@ class _Head(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("before_logits", "before_mlp", "place", "codes")),
         *((name, ctypes.c_int64) for name in ("channels", "hidden", "codes_count", "size")),
         *((name, ctypes.c_float) for name in ("eps", "eps_of_mlp")),
-        *((name, ctypes.c_void_p) for name in ("owners", "first", "away", "scale", "temperature", "top_k", "top_p")),
-        ("fine", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in _BUFFERS),
     ]
 
 
 class NativeHead:
-    """What `Decoder.draw` computes. The `buffers` are the decoder's: owners, first, away, scale, temperature, top-k,
-    top-p and fine.
-    """
+    """What `Decoder.draw` computes. The `buffers` are the decoder's, as `_BUFFERS` names them."""
 
     def __init__(self, built: ctypes.CDLL, model: ArTransformer, products: Products, buffers: Sequence[Tensor]) -> None:
         self._built, inside, norm = built, model.inside, Norm.of(model.norm)
@@ -113,9 +112,7 @@ class NativeHead:
             }.items():  # fmt: skip
                 setattr(self._numbers, name, value)
             self._held += [before_mlp, place, gate_up, down, *before, weights]
-        for name, buffer in zip(
-            ("owners", "first", "away", "scale", "temperature", "top_k", "top_p", "fine"), buffers, strict=True
-        ):
+        for name, buffer in zip(_BUFFERS, buffers, strict=True):
             setattr(self._numbers, name, native.address(buffer))
         self._of_a_token = sum(panels.numbers.numel() for panels in self._held if isinstance(panels, native.Panels))
 
