@@ -32,9 +32,8 @@ from torch import Tensor
 from arlon_ray.config import Config
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.models.text import TextEncoder, load_text_encoder
-from arlon_ray.models.vae import VideoVAE, load_vae
+from arlon_ray.models.vae import VideoVAE, load_vae, to_video
 from arlon_ray.training.engine import derived_seed
-from arlon_ray.training.stages.vae import to_video
 from data_pipeline.synthetic import render
 from data_pipeline.worlds import Scene, sample_scene, shot_captions, training_seed
 

@@ -22,6 +22,7 @@ from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, HandOver, default_options, segment_options
 from arlon_ray.generation.overlapped import Threads, computing_with, in_background
+from arlon_ray.models.vae import to_frames
 from arlon_ray.precision import falls_back
 from benchmarks.machine import in_turns, machine, peak_memory_mib, tell
 
@@ -51,8 +52,7 @@ class Work:
         device, frames = self.bundle.device, []
         for start in range(0, latents.shape[1], GROUP_LATENTS):
             group = torch.from_numpy(latents[None, :, start : start + GROUP_LATENTS]).to(device)
-            video = self.bundle.vae.decode(group)[0]
-            frames.append(((video + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy())
+            frames.append(to_frames(self.bundle.vae.decode(group))[0])
         return np.concatenate(frames)
 
     def loop(self) -> list[np.ndarray]:

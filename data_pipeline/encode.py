@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from arlon_ray.config import TextConfig, VaeConfig
 from arlon_ray.models.text import load_text_encoder
-from arlon_ray.models.vae import load_vae
+from arlon_ray.models.vae import load_vae, to_video
 from data_pipeline import schema
 from data_pipeline.batches import in_batches
 from data_pipeline.schema import ENCODED, REJECTED_BUCKET, STAGE_ENCODE, Row, one_line
@@ -98,8 +98,7 @@ class ClipEncoder:
         return np.concatenate(parts)[: len(frames)]
 
     def _latents(self, frames: NDArray[np.uint8]) -> NDArray[np.float16]:
-        pixels = torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
-        return self.vae.encode(pixels).to(torch.float16).cpu().numpy()
+        return self.vae.encode(to_video(frames, self.device)).to(torch.float16).cpu().numpy()
 
 
 def _failed(row: Row, error: str) -> Row:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,15 @@ class Gallery:
             self.failed.append(strip)
             self.captions.append(f"{prompt.text} ({', '.join(wrong)})")
 
-    def write(self, folder: Path, row: Row) -> None:
+    def write(self, folder: Path, row: Row) -> list[Path]:
         """`<row>.png`, and `<row>-failures.png` where there are any."""
+        written = []
         for strips, name in ((self.first, row.file_name), (self.failed, f"{row.file_name}-failures")):
             if strips:
                 path = folder / f"{name}.png"
                 contact_sheet(path, np.concatenate(strips), columns=STRIP_FRAMES, limit=STRIPS * STRIP_FRAMES)
+                written.append(path)
+        return written
 
 
 def evaluate(
@@ -88,30 +92,38 @@ def evaluate(
     bundle, prompts, results = evaluator.bundle, evaluator.prompts, []
     tracking = tracking or Tracking(bundle.config, output)
     bundle_key, texts = sha256_of(bundle.path / MANIFEST), [prompt.text for prompt in prompts]
+    parents = {role: artifact.fingerprint for role, artifact in bundle.artifacts.items()}
+    tags = {"bundle": bundle_key, "captions": str(len(prompts)), "seed": str(evaluator.seed)}
     for row in rows:
-        gallery = Gallery()
+        gallery, names = Gallery(), Counter[str]()
 
         def keep(
-            index: int, frames: Frames, values: dict[str, float], row: Row = row, gallery: Gallery = gallery
+            index: int,
+            frames: Frames,
+            values: dict[str, float],
+            row: Row = row,
+            gallery: Gallery = gallery,
+            names: Counter[str] = names,
         ) -> None:
             gallery.add(index, prompts[index], frames, values)
             if vbench is not None:
                 # VBench's layout: a folder for each model, "<prompt>-<number>.mp4"
                 stem = prompts[index].text.replace("/", " ").rstrip(".")[:180]
-                write_video(vbench / row.file_name / f"{stem}-0.mp4", frames, bundle.config.video.fps)
+                write_video(vbench / row.file_name / f"{stem}-{names[stem]}.mp4", frames, bundle.config.video.fps)
+                names[stem] += 1
 
         settings = {"bundle": bundle_key, "row": row.name, "options": dict(row.changes), "prompts": texts}
-        with tracking.pipeline(
-            f"{label} {row.name}", key=settings_key({**settings, "seed": evaluator.seed})
+        with tracking.row(
+            f"{label} {row.name}",
+            key=settings_key({**settings, "seed": evaluator.seed}),
+            options=evaluator.options(row),
+            tags={**tags, "row": row.name},
+            parents=parents,
         ) as tracked:
             result = evaluator.row(row, keep)
-            if result.metrics:
-                figures = summary(list(result.metrics.values()))
-                tracked.metrics(0, {metric: value["mean"] for metric, value in figures.items()})
-                tracked.metrics(0, {"seconds_per_video": result.seconds or 0.0})
-                if result.distance is not None:
-                    tracked.metrics(0, {"frechet_video_distance": result.distance})
-            gallery.write(output, row)
+            tracked.metrics(0, figures_of(result))
+            for path in gallery.write(output, row):
+                tracked.file(path)
         results.append(result)
         for failed, error in result.failures.items():
             print(f"{row.name}: video {failed}: {error}", file=sys.stderr)
@@ -119,6 +131,18 @@ def evaluate(
         if gallery.captions:
             (output / f"{row.file_name}-failures.txt").write_text("\n".join(gallery.captions) + "\n")
     return results
+
+
+def figures_of(result: RowResult) -> dict[str, float]:
+    """What MLflow shows of a row: means with the ends of their 95 % intervals, seconds, and videos that failed."""
+    figures = {"videos": float(len(result.metrics)), "failures": float(len(result.failures))}
+    for name, value in summary(list(result.metrics.values())).items():
+        figures |= {name: value["mean"], f"{name}/low": value["low"], f"{name}/high": value["high"]}
+    if result.seconds is not None:
+        figures["seconds_per_video"] = result.seconds
+    if result.distance is not None:
+        figures["frechet_video_distance"] = result.distance
+    return figures
 
 
 def write_results(output: Path, evaluator: Evaluator, results: Sequence[RowResult], **more: Any) -> None:
@@ -256,7 +280,10 @@ def main() -> None:
     evaluator = Evaluator(bundle, prompts, arguments.seed, arguments.segments)
     results = evaluate(evaluator, rows, output, vbench=vbench)
     variant = "bundle" if arguments.segments == 1 else f"bundle, {arguments.segments} segments"
-    more: dict[str, Any] = {"variant": variant, "what": arguments.what or f"the bundle {bundle.path.name}"}
+    what = arguments.what or f"the bundle {bundle.path.name}"
+    stand_in = "dit_base" not in bundle.artifacts and any(row.model == "text-only" for row in rows)
+    remark = "; text-only: its guided DiT without tokens, it has no text-only one" if bundle.guided and stand_in else ""
+    more: dict[str, Any] = {"variant": variant, "what": what + remark}
     if bundle.guided and arguments.segments == 1 and all(prompt.scene is not None for prompt in prompts):
         more |= of_tokens(evaluator)
     if arguments.costs:
@@ -266,7 +293,7 @@ def main() -> None:
         page = Path(arguments.docs).expanduser().absolute()
         write_page(page, [read_results(output)], "Written by `jobs/evaluate.py`.")
     frames = bundle.config.segment.groups_of(arguments.segments) * GROUP_FRAMES
-    print(f"{len(prompts)} captions, videos of {frames} frames\n\n{table_of(results)}\n")
+    print(f"{len(prompts)} captions, videos of {frames} frames{remark}\n\n{table_of(results)}\n")
     if "tokens" in more:
         print("\n".join(f"{name} {value:.4g}" for name, value in more["tokens"].items()), end="\n\n")
         for name in ("ar", "coarse", "wrong"):

@@ -26,12 +26,14 @@ from arlon_ray.evaluation.scenes import Frames
 from arlon_ray.evaluation.tokens import wrong_tokens
 from arlon_ray.generation import GenerationOptions, HandOver, VideoGenerator, default_options, segment_options
 from arlon_ray.models.text import load_token_counter
-from arlon_ray.training.stages.vae import to_frames, to_video
+from arlon_ray.models.vae import to_frames, to_video
 from data_pipeline.synthetic import render
 from data_pipeline.worlds import HeldOut, Scene, caption, held_out_scenes
 from jobs.command_line import InputError
 from jobs.tables import results_table
 
+#: Wrong lines of a file of prompts that are named.
+MOST_TOLD = 10
 ROW = re.compile(r"(?:(text-only|guided|true-tokens)@([1-9]\d{0,2})|(truth|vae))((?::\w+=[\w.]+)*)")
 FORM = "text-only@N, guided@N, true-tokens@N (N steps; each may end in :option=value), vae or truth"
 #: Options of a row that are none of sampling: the share of true tokens that are replaced, and what a segment takes over
@@ -142,14 +144,21 @@ def held_out_prompts(bundle: Bundle, count: int, use: HeldOut = "measure", segme
 
 
 def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
-    """One prompt a line. Raises InputError that names the lines that are empty or too long."""
-    lines = path.read_text().splitlines()
+    """One prompt a line. Raises InputError that names all lines that are empty or too long."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts {path}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
     count_tokens, limit = load_token_counter(bundle.config.text), bundle.config.text.max_tokens
+    wrong = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise InputError(f"--prompts {path}: line {number} is empty")
-        if (tokens := count_tokens(line)) > limit:
-            raise InputError(f"--prompts {path}: line {number} has {tokens} tokens, at most {limit}")
+            wrong.append(f"line {number} is empty")
+        elif (tokens := count_tokens(line)) > limit:
+            wrong.append(f"line {number} has {tokens} tokens, at most {limit}")
+    if wrong:
+        more = f"; and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
+        raise InputError(f"--prompts {path}: {'; '.join(wrong[:MOST_TOLD])}{more}")
     if not lines:
         raise InputError(f"--prompts {path}: no prompt in it")
     return [Prompt(line.strip()) for line in lines]
@@ -194,7 +203,7 @@ class Evaluator:
                     values |= join_figures(frames, self._joins) | drift_figures(frames, self._joins)
                 if known:
                     result.features.append(video_features(frames))
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, ArithmeticError) as error:  # no numbers: FloatingPointError
                 result.failures[f"{index}: {prompt.text}"] = " ".join(str(error).split())[:300]
                 continue
             result.metrics[index] = values
@@ -208,11 +217,16 @@ class Evaluator:
             result.distance = frechet_distance(result.features, self.reference)
         return result
 
+    def options(self, row: Row) -> GenerationOptions:
+        """How the row's model samples; without effect on `truth` and `vae`, which sample nothing."""
+        options = default_options(self.bundle.config.sampling, **row.changes)
+        return options.model_copy(update={"baseline": row.model == "text-only"})
+
     def guidance(self, row: Row) -> str:
         """The scales that matter for this row: text / tokens / AR."""
         if row.model in ("truth", "vae"):
             return "–"
-        options = default_options(self.bundle.config.sampling, **row.changes)
+        options = self.options(row)
         scales = [options.guidance_scale]
         if row.model != "text-only":
             scales.append(options.token_guidance_scale)
@@ -227,8 +241,7 @@ class Evaluator:
             if row.model == "truth":
                 return render(prompt.scene), None
             return to_frames(self.bundle.vae.decode(self.latents(prompt.scene)))[0], None
-        options = default_options(self.bundle.config.sampling, **row.changes)
-        options = options.model_copy(update={"baseline": row.model == "text-only"})
+        options = self.options(row)
         tokens = self._tokens(row, index, prompt, options)
         texts, seed = [prompt.text] * self.segments, self.seed + index
         hand_over = HandOver.of(self.bundle.config, texts)
@@ -302,8 +315,10 @@ class Evaluator:
         return found
 
     def _score(self, row: Row) -> float:
+        """Mean over the dimensions; below every other one if no video could be made."""
         figures = summary(list(self.row(row).metrics.values()))
-        return float(np.mean([figures[name]["mean"] for name in DIMENSIONS if name in figures]))
+        means = [figures[name]["mean"] for name in DIMENSIONS if name in figures]
+        return float(np.mean(means)) if means else float("-inf")
 
 
 def table_of(results: Sequence[RowResult]) -> str:

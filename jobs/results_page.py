@@ -22,6 +22,7 @@ PICTURED = ("text-only@30", "guided@5", "true-tokens@5")
 WRONG = "true-tokens@5:wrong="
 #: Variants that are the whole method.
 WHOLE = ("full", "bundle")
+NOTES = ("<!-- notes: kept when this page is written anew -->", "<!-- end of notes -->")
 FEW = ("guided@3", "guided@5", "guided@6")
 
 
@@ -37,7 +38,8 @@ def read_results(folder: Path) -> tuple[Path, Found]:
 def write_page(page: Path, found: Sequence[tuple[Path, Found]], told: str) -> None:
     """Write `page` and its pictures (in a folder of its name) from folders of results and their results.json.
 
-    `told` says what was trained and how.
+    `told` says what was trained and how. What a person has written between `NOTES` stays where the page is written
+    anew.
     """
     folders, results = [folder for folder, _ in found], [result for _, result in found]
     pictures = page.parent / page.stem
@@ -49,6 +51,8 @@ def write_page(page: Path, found: Sequence[tuple[Path, Found]], told: str) -> No
         f"{max(result['prompts'] for result in results)} held-out captions; guidance: text / tokens / AR.",
         "",
         *_table(results),
+        "",
+        *_notes(page),
         "",
     ]
     if (compared := _comparison(results)) is not None:
@@ -62,6 +66,14 @@ def write_page(page: Path, found: Sequence[tuple[Path, Found]], told: str) -> No
             lines += ["## Tokens", "", *_tokens(result), ""]
     lines += _pictures(page, pictures, zip(folders, results, strict=True))
     page.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _notes(page: Path) -> list[str]:
+    """The lines of an earlier page between its markers, and these."""
+    begin, end = NOTES
+    text = page.read_text() if page.is_file() else ""
+    kept = text.partition(begin)[2].partition(end)[0] if begin in text and end in text else "\n"
+    return [f"{begin}{kept}{end}"]
 
 
 def _rows(found: Sequence[Found]) -> list[tuple[str, str, Found]]:
@@ -82,9 +94,10 @@ def _loss(result: Found) -> str:
 
 
 def _comparison(found: Sequence[Found]) -> list[str] | None:
-    """On how many of VBench's dimensions the method in at most 6 steps is better than text-only in 30.
+    """On how many of VBench's dimensions the method in at most 6 steps is better than text-only in 30, and by how much.
 
-    More motion than the truth has is no merit: where the truth was measured, dynamic_degree counts by its distance.
+    In percent of what text-only has. More motion than the truth has is no merit: where the truth was measured,
+    dynamic_degree counts by how near it is.
     """
     truth: Found = next((row["metrics"] for _, name, row in _rows(found) if name == "truth"), {})
     for whole in reversed(WHOLE):
@@ -95,22 +108,32 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
             break
     else:
         return None
-    chosen, ours = few[-1]
-    lines = [f"| dimension | text-only@30 | {_plain(chosen)} | gain |", "|---|---|---|---|"]
-    better, worst = 0, 0.0
-    for name in DIMENSIONS:
-        if name in base["metrics"] and name in ours["metrics"]:
-            theirs, own = base["metrics"][name]["mean"], ours["metrics"][name]["mean"]
-            gain, told = own - theirs, name
+    lines: list[str] = []
+    for chosen, ours in few:
+        lines += [f"| dimension | text-only@30 | {_plain(chosen)} | gain |", "|---|---|---|---|"]
+        gains, clear = [], []
+        for name in DIMENSIONS:
+            if name not in base["metrics"] or name not in ours["metrics"]:
+                continue
+            theirs, own, told = base["metrics"][name], ours["metrics"][name], name
+            gain = own["mean"] - theirs["mean"]
             if name == "dynamic_degree" and name in truth:
                 true = truth[name]["mean"]
-                gain, told = abs(theirs - true) - abs(own - true), f"{name} (truth: {true:.3f})"
-            better += gain > 0
-            worst = min(worst, gain)
-            lines.append(f"| {told} | {theirs:.3f} | {own:.3f} | {gain:+.3f} |")
-    faster = base["seconds"] / ours["seconds"]
-    summed = f"Better on {better} of {len(lines) - 2}, at worst {worst:+.3f}; {faster:.2f} times as fast, AR included."
-    return [*lines, "", summed]
+                gain, told = abs(theirs["mean"] - true) - abs(own["mean"] - true), f"{name} (truth: {true:.3f})"
+            elif own["low"] > theirs["high"]:
+                clear.append(name)
+            gains.append(gain / max(theirs["mean"], 1e-9))
+            lines.append(f"| {told} | {theirs['mean']:.3f} | {own['mean']:.3f} | {gain:+.3f} ({gains[-1]:+.1%}) |")
+        better, equal = sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains)
+        faster = base["seconds"] / ours["seconds"]
+        lines += [
+            "",
+            f"{_plain(chosen)}: better on {better} of {len(gains)}, equal on {equal}, at worst "
+            f"{min(0.0, *gains):+.1%}; beyond both intervals: {', '.join(clear) or 'none'}; "
+            f"{faster:.2f} times as fast, AR included.",
+            "",
+        ]
+    return lines[:-1]
 
 
 def _plain(name: str) -> str:

@@ -90,6 +90,16 @@ class Tracking:
             yield run
 
     @contextmanager
+    def row(
+        self, name: str, *, key: str, options: BaseModel, tags: Mapping[str, str], parents: Mapping[str, str]
+    ) -> Iterator[TrackedRun]:
+        """A run of one row of an evaluation: how it samples, and the fingerprints of the models that it measures."""
+        tags = {**tags, **{f"parent.{role}": value for role, value in parents.items()}}
+        with self._run(name, key=key, tags=tags) as run:
+            run.configuration(self.config, options=options)
+            yield run
+
+    @contextmanager
     def _run(self, name: str, *, key: str, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
         note = f"{name}-{key[:32]}"
         tags = {**tags, "key": key, "code_version": __version__, **_source_tags()}
@@ -177,6 +187,10 @@ class TrackedRun:
     def picture(self, name: str, array: np.ndarray, step: int) -> None:
         """See Reporter."""
         self._do(lambda client: client.log_image(self.run_id, array, artifact_file=f"pictures/{name}-{step:06d}.png"))
+
+    def file(self, path: Path) -> None:
+        """A picture that is a file already."""
+        self._do(lambda client: client.log_artifact(self.run_id, str(path), "pictures"))
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """See Reporter. Checkpoints are large and short-lived; the artefact is what is tracked."""

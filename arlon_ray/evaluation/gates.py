@@ -21,9 +21,8 @@ from arlon_ray.generation.sampling import sample_tokens
 from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.codec import LatentCodec
 from arlon_ray.models.text import TextEncoder
-from arlon_ray.models.vae import VideoVAE
+from arlon_ray.models.vae import VideoVAE, to_frames, to_video
 from arlon_ray.training.loop import TrainingError
-from arlon_ray.training.stages.vae import to_frames, to_video
 
 
 class GateError(TrainingError):

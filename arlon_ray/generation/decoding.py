@@ -8,6 +8,7 @@ import torch
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import GROUP_LATENTS
 from arlon_ray.generation.seams import blend_seams
+from arlon_ray.models.vae import to_frames
 
 
 class FrameDecoder:
@@ -20,13 +21,13 @@ class FrameDecoder:
         """Latents float32 [C, 5·G, h, w] to frames uint8 [17·G, H, W, 3].
 
         `before` uint8 [H, W, 3] is the last frame of what comes before, for the first border; `seam_frames`: see
-        `blend_seams`. Raises ValueError on part groups, and on values that are no numbers.
+        `blend_seams`. Raises ValueError on part groups and on latents that are no numbers, FloatingPointError on
+        pixels that are none.
         """
         if not np.isfinite(latents).all():
             raise ValueError(f"{int((~np.isfinite(latents)).sum())} of {latents.size} latents are not finite")
         with self.bundle.at_work(self.vae):
-            video = self.vae.decode(torch.from_numpy(latents)[None].to(self.bundle.device))[0]
-        frames = ((video + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+            frames = to_frames(self.vae.decode(torch.from_numpy(latents)[None].to(self.bundle.device)))[0]
         return blend_seams(frames, before, seam_frames)
 
     def preview(self, tokens: np.ndarray, before: np.ndarray | None = None, seam_frames: int = 0) -> np.ndarray:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import GROUP_FRAMES
+from arlon_ray.models.vae import to_video
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,5 @@ def _encode(bundle: Bundle, frames: np.ndarray) -> np.ndarray:
     size = (bundle.config.video.height, bundle.config.video.width)
     if frames.dtype != np.uint8 or frames.shape[1:] != (*size, 3):
         raise ValueError(f"frames of {frames.dtype} {list(frames.shape)}: expected uint8 [T, {size[0]}, {size[1]}, 3]")
-    pixels = torch.from_numpy(frames).to(bundle.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
     with bundle.at_work(bundle.vae):
-        return bundle.vae.encode(pixels)[0].float().cpu().numpy()
+        return bundle.vae.encode(to_video(frames[None], bundle.device))[0].float().cpu().numpy()

@@ -24,7 +24,7 @@ from arlon_ray.generation import (
 )
 from arlon_ray.generation.overlapped import Threads, in_background
 from arlon_ray.generation.planning import Beginning
-from arlon_ray.training.stages.vae import to_frames, to_video
+from arlon_ray.models.vae import to_frames, to_video
 from tests.bundles import make_random_bundle
 
 

@@ -12,8 +12,7 @@ from arlon_ray.config import SamplingConfig
 from arlon_ray.evaluation.joins import join_figures
 from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.generation.seams import Frames, blend_seams
-from arlon_ray.models.vae import load_vae
-from arlon_ray.training.stages.vae import to_frames, to_video
+from arlon_ray.models.vae import load_vae, to_frames, to_video
 from data_pipeline.decode import Clip
 from tests.bundles import make_random_bundle
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from arlon_ray.bundle import load_bundle
 from arlon_ray.generation import DiTRenderer
 from arlon_ray.generation.rendering import SegmentLatents
 from arlon_ray.generation.video import read_video
 from jobs.command_line import InputError
-from jobs.results_page import read_results, write_page
+from jobs.evaluation import Evaluator, held_out_prompts, parse_row
+from jobs.results_page import NOTES, read_results, write_page
 from tests.bundles import make_random_bundle
 from tests.opensora.public import make_public_bundle
 from tests.scripts import run_script
@@ -61,7 +64,12 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("arlon-ray").experiment_id])
     assert {run.info.run_name for run in runs} == {f"evaluate {row}" for row in rows}
-    assert all("motion_smoothness" in run.data.metrics for run in runs)
+    for run in runs:
+        assert run.data.metrics["motion_smoothness/low"] <= run.data.metrics["motion_smoothness"]
+        assert {"parent.ar", "parent.dit", "parent.vae", "bundle"} <= run.data.tags.keys()
+        assert run.data.params["options.guidance_scale"] and run.data.tags["captions"] == "3"
+        names = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "pictures")}
+        assert f"{parse_row(run.data.tags['row']).file_name}.png" in names
     check_a_page_of_two(tmp_path / "out", tmp_path / "docs" / "both.md")
 
 
@@ -89,7 +97,11 @@ def check_a_page_of_two(results: Path, page: Path) -> None:
     assert len({line.count("|") for line in lines if line.startswith(("| bundle |", "| text-only |"))}) == 1
     assert any(line.startswith("| text-only | guided@2 | absent: the bundle has no AR |") for line in lines)
     assert any(re.match(r"\| dynamic_degree \(truth: \d\.\d+\) \|", line) for line in lines)
-    assert any(re.match(r"Better on \d+ of 11, at worst [+-]", line) for line in lines)
+    assert any(re.match(r"guided@5: better on \d+ of 11, equal on \d+, at worst [+-]", line) for line in lines)
+    begin, end = NOTES
+    page.write_text(page.read_text().replace(f"{begin}\n{end}", f"{begin}\nwhat we saw\n{end}"))
+    write_page(page, [(folder, found)], "One.")
+    assert f"{begin}\nwhat we saw\n{end}" in page.read_text() and "One." in page.read_text()
     with pytest.raises(InputError, match="no results of jobs"):
         read_results(page.parent)
 
@@ -104,6 +116,19 @@ def test_rows_that_a_text_only_bundle_cannot_make_are_marked_absent(tmp_path: Pa
     assert found["guided@2"] == {"absent": "the bundle has no AR"}
     assert found["truth"] == {"absent": "these prompts have no ground truth"}
     assert found["text-only@1"]["videos"] == 2 and "colour" not in found["text-only@1"]["metrics"]
+
+
+@pytest.mark.parametrize("part", ["dit", "ar", "vae"])
+def test_weights_that_are_no_numbers_fail_their_videos_by_name(part: str, bundle: Path, tmp_path: Path) -> None:
+    """As a training that diverged leaves them."""
+    broken = load_bundle(bundle)
+    for weight in getattr(broken, part).parameters():
+        weight.fill_(torch.nan)
+    prompts = held_out_prompts(broken, 2)
+    result = Evaluator(broken, prompts, 0).row(parse_row("guided@1"))
+    assert len(result.failures) == 2 and not result.metrics
+    assert all(prompts[0].text in name or prompts[1].text in name for name in result.failures)
+    assert all("not" in error and ("finite" in error or "numbers" in error) for error in result.failures.values())
 
 
 def test_a_video_of_no_numbers_fails_by_name_and_the_others_go_on(
@@ -126,7 +151,8 @@ def test_a_video_of_no_numbers_fails_by_name_and_the_others_go_on(
 @pytest.mark.parametrize(
     "content, flags, expected",
     [
-        ("a\n\nb\n", [], "line 2 is empty"),
+        ("a\n\nb\n\n", [], "line 2 is empty; line 4 is empty"),
+        (b"a\n\xff\n", [], "not text in UTF-8 (invalid start byte at byte 2)"),
         (f"a\n{'circle ' * 100}\n", [], "line 2 has 102 tokens, at most 32"),
         ("", [], "no prompt in it"),
         ("a\n", ["--rows", "guided"], "--rows guided: expected"),
@@ -139,7 +165,9 @@ def test_a_video_of_no_numbers_fails_by_name_and_the_others_go_on(
         ("a\n", ["--count", "0"], "--count 0"),
     ],
 )
-def test_bad_input_is_one_line(bundle: Path, tmp_path: Path, content: str, flags: list[str], expected: str) -> None:
-    (tmp_path / "prompts.txt").write_text(content)
+def test_bad_input_is_one_line(
+    bundle: Path, tmp_path: Path, content: str | bytes, flags: list[str], expected: str
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     result = run_script("evaluate", "--bundle", str(bundle), "--prompts", str(tmp_path / "prompts.txt"), *flags)
     assert result.returncode == 2 and expected in result.stderr and result.stderr.count("\n") == 1

@@ -10,8 +10,9 @@ from arlon_ray.artifact import building, load_artifact
 from arlon_ray.config import VaeConfig
 from arlon_ray.models.vae.base import Posterior, VideoVAE, latent_frames
 from arlon_ray.models.vae.folded import FoldedVAE
+from arlon_ray.models.vae.pixels import to_frames, to_video
 
-__all__ = ["FoldedVAE", "Posterior", "VideoVAE", "build_vae", "latent_frames", "load_vae"]
+__all__ = ["FoldedVAE", "Posterior", "VideoVAE", "build_vae", "latent_frames", "load_vae", "to_frames", "to_video"]
 
 
 def build_vae(config: VaeConfig) -> VideoVAE:

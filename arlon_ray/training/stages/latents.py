@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arlon_ray.config import GROUP_FRAMES, GROUP_LATENTS, LATENT_FRAMES
-from arlon_ray.models.vae import VideoVAE, load_vae
+from arlon_ray.models.vae import VideoVAE, load_vae, to_frames
 from arlon_ray.training.engine import Losses
 
 
@@ -94,4 +94,4 @@ def _vae(path: str) -> VideoVAE:
 def look(latents_BCthw: Tensor, vae_path: Path) -> np.ndarray:
     """Frames uint8 [B, T, H, W, 3] of normalised latents."""
     video = _vae(str(vae_path)).decode(latents_BCthw.cpu().float())
-    return ((video + 1.0) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+    return to_frames(video)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arlon_ray.artifact import Artifact, save_artifact
 from arlon_ray.config import VaeConfig
-from arlon_ray.models.vae import FoldedVAE
+from arlon_ray.models.vae import FoldedVAE, to_frames, to_video
 from arlon_ray.training.engine import Evaluation, Losses
 from arlon_ray.training.pictures import comparison
 
@@ -27,16 +27,6 @@ class GroupSource(Protocol):
 
     def held_out(self, count: int) -> np.ndarray:
         """Groups that training never sees: uint8 [count, 17, H, W, 3]."""
-
-
-def to_video(frames: np.ndarray) -> Tensor:
-    """uint8 [B, T, H, W, 3] to float32 [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
-
-
-def to_frames(video: Tensor) -> np.ndarray:
-    """float [B, 3, T, H, W] in [-1, 1] to uint8 [B, T, H, W, 3]."""
-    return ((video.clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def detail(video_B3THW: Tensor) -> Tensor:
