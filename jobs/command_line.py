@@ -129,8 +129,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a job. Exit codes: 2 and one line for bad input, 1 and one line for a training that broke or a full disk, 130
+def run(main: Callable[[], None], again: str = "nothing is lost, run the same command again to go on") -> None:
+    """Run a job; `again` says what can be done where it was interrupted.
+
+    Exit codes: 2 and one line for bad input, 1 and one line for a training that broke or a full disk, 130
     for Ctrl-C, 75 (EX_TEMPFAIL: try again) where SIGTERM stopped it, or another job works on the same output.
     """
     keep_freed_memory()
@@ -158,13 +160,11 @@ def run(main: Callable[[], None]) -> None:
         # also where a worker met it: Ray's error quotes the cause
         if not isinstance(error, OSError) or DISK_FULL not in str(error):
             raise
-        print(
-            f"error: the disk is full ({DISK_FULL}): free some of it, then run the same command again", file=sys.stderr
-        )
+        print(f"error: the disk is full ({DISK_FULL}): free some of it; {again}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         if asked_to_end:
-            print("stopped: nothing is lost, run the same command again to go on", file=sys.stderr)
+            print(f"stopped: {again}", file=sys.stderr)
             raise SystemExit(os.EX_TEMPFAIL) from None
-        print("\ninterrupted: nothing is lost, run the same command again to go on", file=sys.stderr)
+        print(f"\ninterrupted: {again}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -8,15 +8,16 @@ end. All else stays as it is.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from arlon_ray.generation import Project, ProjectError, Scene, SegmentText, VideoEditor, VideoGenerator
-from arlon_ray.generation.video import GrowingVideo, encode_fragment
+from arlon_ray.generation import Project, ProjectError, Scene, VideoEditor, VideoGenerator
 from jobs.command_line import BOX, InputError, existing, parser, run
-from jobs.generate import check_output, open_bundle
+from jobs.generate import Ends, check_output, make_video, open_bundle
 from jobs.storyboards import add_flags, read_scenes, segment_texts
+
+#: What an interruption says.
+AGAIN = "the project keeps what is finished"
 
 
 def one_scene(arguments: argparse.Namespace) -> list[Scene]:
@@ -36,18 +37,14 @@ def one_scene(arguments: argparse.Namespace) -> list[Scene]:
     return read_scenes(arguments)
 
 
-def edit(editor: VideoEditor, segment: int | None, seed: int, texts: Sequence[SegmentText]) -> None:
-    """Make segment `segment` again (with the first text, if there is one), or add one for each text."""
-    if segment is not None:
-        try:
-            editor.reroll(segment, seed, texts[0] if texts else None)
-        except ProjectError:
-            raise
-        except ValueError as error:
-            raise InputError(f"--segment: {error}") from None
-        return
-    for index in editor.extend(texts, seed):
-        print(f"segment {index} is there", file=sys.stderr)
+def reroll(editor: VideoEditor, segment: int, seed: int, scenes: Sequence[Scene]) -> None:
+    """Make a segment again. Raises InputError if it is not there."""
+    try:
+        editor.reroll(segment, seed, scenes[0].prompt if scenes else None)
+    except ProjectError:
+        raise
+    except ValueError as error:
+        raise InputError(f"--segment: {error}") from None
 
 
 def main() -> None:
@@ -70,17 +67,19 @@ def main() -> None:
         project = Project.open(folder, bundle.fingerprint)
     except ProjectError as error:
         raise InputError(f"--project {error}") from None
-    texts = segment_texts(arguments, scenes, bundle.config, len(project)) if scenes else []
-    editor, video = VideoEditor(VideoGenerator(bundle), project), GrowingVideo(path)
+    generator, added = VideoGenerator(bundle), []
     try:
-        edit(editor, arguments.segment, arguments.seed, texts)
-        for frames in editor.frames():
-            video.add(encode_fragment(frames, bundle.config.video.fps))
+        if arguments.segment is None:
+            added = segment_texts(arguments, scenes, bundle.config, len(project))
+        else:
+            reroll(VideoEditor(generator, project), arguments.segment, arguments.seed, scenes)
+        texts = [*project.texts(), *added]
+        ends = Ends(project.start)
+        frames = make_video(generator, texts, path, arguments.seed, project.options, ends, project=project)
     except ProjectError as error:
         raise InputError(f"--project {error}") from None
-    video.finish()
-    print(f"{path}: {video.frames} frames, {len(project)} segments")
+    print(f"{path}: {frames} frames, {len(project)} segments")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again=AGAIN)

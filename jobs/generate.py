@@ -29,6 +29,7 @@ from arlon_ray.generation import (
     default_options,
     given_clip,
     given_picture,
+    same_start,
 )
 from arlon_ray.generation.video import GrowingVideo, encode_fragment
 from arlon_ray.offload import Offload
@@ -37,6 +38,8 @@ from data_pipeline.footage import FootageError, read_picture
 from jobs.command_line import BOX, InputError, check_bucket, existing, parser, run
 from jobs.storyboards import add_flags, read_scenes, segment_texts
 
+#: What an interruption says.
+AGAIN = "with --project the same command goes on behind what is finished, without it begins anew"
 #: Frames of a clip that goes before the video which are held at a time.
 SHOWN_AT_ONCE = 4 * GROUP_FRAMES
 
@@ -83,6 +86,8 @@ def make_video(
     except BaseException:
         if video.fragments:
             print(f"the first {video.frames} frames are kept in {video.partial}", file=sys.stderr)
+        if project is not None:
+            print(f"{len(project)} of {len(texts)} segments are kept in {project.folder}", file=sys.stderr)
         raise
     return video.frames
 
@@ -153,13 +158,27 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: {above} is not writable")
 
 
-def new_project(folder: str, bundle: Bundle, options: GenerationOptions, ends: Ends) -> Project:
-    """Raises InputError if there is one already, or the folder cannot be made."""
+def project_in(
+    folder: str, bundle: Bundle, options: GenerationOptions, ends: Ends, texts: Sequence[SegmentText], seed: int
+) -> Project:
+    """A new project, or the one there if its segments are the first ones of this very video.
+
+    Raises InputError if they are another's, or the folder cannot be made.
+    """
     path = Path(folder).expanduser().absolute()
     try:
-        return Project.create(path, bundle.fingerprint, options, ends.given)
+        if not Project.is_in(path):
+            return Project.create(path, bundle.fingerprint, options, ends.given)
+        project = Project.open(path, bundle.fingerprint)
+        if project.options != options or not same_start(project.start, ends.given) or not project.begins(texts, seed):
+            raise InputError(
+                f"--project {path}: there is a project already, of another video (texts, seed, settings or start); "
+                "choose another folder, or change that video with jobs/edit.py"
+            )
     except (ProjectError, OSError) as error:
         raise InputError(f"--project {one_line(error)}") from None
+    print(f"{len(project)} of {len(texts)} segments are there already: going on behind them", file=sys.stderr)
+    return project
 
 
 def main() -> None:
@@ -176,7 +195,12 @@ def main() -> None:
     flags.add_argument("--video", metavar="FILE", help="a clip to go on from: its frames, then the new ones")
     flags.add_argument("--until", metavar="FILE", help="a clip to lead up to: shown behind the new frames")
     flags.add_argument("--baseline", action="store_true", help="the text-only DiT, without the AR's tokens")
-    flags.add_argument("--project", metavar="DIR", help="keep what each segment was made of, for jobs/edit.py")
+    flags.add_argument(
+        "--project",
+        metavar="DIR",
+        help="keep what each segment was made of: the same command goes on after an interruption, jobs/edit.py changes "
+        "the video",
+    )
     flags.add_argument(
         "--offload",
         choices=get_args(Offload),
@@ -209,7 +233,9 @@ def main() -> None:
         print("this bundle is text-only: rendering without the AR's tokens", file=sys.stderr)
     ends = read_ends(bundle, arguments.image, arguments.video, arguments.until)
     generator, timeline = VideoGenerator(bundle), Timeline()
-    project = new_project(arguments.project, bundle, options, ends) if arguments.project else None
+    project = None
+    if arguments.project:
+        project = project_in(arguments.project, bundle, options, ends, texts, arguments.seed)
     frames = make_video(generator, texts, path, arguments.seed, options, ends, timeline, project)
     if arguments.trace:
         timeline.write(Path(arguments.trace))
@@ -219,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again=AGAIN)

@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from arlon_ray.artifact import one_line
 from arlon_ray.config import Config
-from arlon_ray.generation import Scene, SegmentText, segments_for, spread, storyboard
+from arlon_ray.generation import Scene, SegmentText, playing_time, segments_for, spread, storyboard
 from arlon_ray.models.text import load_token_counter
 from jobs.command_line import InputError, existing
+
+#: Segments of a video, at most: more hours than anybody waits for.
+MOST_SEGMENTS = 100_000
 
 
 class _Part(BaseModel):
@@ -56,6 +59,7 @@ def segment_texts(
 ) -> list[SegmentText]:
     """The text of every segment of these scenes, behind so many that are there. InputError names the flag."""
     _check_lengths(scenes, config, "--storyboard" if arguments.storyboard else "--prompt")
+    _check_segments(arguments, scenes, config, behind)
     if scenes[0].seconds is not None:
         if arguments.segments is not None:
             raise InputError("--segments: how long the prompts last says already how long the video is")
@@ -129,6 +133,23 @@ def _read(path: Path) -> list[Scene]:
     if len({part.seconds is None for part in parts}) > 1:
         raise InputError(f"--storyboard {path}: all parts say how many seconds they last, or none does")
     return [Scene(part.prompt, part.seconds, part.cut) for part in parts]
+
+
+def _check_segments(arguments: argparse.Namespace, scenes: list[Scene], config: Config, behind: int) -> None:
+    """Raises InputError for a number of segments below 1, or above what is made at a time."""
+    if arguments.segments is not None:
+        flag, count = f"--segments {arguments.segments}", arguments.segments
+        if count < 1:
+            raise InputError(f"{flag}: expected 1 or more")
+    elif arguments.seconds or scenes[0].seconds is not None:
+        seconds = arguments.seconds[0] if scenes[0].seconds is None else sum(scene.seconds or 0.0 for scene in scenes)
+        flag = "--storyboard" if arguments.storyboard else f"--seconds {seconds:g}"
+        count = segments_for(min(seconds, 1e12), config, behind)
+    else:
+        flag, count = "--storyboard" if arguments.storyboard else "--prompt", len(scenes)
+    if count > MOST_SEGMENTS:
+        limit = playing_time(MOST_SEGMENTS, config)
+        raise InputError(f"{flag}: expected at most {MOST_SEGMENTS} segments ({limit} s)")
 
 
 def _check_lengths(scenes: list[Scene], config: Config, flag: str) -> None:

@@ -1,8 +1,11 @@
-"""Changing a video that is finished: one segment made anew between its neighbours, more segments behind the last."""
+"""Changing a video that is finished: one segment made anew between its neighbours.
+
+More segments behind the last are `VideoGenerator.generate` with the project and more texts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +16,6 @@ from arlon_ray.generation.planning import ArPlanner
 from arlon_ray.generation.project import Project, ProjectSegment
 from arlon_ray.generation.rendering import HandOver, behind_overlap
 from arlon_ray.generation.storyboard import (
-    Cut,
     SegmentText,
     begins_shot,
     first_of_prompt,
@@ -51,28 +53,6 @@ class VideoEditor:
                 first = round(self.segment.overlap_latents * per_latent)
                 tokens_after = following.tokens[first : first + round(keep * per_latent)]
         self._make([*texts[:index], text], seed, after, tokens_after)
-
-    def extend(self, texts: Sequence[SegmentText], seed: int) -> Iterator[int]:
-        """Add a segment for each text; yields the number of each when it is there."""
-        known = self.project.texts()
-        for text in texts:
-            known.append(text)
-            self._make(known, seed)
-            yield len(known) - 1
-
-    def frames(self) -> Iterator[np.ndarray]:
-        """The video, segment by segment: uint8 [T, H, W, 3]."""
-        start, last = self.project.start, None
-        for index, segment in enumerate(self.project):
-            latents = segment.latents
-            if index == 0 and start is not None and start.shown:
-                latents = behind_overlap(start.latents, latents)
-            if isinstance(segment.text, Cut):
-                last = None
-            with computing_with(self._threads.decoder):
-                frames = self.generator.decoder.decode(latents, last, self.project.options.seam_frames)
-            last = frames[-1].copy()
-            yield frames
 
     def _make(
         self,

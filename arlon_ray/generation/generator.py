@@ -51,8 +51,11 @@ class VideoGenerator:
         The AR plans the next segment while the DiT renders one and the one before is decoded, each in a thread of its
         own, at most one segment ahead. `given` is what the first segment starts from (`given_picture`, `given_clip`),
         `until` what the last one leads up to (the beginning of a clip, by `given_clip`); it is not part of the frames.
-        A text-only bundle renders the baseline whatever the options say. `timeline` notes who worked when; `project`
-        keeps what each segment was made of, for editing.
+        A text-only bundle renders the baseline whatever the options say. `timeline` notes who worked when.
+
+        `project` keeps what each segment was made of. Segments that it has already are decoded, not made again, and
+        what follows is, to the last bit, what it would have been in one go: so a video that was interrupted goes on,
+        and one that is finished becomes longer. What leads up to `until` is made in any case.
         """
         options = options or default_options(self.bundle.config.sampling)
         timeline = timeline or Timeline()
@@ -85,22 +88,27 @@ class VideoGenerator:
         """The latents [C, n, h, w] to show of each segment."""
         hand_over = HandOver.of(self.bundle.config, prompts)
         handed = given.latents if given else None
+        kept = min(len(project), len(prompts) - (until is not None)) if project is not None else 0
         plans: Iterator[SegmentTokens] = iter(())
-        if self.planner is not None and not options.baseline:
-            planned = _timed(self.planner.plan(prompts, seed, options, given=handed), timeline)
+        if self.planner is not None and not options.baseline and kept < len(prompts):
+            known = project.tokens(kept) if project is not None else []
+            planned = _timed(self.planner.plan(prompts, seed, options, given=handed, planned=known), timeline, kept)
             plans = in_background(planned, 1, threads.ar)
         try:
             for index, prompt in enumerate(prompts):
-                plan = next(plans, None)
-                tokens = plan.tokens if plan else None
                 taken = hand_over.taken(handed, index)
-                after = until.latents if until and index == len(prompts) - 1 else None
-                guide = tokens if tokens is None or after is None else self._led_up(tokens, after)
-                its = segment_options(options, prompts, index)
-                render = partial(self.renderer.render, prompt, guide, taken, seed, index, its, after=after)
-                latents = timeline.timed("dit", index, render).latents
-                if project is not None:
-                    project.write(index, ProjectSegment(prompt, seed, latents, tokens))
+                if project is not None and index < kept:
+                    latents = project.read(index).latents
+                else:
+                    plan = next(plans, None)
+                    tokens = plan.tokens if plan else None
+                    after = until.latents if until and index == len(prompts) - 1 else None
+                    guide = tokens if tokens is None or after is None else self._led_up(tokens, after)
+                    its = segment_options(options, prompts, index)
+                    render = partial(self.renderer.render, prompt, guide, taken, seed, index, its, after=after)
+                    latents = timeline.timed("dit", index, render).latents
+                    if project is not None:
+                        project.write(index, ProjectSegment(prompt, seed, latents, tokens))
                 handed = hand_over.after(taken, latents, index)
                 yield behind_overlap(taken, latents) if index == 0 and given and given.shown else latents
         finally:
@@ -113,8 +121,8 @@ class VideoGenerator:
         return np.concatenate([tokens, self.planner.tokens_of(after).int().cpu().numpy()])
 
 
-def _timed(plans: Iterator[SegmentTokens], timeline: Timeline) -> Iterator[SegmentTokens]:
-    for index in count():
+def _timed(plans: Iterator[SegmentTokens], timeline: Timeline, first: int) -> Iterator[SegmentTokens]:
+    for index in count(first):
         plan = timeline.timed("ar", index, lambda: next(plans, None))
         if plan is None:
             timeline.spans.pop()

@@ -25,6 +25,13 @@ class Given:
     shown: bool
 
 
+def same_start(one: Given | None, other: Given | None) -> bool:
+    """Whether two videos start from the same."""
+    if one is None or other is None:
+        return one is other
+    return one.shown == other.shown and np.array_equal(one.latents, other.latents)
+
+
 def given_picture(bundle: Bundle, frame: np.ndarray) -> Given:
     """A picture uint8 [H, W, 3] of the bundle's size as the first frame. Raises ValueError for another size."""
     return Given(_encode(bundle, frame[None]), shown=True)

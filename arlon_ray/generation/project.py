@@ -8,7 +8,7 @@ segment-00003.safetensors      `tokens` [t', h', w'] (not of a baseline), `laten
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class Project:
     @classmethod
     def create(cls, folder: Path, bundle: str, options: GenerationOptions, start: Given | None = None) -> Project:
         """A new one without segments. `bundle` is the bundle's fingerprint. Raises ProjectError if one is there."""
-        if (folder / PROJECT_FILE).exists():
+        if cls.is_in(folder):
             raise ProjectError(f"{folder}: there is a project already; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         if start is not None:
@@ -61,6 +61,11 @@ class Project:
             folder / PROJECT_FILE, {"bundle": bundle, "options": options.model_dump(mode="json"), "shown": shown}
         )
         return cls(folder, bundle, options, start)
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether there is one."""
+        return (folder / PROJECT_FILE).exists()
 
     @classmethod
     def open(cls, folder: Path, bundle: str) -> Project:
@@ -101,6 +106,19 @@ class Project:
             raise
         except (KeyError, ValueError) as error:
             raise ProjectError(f"{self.folder}: damaged: {one_line(error)}") from None
+
+    def tokens(self, count: int) -> list[np.ndarray]:
+        """Of the first so many segments. Raises ProjectError if one is missing or damaged, or has none."""
+        found = [self.read(index).tokens for index in range(count)]
+        if any(tokens is None for tokens in found):
+            raise ProjectError(f"{self.folder}: a segment without tokens: made by a baseline")
+        return [tokens for tokens in found if tokens is not None]
+
+    def begins(self, texts: Sequence[SegmentText], seed: int) -> bool:
+        """Whether its segments are the first ones of these texts, made with this seed. Raises ProjectError."""
+        noted = [_noted(self._path(index)) for index in range(len(self))]
+        asked = [(_TEXT.dump_json(text).decode(), str(seed)) for text in texts]
+        return [(its.get("text"), its.get("seed")) for its in noted] == asked[: len(noted)]
 
     def write(self, index: int, segment: ProjectSegment) -> None:
         """In place of what segment `index` was."""

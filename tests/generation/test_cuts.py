@@ -107,8 +107,8 @@ def test_each_segment_made_again_is_what_it_was(generator: VideoGenerator, tmp_p
         editor.reroll(count - 1, seed=3)
         again = project.read(count - 1)
         assert again.text == OLD[count - 1] and np.array_equal(again.latents, was[count - 1].latents)
-        assert list(editor.extend(OLD[count:], seed=3)) == [*range(count, len(OLD))]
-        assert all(np.array_equal(a, b) for a, b in zip(frames, editor.frames(), strict=True))
+        longer = generator.generate(OLD, 3, project.options, project=project)
+        assert all(np.array_equal(a, b) for a, b in zip(frames, longer, strict=True)) and len(project) == len(OLD)
 
 
 def test_a_segment_made_again_before_a_cut_does_not_lead_up_to_the_next_shot(

@@ -19,7 +19,7 @@ from arlon_ray.generation import (
     default_options,
     given_picture,
 )
-from arlon_ray.generation.video import read_video
+from arlon_ray.generation.video import read_video, write_video
 from jobs import command_line, edit, generate
 from tests.bundles import make_random_bundle
 
@@ -46,10 +46,15 @@ def made(
     return project, list(generator.generate(texts, seed, options, project=project))
 
 
+def shown(generator: VideoGenerator, project: Project) -> list[np.ndarray]:
+    """The frames of a project's segments."""
+    return list(generator.generate(project.texts(), 0, project.options, project.start, project=project))
+
+
 def test_a_segment_is_made_again_between_its_neighbours(generator: VideoGenerator, tmp_path: Path) -> None:
     project, before = made(generator, tmp_path / "p", ["a", "b", "c", "d"])
     editor = VideoEditor(generator, project)
-    assert all(np.array_equal(a, b) for a, b in zip(before, editor.frames(), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(before, shown(generator, project), strict=True))
     old = list(project)
     editor.reroll(1, seed=9, text="a blue square")
     for index, (was, now) in enumerate(zip(old, project, strict=True)):
@@ -84,9 +89,12 @@ def test_extending_is_making_a_longer_video(generator: VideoGenerator, tmp_path:
     texts: list[SegmentText] = ["a", "b", "c", "d", "e"]
     short, _ = made(generator, tmp_path / "short", texts[:2])
     _, whole = made(generator, tmp_path / "long", texts)
-    editor = VideoEditor(generator, Project.open(tmp_path / "short", generator.bundle.fingerprint))
-    assert list(editor.extend(texts[2:], seed=3)) == [2, 3, 4] and len(short) == 5
-    assert all(np.array_equal(a, b) for a, b in zip(whole, editor.frames(), strict=True))
+    was = list(short)
+    opened = Project.open(tmp_path / "short", generator.bundle.fingerprint)
+    longer = list(generator.generate(texts, 3, opened.options, project=opened))
+    assert all(np.array_equal(a, b) for a, b in zip(whole, longer, strict=True)) and len(opened) == 5
+    assert all(np.array_equal(a, b) for a, b in zip(whole, shown(generator, opened), strict=True))
+    assert all(np.array_equal(a.latents, b.latents) for a, b in zip(was, opened, strict=False))
 
 
 def test_text_that_goes_on_is_guided_as_it_was(tmp_path: Path) -> None:
@@ -98,9 +106,8 @@ def test_text_that_goes_on_is_guided_as_it_was(tmp_path: Path) -> None:
         again = Project.open(tmp_path / str(index), generator.bundle.fingerprint)
         assert np.array_equal(again.read(index).latents, project.read(index).latents)
     short, _ = made(generator, tmp_path / "short", ["a"])
-    editor = VideoEditor(generator, short)
-    assert list(editor.extend(["a", "b"], seed=3)) == [1, 2]
-    assert all(np.array_equal(a, b) for a, b in zip(whole, editor.frames(), strict=True))
+    longer = list(generator.generate(["a", "a", "b"], 3, short.options, project=short))
+    assert all(np.array_equal(a, b) for a, b in zip(whole, longer, strict=True))
 
 
 def test_a_start_is_part_of_the_project(generator: VideoGenerator, tmp_path: Path) -> None:
@@ -110,8 +117,8 @@ def test_a_start_is_part_of_the_project(generator: VideoGenerator, tmp_path: Pat
     project = Project.open(tmp_path / "p", generator.bundle.fingerprint)
     made_frames = list(generator.generate(["a", "b"], 1, options, start, project=project))
     editor = VideoEditor(generator, project)
-    assert all(np.array_equal(a, b) for a, b in zip(made_frames, editor.frames(), strict=True))
-    assert len(next(editor.frames())) == 17 * generator.bundle.config.segment.groups
+    assert all(np.array_equal(a, b) for a, b in zip(made_frames, shown(generator, project), strict=True))
+    assert len(made_frames[0]) == 17 * generator.bundle.config.segment.groups
     was = project.read(0).latents
     editor.reroll(0, seed=5)
     assert project.read(0).latents.shape == was.shape and not np.array_equal(project.read(0).latents, was)
@@ -136,7 +143,7 @@ def run_job(monkeypatch: pytest.MonkeyPatch, job: object, *words: str) -> int:
     """The exit code of `jobs/generate.py` or `jobs/edit.py` with these arguments."""
     monkeypatch.setattr(sys, "argv", ["job.py", *words])
     try:
-        command_line.run(job.main)  # type: ignore[attr-defined]
+        command_line.run(job.main, job.AGAIN)  # type: ignore[attr-defined]
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
@@ -165,8 +172,9 @@ def test_editing_from_the_command_line(
         capsys.readouterr()
         assert run_job(monkeypatch, edit, *common, *flags) == 2
         assert expected in capsys.readouterr().err
-    assert run_job(monkeypatch, generate, *common, "--prompt", "a") == 2
-    assert "there is a project already" in capsys.readouterr().err
+    for flags in (("--prompt", "a"), ("--prompt", "a", "--prompt", "b", "--seed", "1")):
+        assert run_job(monkeypatch, generate, *common, *flags) == 2
+        assert "there is a project already, of another video" in capsys.readouterr().err
     (tmp_path / "p" / "segment-00001.safetensors").unlink()
     for flags in (("--prompt", "a"), ("--segment", "0")):
         assert run_job(monkeypatch, edit, *common, *flags) == 2
@@ -174,3 +182,33 @@ def test_editing_from_the_command_line(
         assert (
             printed.startswith("error: --project") and printed.count("segment-00001") <= 2 and "\n" not in printed[:-1]
         )
+
+
+@pytest.mark.parametrize("until", [False, True])
+def test_a_video_that_was_interrupted_goes_on(
+    until: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--bundle", str(make_random_bundle(tmp_path / "b")), "--prompt", "a", "--prompt", "b", "--segments", "4"]
+    if until:
+        write_video(tmp_path / "clip.mp4", np.full((34, 64, 64, 3), 90, np.uint8), 16)
+        flags += ["--until", str(tmp_path / "clip.mp4")]
+    assert run_job(monkeypatch, generate, *flags, "--output", str(tmp_path / "whole.mp4")) == 0
+    flags += ["--project", str(tmp_path / "p"), "--output", str(tmp_path / "v.mp4")]
+    write, written = Project.write, []
+
+    def interrupted(project: Project, index: int, segment: ProjectSegment) -> None:
+        if index == 2 and len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(index)
+        write(project, index, segment)
+
+    monkeypatch.setattr(Project, "write", interrupted)
+    capsys.readouterr()
+    assert run_job(monkeypatch, generate, *flags) == 130
+    printed = capsys.readouterr().err
+    assert f"2 of 4 segments are kept in {tmp_path / 'p'}" in printed and "the same command goes on" in printed
+    written.append(-1)
+    assert run_job(monkeypatch, generate, *flags) == 0
+    assert "2 of 4 segments are there already" in capsys.readouterr().err
+    assert written == [0, 1, -1, 2, 3]
+    assert (tmp_path / "v.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()

@@ -53,6 +53,27 @@ def test_the_counter_counts_as_the_encoder_does(monkeypatch: pytest.MonkeyPatch)
         load_token_counter(config.model_copy(update={"path": "/no/such/folder"}))
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--segments", "0"], "--segments 0: expected 1 or more"),
+        (["--segments", "100001"], "--segments 100001: expected at most 100000 segments (106251.0625 s)"),
+        (["--seconds", "1e300"], "--seconds 1e+300: expected at most 100000 segments"),
+        (["--seconds", "1e308", "--prompt", "b", "--seconds", "1e308"], "--seconds inf: expected at most 100000"),
+    ],
+)
+def test_a_video_of_no_end_is_refused_at_once(
+    flags: list[str],
+    expected: str,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--bundle", str(bundle), "--prompt", "a", *flags, "--output", str(tmp_path / "video.mp4")]
+    assert expected in refused(monkeypatch, capsys, *arguments)
+
+
 def test_a_prompt_that_would_be_cut_off_is_refused(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
