@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from arlon_ray.generation.video import GrowingVideo
-from serve.blobs import Blobs
+from serve.blobs import Blobs, Opened
 from serve.work import Frame, Latents, Tokens
 
 FOLDER = "videos"  # of all jobs' folders
@@ -172,6 +172,10 @@ class JobFiles:
         """One of the files. Raises FileNotFoundError."""
         return self._blobs.read(self._name(name))
 
+    def open(self, name: str) -> Opened:
+        """One of the files, to be read in parts. Raises FileNotFoundError."""
+        return self._blobs.open(self._name(name))
+
     def write(self, name: str, data: bytes) -> None:
         """One of the files."""
         self._blobs.write(self._name(name), data)
@@ -179,10 +183,6 @@ class JobFiles:
     def remove(self, name: str) -> None:
         """One of the files, if it is there."""
         self._blobs.delete(self._name(name))
-
-    def path(self, name: str) -> Path | None:
-        """Where one of the files lies, if that is on this machine."""
-        return self._blobs.path(self._name(name))
 
     def delete(self) -> None:
         """Remove everything."""

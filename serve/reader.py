@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from pathlib import Path
 from typing import BinaryIO
 
 from serve import pictures
 from serve.active import Active, pieces, told
+from serve.blobs import Opened
 from serve.callers import LOCAL, Caller
 from serve.job_files import JobFiles
 from serve.job_store import Event, JobStore, Stored
@@ -56,8 +55,8 @@ class VideoReader(ABC):
 
     async def content(
         self, video_id: str, caller: Caller = LOCAL, kind: str = "video", variant: pictures.Variant = "video"
-    ) -> Path | bytes:
-        """The mp4 or a PNG: where it lies, or, from a bucket, its bytes.
+    ) -> Opened:
+        """The mp4 or a PNG, open: whoever removes it from now on, it can be read (in a bucket it cannot).
 
         Raises RequestError: unknown (404), not finished or failed (409).
         """
@@ -67,13 +66,10 @@ class VideoReader(ABC):
             if variant != "video":
                 await asyncio.to_thread(pictures.draw, files, variant)
                 await self._check_drawn(before, caller, kind, files, name)
-            if (path := files.path(name)) is None:
-                return await asyncio.to_thread(files.read, name)
-            if path.is_file():
-                return path
+            return await asyncio.to_thread(files.open, name)
         except FileNotFoundError:
-            pass
-        raise unknown(video_id, kind)  # it has been removed meanwhile
+            await self._finished(video_id, caller, kind)  # says what it is now
+            raise unknown(video_id, kind) from None
 
     async def _check_drawn(self, before: Stored, caller: Caller, kind: str, files: JobFiles, name: str) -> None:
         """Raises RequestError if the video was deleted or made anew while its picture was drawn: then that goes too."""
@@ -127,8 +123,7 @@ class VideoReader(ABC):
         return stored
 
     async def _file(self, video_id: str, kind: str) -> BinaryIO:
-        found = await self.content(video_id, kind=kind)
-        return io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
+        return (await self.content(video_id, kind=kind)).file
 
     async def _growing(self, active: Active) -> AsyncIterator[bytes]:
         """The file of a video that is being made, as soon as there is one, or the finished one."""
