@@ -173,6 +173,9 @@ class SegmentState(BaseModel):
     cut: bool = Field(False, description="begins a new shot")
 
 
+STORAGE_FULL = "storage_full"  # the code of an error that leaves the segments which were finished before
+
+
 class VideoError(BaseModel):
     """Why a video failed."""
 
