@@ -58,6 +58,13 @@ class Seen:
         self.statuses: Counter[str] = Counter()
         self.wrong: list[str] = []
 
+    def later(self, furthest: str, status: str) -> str:
+        """How far a video has come that had come to `furthest` and now says `status`: it must not go back."""
+        if status != furthest and _ORDER[status] <= _ORDER[furthest]:
+            self.wrong.append(f"{status} behind {furthest}")
+            return furthest
+        return status
+
 
 async def client(http: httpx.AsyncClient, number: int, segments: int, end: float, seen: Seen) -> None:
     """One client, until `end` (monotonic seconds)."""
@@ -78,16 +85,26 @@ async def client(http: httpx.AsyncClient, number: int, segments: int, end: float
 
 async def follow(http: httpx.AsyncClient, video: dict[str, Any], asked: float, seen: Seen) -> None:
     """Watch a video to its end, and look at the file."""
-    path, first, last = f"/v1/videos/{video['id']}", None, _ORDER[video["status"]]
+    path, first, furthest = f"/v1/videos/{video['id']}", None, video["status"]
+
+    async def look() -> dict[str, Any]:
+        nonlocal furthest
+        now: dict[str, Any] = (await http.get(path)).json()
+        furthest = seen.later(furthest, now["status"])
+        return now
+
     async with http.stream("GET", f"{path}/events") as events:
         async for line in events.aiter_lines():
-            if line == "event: segment.completed" and first is None:
-                first = time.monotonic()
-                seen.first_segment_s.append(first - asked)
-                status = (await http.get(path)).json()["status"]
-                if _ORDER[status] < max(last, 1):
-                    seen.wrong.append(f"{status} behind its first segment")
-    ended = (await http.get(path)).json()
+            event = line.removeprefix("event: ")
+            if event in _ORDER:
+                furthest = seen.later(furthest, event)
+            elif event == "segment.completed":
+                if first is None:
+                    first = time.monotonic()
+                    seen.first_segment_s.append(first - asked)
+                furthest = max(furthest, "in_progress", key=_ORDER.__getitem__)
+                await look()
+    ended = await look()
     seen.latency_s.append(time.monotonic() - asked)
     seen.statuses[ended["status"]] += 1
     if ended["status"] != "completed":

@@ -227,7 +227,7 @@ class Active:
 
 async def pieces(file: BinaryIO, active: Active | None) -> AsyncIterator[bytes]:
     """A file to its end: as it is, or, while it is being made, as it grows."""
-    with file:  # what is open can be read to its end, whoever renames or removes it
+    try:  # what is open can be read to its end, whoever renames or removes it
         while True:
             grown, ended = (active.grown.next, active.ended) if active else (None, True)
             while piece := await asyncio.to_thread(file.read, _PIECE):
@@ -235,6 +235,8 @@ async def pieces(file: BinaryIO, active: Active | None) -> AsyncIterator[bytes]:
             if ended or grown is None:
                 return
             await grown.wait()
+    finally:
+        await asyncio.to_thread(file.close)  # a client that is gone may have left a read behind
 
 
 async def told(active: Active, after: int) -> AsyncIterator[Event | None]:

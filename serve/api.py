@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
@@ -44,6 +44,7 @@ from serve.schema import (
     VideoRequest,
     error_body,
 )
+from serve.sending import file_answer
 from serve.service import VideoService
 from serve.tracing import trace_of
 
@@ -173,15 +174,11 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
         response.headers.update(_POLL)
         return await service.get(video_id, who, kind)
 
-    @router.get("/{video_id}/content", response_class=FileResponse)
-    async def content(video_id: str, who: From, variant: Variant = "video") -> Response:
+    @router.get("/{video_id}/content", response_class=StreamingResponse)
+    async def content(request: Request, video_id: str, who: From, variant: Variant = "video") -> StreamingResponse:
         found = await service.content(video_id, who, kind, variant)
         media = "video/mp4" if variant == "video" else "image/png"
-        name = f"{video_id}{Path(FILES[variant]).suffix}"
-        if isinstance(found, bytes):
-            headers = {"content-disposition": f'attachment; filename="{name}"'}
-            return Response(found, media_type=media, headers=headers)
-        return FileResponse(found, media_type=media, filename=name)
+        return file_answer(found, request.headers, media, f"{video_id}{Path(FILES[variant]).suffix}")
 
     @router.get("/{video_id}/stream", response_class=StreamingResponse)
     async def stream(video_id: str, who: From, stop_on_disconnect: bool = False) -> StreamingResponse:
@@ -266,7 +263,9 @@ async def _or_stop(watched: AsyncIterator[T], stop: Callable[[], Coroutine[Any, 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    headers = dict(error.headers)
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
     body = error_body(error.message, param=error.param, code=error.code)
     return JSONResponse(body, status_code=error.status, headers=headers)
 

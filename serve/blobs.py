@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import copy
+import io
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pyarrow import fs
 
 from arlon_ray.generation.video import whole_file
+
+_AHEAD = 2**20  # bytes that are asked of a bucket at once
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that is open for reading, its length in bytes, and when it was written (Unix seconds)."""
+
+    file: BinaryIO
+    size: int
+    modified: float
 
 
 class Blobs:
@@ -45,6 +60,17 @@ class Blobs:
         """Raises FileNotFoundError."""
         with self._files.open_input_stream(f"{self._root}/{name}") as file:
             return file.read()
+
+    def open(self, name: str) -> Opened:
+        """Read it in parts. In a folder it can be read to its end even if it is removed. Raises FileNotFoundError."""
+        if path := self.path(name):
+            file = path.open("rb")
+            status = os.fstat(file.fileno())
+            return Opened(file, status.st_size, status.st_mtime)
+        address = f"{self._root}/{name}"
+        raw = self._files.open_input_file(address)
+        written = self._files.get_file_info(address).mtime_ns or 0
+        return Opened(io.BufferedReader(raw, _AHEAD), raw.size(), written / 1e9)
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""

@@ -23,8 +23,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from arlon_ray.generation.video import GrowingVideo
-from serve.blobs import Blobs
+from arlon_ray.generation.video import FragmentStream, GrowingVideo
+from serve.blobs import Blobs, Opened
 from serve.work import Frame, Latents, Tokens
 
 FOLDER = "videos"  # of all jobs' folders
@@ -135,11 +135,31 @@ class JobFiles:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def forget_all(self) -> None:
-        """Everything but the picture that the video starts from: it is made from nothing."""
+    def kept(self, count: int) -> Iterator[bytes]:
+        """The first `count` segments, as far as they are there: parts of one fragmented mp4.
+
+        Raises FileNotFoundError before the first if all is removed meanwhile.
+        """
+        stream, done = FragmentStream(), 0
+        if self.exists(BASE):
+            done = _end(self.read(BASE)).done
+            yield stream.part(self.read(BASE_FILE)).data
+        for index, record in self.segments(done):
+            if index != done or index >= count or not record.finished:
+                return
+            yield stream.part(record.fragment).data
+            done += 1
+
+    def forget_all(self, keep_segments: bool = False) -> None:
+        """Everything but the picture that the video starts from, or but that and what `kept` reads."""
+        stay = {self._name(PICTURE)}
+        if keep_segments:
+            stay |= {*self._segment_names(), self._name(BASE), self._name(BASE_FILE)}
         for name in self._blobs.names(self._folder):
-            if name != self._name(PICTURE):
+            if name not in stay:
                 self._blobs.delete(name)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def go_on_from(self, other: JobFiles) -> None:
         """Start from the end of a finished video."""
@@ -172,6 +192,10 @@ class JobFiles:
         """One of the files. Raises FileNotFoundError."""
         return self._blobs.read(self._name(name))
 
+    def open(self, name: str) -> Opened:
+        """One of the files, to be read in parts. Raises FileNotFoundError."""
+        return self._blobs.open(self._name(name))
+
     def write(self, name: str, data: bytes) -> None:
         """One of the files."""
         self._blobs.write(self._name(name), data)
@@ -179,10 +203,6 @@ class JobFiles:
     def remove(self, name: str) -> None:
         """One of the files, if it is there."""
         self._blobs.delete(self._name(name))
-
-    def path(self, name: str) -> Path | None:
-        """Where one of the files lies, if that is on this machine."""
-        return self._blobs.path(self._name(name))
 
     def delete(self) -> None:
         """Remove everything."""

@@ -29,8 +29,8 @@ from serve.metrics import Metrics
 from serve.orchestrator import Orchestrator, StageError
 from serve.places import Places
 from serve.quotas import OTHER, Quotas, label
-from serve.reader import VideoReader, unknown
-from serve.schema import RequestError, VideoError
+from serve.reader import VideoReader, kept_segments, unknown
+from serve.schema import RequestError, Video, VideoError
 from serve.work import Job, Stages
 
 T = TypeVar("T")
@@ -225,7 +225,7 @@ class VideoMaker(VideoReader):
             await self._fail(active, _LATE)
         except StageError as error:
             logger.exception("%s failed", video.id)
-            await self._fail(active, VideoError(code=error.code, message=str(error)))
+            await self._fail(active, _described(video, error))
         except Exception:
             logger.exception("%s failed", video.id)
             message = "the video could not be made; see the server's log"
@@ -260,8 +260,11 @@ class VideoMaker(VideoReader):
 
     async def _fail(self, active: Active, error: VideoError) -> None:
         await active.finish(error, self._expires_at())
+        keep = kept_segments(active.video, error) > 0
         # the picture that it starts from stays: the video may be remixed
-        await asyncio.to_thread(without_error, self._files(active.job).forget_all)
+        await asyncio.to_thread(without_error, partial(self._files(active.job).forget_all, keep))
+        if keep:
+            await asyncio.to_thread(self._measure, active.job)
         self.metrics.failure(error.code)
         self._note_end(active, "failed")
 
@@ -303,6 +306,15 @@ class VideoMaker(VideoReader):
         self._at_work.discard(task)
         if not task.cancelled():
             task.exception()  # who asked may be gone, and nobody else wants to know
+
+
+def _described(video: Video, error: StageError) -> VideoError:
+    """Why it failed, and what is kept of it."""
+    found = VideoError(code=error.code, message=str(error))
+    if count := kept_segments(video, found):
+        where = f"/v1/{video.object}s/{video.id}/stream"
+        found.message += f"; {count} of {len(video.segments)} segments are kept: GET {where}"
+    return found
 
 
 def _goes_on(active: Active) -> bool:

@@ -20,7 +20,7 @@ from arlon_ray.config import Config
 from arlon_ray.generation import HandOver, begins_shot, behind_overlap
 from serve.job_files import JobFiles, Restored, SegmentRecord
 from serve.metrics import Stage
-from serve.schema import SegmentStatus
+from serve.schema import STORAGE_FULL, SegmentStatus
 from serve.work import Frame, Job, Latents, PlanWindow, Stages, Timed, Tokens, WorkerLost
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class StageError(RuntimeError):
         super().__init__(f"segment {index}: {stage} failed ({type(cause).__name__})")
         self.stage, self.index = stage, index
         full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
-        self.code = "storage_full" if full else "generation_failed"
+        self.code = STORAGE_FULL if full else "generation_failed"
 
 
 class Watcher(Protocol):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import BinaryIO
+from itertools import chain, takewhile
 
 from serve import pictures
 from serve.active import Active, pieces, told
+from serve.blobs import Opened
 from serve.callers import LOCAL, Caller
 from serve.job_files import JobFiles
 from serve.job_store import Event, JobStore, Stored
 from serve.places import Places
-from serve.schema import DraftTokens, RequestError, SegmentPlan, Video
+from serve.schema import STORAGE_FULL, DraftTokens, RequestError, SegmentPlan, Video, VideoError
 from serve.work import Job
 
 
@@ -56,8 +55,8 @@ class VideoReader(ABC):
 
     async def content(
         self, video_id: str, caller: Caller = LOCAL, kind: str = "video", variant: pictures.Variant = "video"
-    ) -> Path | bytes:
-        """The mp4 or a PNG: where it lies, or, from a bucket, its bytes.
+    ) -> Opened:
+        """The mp4 or a PNG, open: whoever removes it from now on, it can be read (in a bucket it cannot).
 
         Raises RequestError: unknown (404), not finished or failed (409).
         """
@@ -67,13 +66,10 @@ class VideoReader(ABC):
             if variant != "video":
                 await asyncio.to_thread(pictures.draw, files, variant)
                 await self._check_drawn(before, caller, kind, files, name)
-            if (path := files.path(name)) is None:
-                return await asyncio.to_thread(files.read, name)
-            if path.is_file():
-                return path
+            return await asyncio.to_thread(files.open, name)
         except FileNotFoundError:
-            pass
-        raise unknown(video_id, kind)  # it has been removed meanwhile
+            await self._finished(video_id, caller, kind)  # says what it is now
+            raise unknown(video_id, kind) from None
 
     async def _check_drawn(self, before: Stored, caller: Caller, kind: str, files: JobFiles, name: str) -> None:
         """Raises RequestError if the video was deleted or made anew while its picture was drawn: then that goes too."""
@@ -89,12 +85,13 @@ class VideoReader(ABC):
     async def stream(self, video_id: str, caller: Caller = LOCAL, kind: str = "video") -> AsyncIterator[bytes]:
         """The video as it is made: a fragmented mp4, segment by segment; the file of one that is finished.
 
-        Ends where the making ends, if it fails or is stopped. Raises RequestError: unknown (404), failed (409).
+        Ends where the making ends, if it fails or is stopped; of one that failed: the segments that are kept.
+        Raises RequestError: unknown (404), failed and nothing is kept (409).
         """
-        await self.stored(video_id, caller, kind)
+        stored = await self.stored(video_id, caller, kind)
         if active := self._find(video_id):
             return self._growing(active)
-        return pieces(await self._file(video_id, kind), None)
+        return await self._at_rest(stored)
 
     async def events(
         self, video_id: str, after: int, caller: Caller = LOCAL, kind: str = "video"
@@ -123,35 +120,55 @@ class VideoReader(ABC):
         status = stored.video.status
         if status != "completed":
             message = f"the {kind} is {status}: it has no content" + ("" if status == "failed" else " yet")
+            if (error := stored.video.error) and kept_segments(stored.video, error):
+                message += f" ({error.message})"
             raise RequestError(message, param=f"{kind}_id", code=f"{kind}_{status}", status=409)
         return stored
 
-    async def _file(self, video_id: str, kind: str) -> BinaryIO:
-        found = await self.content(video_id, kind=kind)
-        return io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
+    async def _at_rest(self, stored: Stored) -> AsyncIterator[bytes]:
+        """What there is to see of a video that nobody works on. Raises RequestError."""
+        video = stored.video
+        if count := kept_segments(video, video.error):
+            parts = self._files(stored.job).kept(count)
+            with suppress(FileNotFoundError):
+                if first := await asyncio.to_thread(next, parts, b""):
+                    return _read(chain([first], parts))
+        return pieces((await self.content(video.id, kind=video.object)).file, None)
 
     async def _growing(self, active: Active) -> AsyncIterator[bytes]:
-        """The file of a video that is being made, as soon as there is one, or the finished one."""
-        file: BinaryIO | None = None
-        while file is None:
+        """The file of a video that is being made, as soon as there is one, or what there is of one that has ended."""
+        found: AsyncIterator[bytes] | None = None
+        while found is None:
             changed, ended = active.changed.next, active.ended
             with suppress(FileNotFoundError):
                 if active.partial:
-                    file = active.partial.open("rb")
-            if file is None and ended:
-                with suppress(RequestError):
-                    file = await self._file(active.video.id, active.video.object)
-                break
-            if file is None:
+                    found = pieces(active.partial.open("rb"), active)
+            if found is None and ended:
+                try:
+                    found = await self._at_rest(await self.stored(active.id, LOCAL, active.video.object))
+                except RequestError:
+                    return
+            if found is None:
                 await changed.wait()
-        if file is not None:
-            async for piece in pieces(file, active):
-                yield piece
+        async for piece in found:
+            yield piece
 
 
 async def _each(events: list[Event]) -> AsyncIterator[Event | None]:
     for event in events:
         yield event
+
+
+async def _read(parts: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while part := await asyncio.to_thread(next, parts, b""):
+        yield part
+
+
+def kept_segments(video: Video, error: VideoError | None) -> int:
+    """How many segments are kept of a video that ends with `error`: those that were finished when the disk was full."""
+    if error is None or error.code != STORAGE_FULL:
+        return 0
+    return sum(1 for _ in takewhile(lambda segment: segment.status == "completed", video.segments))
 
 
 def unknown(job_id: str, kind: str) -> RequestError:

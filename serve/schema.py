@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -16,7 +17,7 @@ MAX_SEED = 2**53 - 1
 
 
 class RequestError(Exception):
-    """A request that is refused: `param` names the field, `status` is the HTTP status."""
+    """A request that is refused: `param` names the field, `status` is the HTTP status, `headers` go with it."""
 
     def __init__(
         self,
@@ -26,10 +27,11 @@ class RequestError(Exception):
         code: str = "invalid_value",
         status: int = 422,
         retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.headers = retry_after_s, headers or {}
 
 
 def _storable(text: str) -> str:
@@ -169,6 +171,9 @@ class SegmentState(BaseModel):
     frames: int
     seed: int
     cut: bool = Field(False, description="begins a new shot")
+
+
+STORAGE_FULL = "storage_full"  # the code of an error that leaves the segments which were finished before
 
 
 class VideoError(BaseModel):

@@ -73,11 +73,13 @@ def test_segments_can_be_watched_while_the_rest_is_made(tmp_path: Path) -> None:
         assert whole == first + b"".join([piece async for piece in late])
         frames = read_video(io.BytesIO(whole))
         assert (await service.get(created.id)).status == "completed"
-        assert np.array_equal(frames, read_video(await service.content(created.id))) and len(frames) == 34 + 3 * 17
+        assert (
+            np.array_equal(frames, read_video((await service.content(created.id)).file)) and len(frames) == 34 + 3 * 17
+        )
         # a finished one is the file itself, and one that is waiting is streamed when its turn comes
         assert (
             b"".join([piece async for piece in await service.stream(created.id)])
-            == (await service.content(created.id)).read_bytes()
+            == (await service.content(created.id)).file.read()
         )
         running, waiting = [(await service.create(VideoRequest(prompt="a"))).id for _ in range(2)]
         streams = await asyncio.gather(service.stream(running), service.stream(waiting))

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from arlon_ray.generation.video import read_video
+from arlon_ray.generation.video import GrowingVideo, read_video
+from serve.blobs import Blobs
 from serve.job_files import JobFiles
 from serve.job_store import JobStore
-from serve.schema import RequestError, VideoRequest
+from serve.schema import ExtendRequest, RequestError, VideoReference, VideoRequest
 from serve.service import VideoService
 from tests.serve.play import play, post, serve_alone, until
-from tests.serve.stages import FakeStages, tokens_of
+from tests.serve.stages import FakeStages, small_config, tokens_of
 
 SEGMENTS = 5
 
@@ -268,6 +269,99 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert video["error"] == {"code": "storage_full", "message": "segment 0: writing failed (OSError)"}
 
     play(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("at", ["segment", "file", "end"])
+@pytest.mark.parametrize("kind", ["videos", "drafts"])
+def test_what_was_finished_before_the_disk_was_full_is_kept(
+    tmp_path: Path, kind: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, kept = {
+        "segment": ("job_files.JobFiles.write_segment", 2),
+        "file": ("job_files.GrowingVideo.add", 2),
+        "end": ("job_files.GrowingVideo.finish", 3),
+    }[at]
+    owner: Any = JobFiles if at == "segment" else GrowingVideo
+    plain, calls = getattr(owner, call.rsplit(".", 1)[1]), []
+
+    def filling(self: Any, *arguments: Any) -> Any:
+        calls.append(arguments)
+        finished = [each for each in calls if at != "segment" or each[1].finished]
+        if at == "end" or len(finished) > 2:
+            raise OSError(28, os.strerror(28), "/secret")
+        return plain(self, *arguments)
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        monkeypatch.setattr(f"serve.{call}", filling)
+        asked = (await client.post(f"/v1/{kind}", json=request)).json()
+        where = f"/v1/{kind}/{asked['id']}"
+        while_made = (await client.get(f"{where}/stream")).content
+        failed = await until(client, asked["id"], "completed", "failed")
+        monkeypatch.undo()
+        error = {"code": "storage_full", "message": f"segment 2: writing failed (OSError); {told}: GET {where}/stream"}
+        assert failed["error"] == error
+        refused = await client.get(f"{where}/content")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, f"{kind[:-1]}_failed")
+        assert f"{where}/stream" in refused.json()["error"]["message"]
+        seen = await client.get(f"{where}/stream")
+        assert seen.status_code == 200 and seen.content.startswith(while_made)
+        assert np.array_equal(read_video(io.BytesIO(seen.content)), expected[: 34 + 17 * (kept - 1)])
+        there = {path.name for path in (tmp_path / "videos" / asked["id"]).iterdir()}
+        assert there >= {f"segment-{index:05d}.safetensors" for index in range(kept)}
+        assert not {name for name in there if name.endswith(".mp4")}  # all of them are in these
+        usage = (await client.get("/v1/usage")).json()["stored_bytes"]["used"]
+        assert usage == sum(path.stat().st_size for path in (tmp_path / "videos" / asked["id"]).iterdir())
+        await client.delete(where)
+        assert (await client.get(f"{where}/stream")).status_code == 404
+
+    async def undisturbed_one(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        name = (await client.post(f"/v1/{kind}", json=request)).json()["id"]
+        await until(client, name, "completed")
+        expected.extend(read_video(io.BytesIO((await client.get(f"/v1/{kind}/{name}/content")).content)))
+
+    request = {"prompt": "a", "num_segments": 3, "seed": 1}
+    told = f"{kept} of 3 segments are kept"
+    expected: list[Any] = []
+    play(undisturbed_one, tmp_path / "other")
+    play(scenario, tmp_path)
+
+
+def test_an_extension_that_finds_the_disk_full_keeps_what_it_goes_on_from(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a bucket, where the file that grows is one of this machine."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    async def run() -> None:
+        config = small_config()
+        blobs, store = Blobs(bucket.replace("PLACE", "full")), JobStore.in_folder(tmp_path / "database")
+        service = VideoService(config, store, FakeStages(config), blobs)
+        await service.start()
+
+        async def ended(name: str, status: str) -> None:
+            async with asyncio.timeout(30):
+                while (video := await service.get(name)).status not in ("completed", "failed"):
+                    await asyncio.sleep(0.01)
+            assert video.status == status
+
+        short = await service.create(VideoRequest(prompt="a", num_segments=2))
+        await ended(short.id, "completed")
+        monkeypatch.setattr(JobFiles, "write_segment", full)
+        asked = ExtendRequest(prompt="a", num_segments=1, video=VideoReference(id=short.id))
+        longer = await service.extend(asked)
+        await ended(longer.id, "failed")
+        while longer.id in service._running:
+            await asyncio.sleep(0.01)
+        seen = b"".join([piece async for piece in await service.stream(longer.id)])
+        with (await service.content(short.id)).file as file:
+            assert np.array_equal(read_video(io.BytesIO(seen)), read_video(file))
+        assert not any((tmp_path / "arlon-ray").iterdir())
+        await service.close()
+
+    asyncio.run(run())
 
 
 def test_a_video_that_goes_on_is_what_a_longer_one_would_have_been(tmp_path: Path) -> None:
