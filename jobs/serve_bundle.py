@@ -10,8 +10,10 @@ import threading
 from arlon_ray.bundle import load_bundle
 from arlon_ray.mirror import is_remote
 from jobs import command_line
+from jobs.holding import BusyError
 from jobs.ray_session import connect
 from serve.app import check_devices, serve_bundle
+from serve.owner import OwnerError
 from serve.settings import config_of
 
 EXAMPLE = """\
@@ -74,13 +76,16 @@ def main() -> None:
     # a wrong text encoder would otherwise show as replicas that never start
     bundle.check_text()
     print("starting Ray Serve …", flush=True)
-    with connect(config), serve_bundle(config, bundle, data) as url:
-        ended = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
-        print(EXAMPLE.format(bundle=path, url=url, data=config.serve.data_dir or data), flush=True)
-        ended.wait()
-        print("stopping: unfinished videos go on when it is started again with the same --output …", flush=True)
+    try:
+        with connect(config), serve_bundle(config, bundle, data) as url:
+            ended = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: ended.set())
+            print(EXAMPLE.format(bundle=path, url=url, data=config.serve.data_dir or data), flush=True)
+            ended.wait()
+            print("stopping: unfinished videos go on when it is started again with the same --output …", flush=True)
+    except OwnerError as error:
+        raise BusyError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -231,6 +231,7 @@ def _about(service: VideoService, exchange: Exchange | None) -> APIRouter:
 
     @router.get("/healthz")
     async def health() -> dict[str, Any]:
+        service.refuse_if_lost()
         bundle, change = service.model.bundle[:12], exchange.state if exchange else "none"
         return {"status": "ok", "model": served().id, "bundle": bundle, "change": change, **service.counts()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from logging import WARNING, getLogger
 from pathlib import Path
@@ -21,6 +21,7 @@ from serve.exchange import LastServed
 from serve.ingress import bind_api
 from serve.job_store import JobStore
 from serve.keys import check_auth
+from serve.owner import owning
 from serve.places import Places
 from serve.settings import as_served
 
@@ -71,16 +72,16 @@ def _data(config: Config, data_dir: str | Path) -> str:
 def serve_bundle(config: Config, bundle: Bundle, data_dir: str | Path) -> Iterator[str]:
     """Serve `bundle` on the connected Ray cluster until the block ends; yields the URL.
 
-    Raises ConfigError if Serve runs there already (its HTTP address could not be set), RuntimeError if a deployment
-    cannot start.
+    Raises ConfigError if Serve runs there already (its HTTP address could not be set), OwnerError if another service
+    makes the videos of this database, RuntimeError if a deployment cannot start.
     """
     app = build_app(config, bundle, data_dir)
     if any(actor["name"] == "SERVE_CONTROLLER_ACTOR" for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise ConfigError("Ray Serve runs on this cluster already: end it with `serve shutdown`")
-    store = JobStore.opened(config.serve.database_url, Path(_data(config, data_dir)))
-    # who starts it by name wants this bundle, whatever was served there last
-    LastServed(store.engine).write(str(bundle.path.expanduser().absolute()))
-    store.close()
+    opened = JobStore.opened(config.serve.database_url, Path(_data(config, data_dir)))
+    with closing(opened) as store, owning(store.engine):
+        # who starts it by name wants this bundle, whatever was served there last
+        LastServed(store.engine).write(str(bundle.path.expanduser().absolute()))
     http = HTTPOptions(host=config.serve.host, port=config.serve.port)
     # clients poll: a line for each request would bury all others
     quiet = LoggingConfig(

@@ -148,6 +148,9 @@ class Service(Protocol):
     async def use(self, model: ServedModel) -> None:
         """Serve it from now on."""
 
+    async def own(self) -> None:
+        """Be the one that makes the jobs of its database. Raises OwnerError."""
+
     async def start(self) -> None:
         """Begin to work."""
 
@@ -193,6 +196,7 @@ class Exchange:
         self._task = asyncio.create_task(self._change_to(wanted), context=contextvars.Context())
 
     async def _begin(self) -> None:
+        await self._service.own()  # before anything is written
         last = await asyncio.to_thread(self._served.read)
         model = None
         if last is not None and last != self._first:

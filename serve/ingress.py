@@ -63,6 +63,11 @@ class VideoAPI:
         """
         await self._exchange.want(user_config)
 
+    def check_health(self) -> None:
+        """Called by Serve, which puts another replica in the place of one that has lost its jobs."""
+        if self._service.lost:
+            raise RuntimeError(self._service.lost)
+
     async def may_plan(self, plan: str, index: int) -> bool:
         """Called by the AR's replicas; see `HandleStages.may_plan`."""
         return await self._stages.may_plan(plan, index)
@@ -88,5 +93,6 @@ def bind_api(
         ray_actor_options={"num_cpus": 0.1},
         user_config={"bundle": bundle},
         graceful_shutdown_timeout_s=5,
+        health_check_period_s=2,  # a replica that has lost its jobs is replaced after three
     )(VideoAPI)
     return deployment.bind(config, data, bundle, configured, *stages)

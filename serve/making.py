@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ from serve.job_store import JobStore, Stored
 from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
 from serve.orchestrator import Orchestrator, StageError
+from serve.owner import OwnerError, owner_of
 from serve.places import Places
 from serve.quotas import OTHER, Quotas, label
 from serve.reader import VideoReader, kept_segments, unknown
@@ -39,12 +41,17 @@ logger = logging.getLogger("ray.serve")
 
 _FIRST_GUESS_S = 10.0  # length of a job, before one has finished
 _CLEANING_S = 60.0  # between looks for what nobody needs any more
+_LOOK_S = 1.0  # between looks whether the jobs are still this process's
+_ANSWER_S = 10.0  # after which a database that does not say so has taken them away
 _LATE = VideoError(code="deadline_exceeded", message="the video was not finished before its deadline")
 OTHER_MODEL = VideoError(code="model_changed", message="it was made with another model than the one that is served now")
 
 
 class VideoMaker(VideoReader):
-    """Makes at most `config.serve.max_running` videos at once; `max_queued` more may wait."""
+    """Makes at most `config.serve.max_running` videos at once; `max_queued` more may wait.
+
+    No other process makes those of the same database meanwhile: see `Owner`.
+    """
 
     def __init__(
         self,
@@ -72,9 +79,23 @@ class VideoMaker(VideoReader):
         self._mean_seconds = _FIRST_GUESS_S
         self._cleaning: asyncio.Task[None] | None = None
         self._rerolling = asyncio.Lock()
+        self._owner = owner_of(store.engine)
+        # a thread of its own: work that keeps all others busy does not look like a database that is gone
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="owner")
+        self._watching: asyncio.Task[None] | None = None
+        #: Why the jobs may be another process's now: then this one makes and accepts none.
+        self.lost = ""
+
+    async def own(self) -> None:
+        """Be the one that makes the jobs of this database. Raises OwnerError if another process is."""
+        await asyncio.get_running_loop().run_in_executor(self._asking, self._owner.take)
 
     async def start(self) -> None:
-        """Go on with all that an earlier process has accepted, each behind its last finished segment."""
+        """Go on with all that an earlier process has accepted, each behind its last finished segment.
+
+        Raises OwnerError as `own` does.
+        """
+        await self.own()
         for stored in await asyncio.to_thread(self._store.unfinished):
             active = self._active(stored)
             active.restored(await asyncio.to_thread(self._store.events, stored.video.id))
@@ -88,6 +109,8 @@ class VideoMaker(VideoReader):
                 await self._begin_again(active)
             self._enqueue(active)
         self._cleaning = asyncio.create_task(self._clean(), context=contextvars.Context())
+        if self._owner.may_be_lost:
+            self._watching = asyncio.create_task(self._watch(), context=contextvars.Context())
 
     async def use(self, model: ServedModel) -> None:
         """Serve another bundle, of videos of the same shape. What has begun goes on with the bundle that began it."""
@@ -282,8 +305,40 @@ class VideoMaker(VideoReader):
                 logger.exception("what nobody needs any more could not be removed")
             await asyncio.sleep(_CLEANING_S)
 
+    async def _watch(self) -> None:
+        """Work on jobs only as long as nobody else may."""
+        while await self._is_owner():
+            await asyncio.sleep(_LOOK_S)
+        logger.error("all work is stopped: %s", self.lost)
+        await self._stop_all()
+
+    async def _is_owner(self) -> bool:
+        """Whether the jobs are this process's at this moment. If not, they never are again."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await asyncio.get_running_loop().run_in_executor(self._asking, self._owner.check)
+        except OwnerError as error:
+            self.lost = self.lost or str(error)
+        except TimeoutError:
+            self.lost = self.lost or f"the database has not said for {_ANSWER_S:g} s whose its jobs are"
+        return not self.lost
+
+    def refuse_if_lost(self) -> None:
+        """Raises RequestError (503) where the jobs may be another process's."""
+        if self.lost:
+            message = "this process makes no videos any more, and another one takes its place: try again"
+            raise RequestError(message, code="unavailable", status=503, retry_after_s=5)
+
     async def close(self) -> None:
         """Stop all work. What is unfinished goes on when the service starts again."""
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.wait({self._watching})
+        await self._stop_all()
+        await asyncio.get_running_loop().run_in_executor(self._asking, self._owner.release)
+        self._store.close()
+
+    async def _stop_all(self) -> None:
         all_active = [*self._waiting, *self._running.values()]
         self._waiting = FairQueue(self.model.config.serve.tenant)
         tasks = {task for task in (self._cleaning, *(active.task for active in all_active)) if task}
@@ -293,10 +348,17 @@ class VideoMaker(VideoReader):
             await asyncio.wait(tasks)
         for active in all_active:
             active.tell(ended=True)
-        self._store.close()
 
     async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do it to its end, whether or not the client that asked is still there: half would be worse than none."""
+        """Do it to its end, whether or not the client that asked is still there: half would be worse than none.
+
+        Raises RequestError as `refuse_if_lost` does.
+        """
+        try:
+            self.refuse_if_lost()
+        except RequestError:
+            work.close()
+            raise
         task = asyncio.create_task(work)
         self._at_work.add(task)
         task.add_done_callback(self._done_with)

@@ -6,14 +6,17 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from serve import new_jobs
 from serve.callers import LOCAL, Caller
 from serve.cleaning import without_error
 from serve.job_files import JobFiles, SegmentRecord
-from serve.job_store import DayUsedError, Stored
+from serve.job_store import DayUsedError, Stored, state_of
 from serve.making import OTHER_MODEL, VideoMaker
 from serve.quotas import most_queued, queue_refusal, retry_after
 from serve.reader import unknown
@@ -28,7 +31,7 @@ from serve.schema import (
     Video,
     VideoRequest,
 )
-from serve.work import Frame
+from serve.work import Frame, Job
 
 
 class VideoService(VideoMaker):
@@ -124,6 +127,9 @@ class VideoService(VideoMaker):
             active.restored(await asyncio.to_thread(self._store.events, draft_id))
             active.tell("segment.reset", index=index)
             await active.save()
+            if not await self._is_owner():
+                await asyncio.to_thread(self._store.save, state_of(stored.video), (), stored.job, stored.deadline)
+                self.refuse_if_lost()
         accepted = video.model_copy(deep=True)
         self._enqueue(active)
         return accepted
@@ -168,12 +174,20 @@ class VideoService(VideoMaker):
         if earlier:
             await asyncio.to_thread(without_error, files.delete)
             return _same(earlier, asked)
+        if not await self._is_owner():  # who is, may have looked for what is unfinished before this was written down
+            await asyncio.to_thread(self._take_back, job)
+            self.refuse_if_lost()
         active = self._active(kept)
         if any_bundle and active.job.bundle != self.model.bundle:  # exchanged while it was written down
             self._label(active)
             active.save_soon()
         self._enqueue(active)
         return accepted
+
+    def _take_back(self, job: Job) -> None:
+        with suppress(SQLAlchemyError):  # where it cannot be deleted, whoever comes next makes it
+            self._store.delete(job.id)
+            without_error(self._files(job).delete)
 
     async def usage(self, caller: Caller = LOCAL) -> Usage:
         """What the caller's tenant has, and may have."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,11 @@ from jobs import command_line
 from jobs import serve_bundle as serve_bundle_job
 from jobs.command_line import BOX, InputError
 from jobs.serve_bundle import check_port, parse
+from jobs.serve_demo import free_port
 from serve.app import check_devices, serve_bundle
+from serve.exchange import LastServed
+from serve.job_store import JobStore
+from serve.owner import owning
 from serve.settings import served_config
 from tests.bundles import make_random_bundle, small_config
 
@@ -134,6 +140,25 @@ def test_a_cluster_that_serves_already_is_bad_input(bundle: Path, monkeypatch: p
         serve_bundle(small_config(), load_bundle(bundle), "d"),
     ):
         pass
+
+
+def test_an_output_that_is_served_already_is_busy(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any model starts, and without a trace."""
+    monkeypatch.setattr("serve.owner.WAIT_S", 0.1)
+    monkeypatch.setattr("serve.app.ray.util.list_named_actors", lambda **_: [])
+    monkeypatch.setattr("serve.app.serve.start", lambda **_: pytest.fail("Serve was started"))
+    monkeypatch.setattr(serve_bundle_job, "connect", lambda _: nullcontext())
+    arguments = ["--bundle", str(bundle), "--output", str(tmp_path), "--port", str(free_port())]
+    monkeypatch.setattr(sys, "argv", ["serve_bundle.py", *arguments])
+    engine = JobStore.in_folder(tmp_path).engine
+    with owning(engine), pytest.raises(SystemExit) as ended:
+        command_line.run(serve_bundle_job.main)
+    printed = capsys.readouterr().err
+    assert (ended.value.code, printed.count("\n")) == (75, 1)
+    assert f"{tmp_path / 'jobs.sqlite'}: its videos are made by process {os.getpid()} on" in printed
+    assert LastServed(engine).read() is None
 
 
 def test_the_default_output_and_the_example_fit_the_rest() -> None:
