@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from arlon_ray.artifact import ArtifactError
-from arlon_ray.generation import VideoGenerator
+from arlon_ray.generation import Timeline, VideoGenerator
 from arlon_ray.generation.video import contact_sheet, read_video, write_video
 from arlon_ray.models.text import load_text_encoder, load_token_counter
+from benchmarks.long_video import WAYS
 from data_pipeline.decode import fit
 from jobs import command_line, generate
 from jobs.command_line import InputError
@@ -286,10 +287,18 @@ def test_a_full_disk_keeps_the_segments_that_are_done(bundle: Path, tmp_path: Pa
         subprocess.run(["umount", str(disk)], check=False)
 
 
+def test_the_benchmark_makes_the_same_video_both_ways(bundle: Path, tmp_path: Path) -> None:
+    generator = VideoGenerator.from_bundle(bundle)
+    for way, make in WAYS.items():
+        make(generator, 3, tmp_path / f"{way}.mp4", Timeline())
+    one, other = (tmp_path / f"{way}.mp4" for way in WAYS)
+    assert one.read_bytes() == other.read_bytes() and len(read_video(one)) == 68
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(bundle: Path) -> None:
     def peak(segments: int) -> float:
-        words = [sys.executable, "-m", "benchmarks.long_video", "--case", str(bundle), str(segments)]
+        words = [sys.executable, "-m", "benchmarks.long_video", "--case", str(bundle), str(segments), "overlapped"]
         ended = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
         return float(json.loads(ended.stdout.splitlines()[-1])["peak_mib"])
 
