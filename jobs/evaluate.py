@@ -269,6 +269,8 @@ def main() -> None:
     for name in ("count", "tune_count", "segments"):
         if (value := getattr(arguments, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    if too_far := [row.name for row in rows if row.again is not None and row.again >= arguments.segments]:
+        raise InputError(f"--rows {too_far[0]}: the videos have segments 0 to {arguments.segments - 1}")
     bundle = open_bundle(existing(arguments.bundle, "--bundle"))
     if arguments.prompts is not None:
         prompts = read_prompts(existing(arguments.prompts, "--prompts"), bundle)

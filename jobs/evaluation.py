@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,15 @@ from arlon_ray.evaluation.joins import drift_figures, join_figures
 from arlon_ray.evaluation.metrics import DIMENSIONS, measure, summary
 from arlon_ray.evaluation.scenes import Frames
 from arlon_ray.evaluation.tokens import wrong_tokens
-from arlon_ray.generation import GenerationOptions, HandOver, VideoGenerator, default_options, segment_options
+from arlon_ray.generation import (
+    GenerationOptions,
+    HandOver,
+    Project,
+    VideoEditor,
+    VideoGenerator,
+    default_options,
+    segment_options,
+)
 from arlon_ray.models.text import load_token_counter
 from arlon_ray.models.vae import to_frames, to_video
 from data_pipeline.synthetic import render
@@ -36,10 +45,12 @@ from jobs.tables import results_table
 MOST_TOLD = 10
 ROW = re.compile(r"(?:(text-only|guided|true-tokens)@([1-9]\d{0,2})|(truth|vae))((?::\w+=[\w.]+)*)")
 FORM = "text-only@N, guided@N, true-tokens@N (N steps; each may end in :option=value), vae or truth"
-#: Options of a row that are none of sampling: the share of true tokens that are replaced, and what a segment takes over
-#: from the one before: its latents, or (as Open-Sora v1.2 does) its decoded frames, encoded again.
-WRONG, HANDOVER = "wrong", "handover"
+#: Options of a row that are none of sampling: the share of true tokens that are replaced; what a segment takes over
+#: from the one before: its latents, or (as Open-Sora v1.2 does) its decoded frames, encoded again; and a segment that
+#: is made again between its neighbours when all are there, with another seed: then the joins beside it are measured.
+WRONG, HANDOVER, AGAIN = "wrong", "handover", "again"
 HANDOVERS = ("latents", "pixels")
+SEED_AGAIN = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Row:
     changes: Mapping[str, Any] = field(default_factory=dict)
     wrong: float = 0.0
     handover: str = HANDOVERS[0]
+    again: int | None = None
 
     @property
     def file_name(self) -> str:
@@ -85,11 +97,16 @@ def parse_row(text: str) -> Row:
         raise InputError(f"--rows {text}: {WRONG} is a share of 0 to 1, of true-tokens")
     if (handover := pairs.pop(HANDOVER, HANDOVERS[0])) not in HANDOVERS:
         raise InputError(f"--rows {text}: {HANDOVER} is one of {', '.join(HANDOVERS)}")
+    again = pairs.pop(AGAIN, None)
+    if again is not None and not (
+        str(again).isdecimal() and model in ("text-only", "guided") and handover == "latents"
+    ):
+        raise InputError(f"--rows {text}: {AGAIN} is the number of a segment, of text-only or guided (the first is 0)")
     if steps is not None:
         pairs = {"steps": int(steps), **pairs}
     elif pairs:
         raise InputError(f"--rows {text}: {other} takes no options")
-    return Row(text, model or other, sampling_options(f"--rows {text}", pairs), wrong, handover)
+    return Row(text, model or other, sampling_options(f"--rows {text}", pairs), wrong, handover, again and int(again))
 
 
 def sampling_options(what: str, texts: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +217,7 @@ class Evaluator:
                 truth = prompt.scene.shots[0] if prompt.scene else None
                 values = measure(frames, truth, self.bundle.config.video.fps, self._joins)
                 if self._joins:
-                    values |= join_figures(frames, self._joins) | drift_figures(frames, self._joins)
+                    values |= join_figures(frames, self._joins_of(row)) | drift_figures(frames, self._joins)
                 if known:
                     result.features.append(video_features(frames))
             except (ValueError, RuntimeError, ArithmeticError) as error:  # no numbers: FloatingPointError
@@ -242,6 +259,8 @@ class Evaluator:
                 return render(prompt.scene), None
             return to_frames(self.bundle.vae.decode(self.latents(prompt.scene)))[0], None
         options = self.options(row)
+        if row.again is not None:
+            return self._made_again(row.again, prompt.text, self.seed + index, options), None
         tokens = self._tokens(row, index, prompt, options)
         texts, seed = [prompt.text] * self.segments, self.seed + index
         hand_over = HandOver.of(self.bundle.config, texts)
@@ -263,6 +282,16 @@ class Evaluator:
                 handed[:, -hand_over.overlap :] = self._encoded_again(handed[:, -hand_over.overlap :])
         planning, rendering, decoding = parts.tolist()
         return np.concatenate(frames), (planning if row.model == "guided" else 0.0, rendering, decoding)
+
+    def _made_again(self, number: int, text: str, seed: int, options: GenerationOptions) -> Frames:
+        """A video whose segment `number` is another one, between the same neighbours."""
+        texts = [text] * self.segments
+        with TemporaryDirectory() as folder:
+            project = Project.create(Path(folder) / "project", self.bundle.fingerprint, options)
+            for _ in self.generator.generate(texts, seed, options, project=project):
+                pass
+            VideoEditor(self.generator, project).reroll(number, seed + SEED_AGAIN)
+            return np.concatenate(list(self.generator.generate(texts, seed, options, project=project)))
 
     def _tokens(self, row: Row, index: int, prompt: Prompt, options: GenerationOptions) -> Iterator[np.ndarray | None]:
         """The guide of each segment: planned by the AR as it is asked for, the true one, or none."""
@@ -287,6 +316,10 @@ class Evaluator:
     def _joins(self) -> list[int]:
         """First frames of the segments after the first."""
         return [self.bundle.config.segment.groups_of(number) * GROUP_FRAMES for number in range(1, self.segments)]
+
+    def _joins_of(self, row: Row) -> list[int]:
+        """Those that a row is measured at: beside the segment that was made again, if one was."""
+        return self._joins if row.again is None else self._joins[max(0, row.again - 1) : row.again + 1]
 
     def latents(self, scene: Scene) -> torch.Tensor:
         """True latents [1, C, t, h, w] of a scene."""

@@ -74,7 +74,7 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
 
 
 def test_videos_of_several_segments_are_read_across_their_joins(bundle: Path, tmp_path: Path) -> None:
-    rows = ["truth", "vae", "text-only@1", "guided@1", "true-tokens@1"]
+    rows = ["truth", "vae", "text-only@1", "guided@1", "true-tokens@1", "guided@1:again=1"]
     flags = ["--bundle", str(bundle), "--rows", *rows, "--count", "2", "--segments", "3"]
     result = run_script("evaluate", *flags, "--output", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
@@ -84,6 +84,8 @@ def test_videos_of_several_segments_are_read_across_their_joins(bundle: Path, tm
     assert written["variant"] == "bundle, 3 segments"
     assert found["truth"]["metrics"]["persistence"]["mean"] == 1.0
     assert all(row["videos"] == 2 and "persistence" in row["metrics"] for row in found.values())
+    assert all("join_flow" in row["metrics"] for row in found.values())
+    assert found["guided@1:again=1"]["metrics"] != found["guided@1"]["metrics"]
 
 
 def check_a_page_of_two(results: Path, page: Path) -> None:
@@ -158,6 +160,8 @@ def test_a_video_of_no_numbers_fails_by_name_and_the_others_go_on(
         ("a\n", ["--rows", "guided"], "--rows guided: expected"),
         ("a\n", ["--rows", "guided@5:stepz=3"], "stepz"),
         ("a\n", ["--rows", "guided@5:wrong=0.5"], "of true-tokens"),
+        ("a\n", ["--rows", "guided@5:again=1"], "guided@5:again=1: the videos have segments 0 to 0"),
+        ("a\n", ["--rows", "true-tokens@5:again=1"], "again is the number of a segment"),
         ("a\n", ["--rows", "truth:start=0.5"], "truth takes no options"),
         ("a\n", ["--tune", "guidance_scale=x"], "expected OPTION=NUMBER"),
         ("a\n", ["--tune", "guide=1"], "guide"),
