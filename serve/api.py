@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from arlon_ray import __version__
 from arlon_ray.config import Config
 from serve.active import as_text
-from serve.bodies import BODY, first_frame, read_video_request
+from serve.bodies import EXTEND_BODY, VIDEO_BODY, first_frame, json_only, read_extend_request, read_video_request
 from serve.callers import Caller
 from serve.exchange import Exchange
 from serve.guard import Guard
@@ -75,6 +75,7 @@ def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
 From = Annotated[Caller, Depends(_caller)]
 RequestId = Annotated[str, Depends(_request_id)]
 Key = Annotated[str | None, Header(min_length=1, max_length=255)]
+JSON_ONLY = [Depends(json_only)]
 
 
 def build_api(
@@ -110,23 +111,23 @@ def build_api(
     app.include_router(_about(service, exchange))
     mount_page(app)
     app.add_middleware(Guard, config.serve, keys, service.metrics, echo_request_id=not behind_proxy)
-    app.openapi = partial(_with_body, app)  # type: ignore[method-assign]
+    app.openapi = partial(_with_bodies, app)  # type: ignore[method-assign]
     return app
 
 
 def _videos(service: VideoService) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-    @router.post("", openapi_extra=BODY)
+    @router.post("", openapi_extra=VIDEO_BODY)
     async def create(request: Request, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
         asked, picture = await read_video_request(request, service.model.config)
         return await service.create(asked, who, picture, idempotency_key, request_id)
 
-    @router.post("/extensions")
-    async def extend(asked: ExtendRequest, who: From, request_id: RequestId) -> Video:
-        return await service.extend(asked, who, request_id)
+    @router.post("/extensions", openapi_extra=EXTEND_BODY)
+    async def extend(request: Request, who: From, request_id: RequestId) -> Video:
+        return await service.extend(await read_extend_request(request), who, request_id)
 
-    @router.post("/{video_id}/remix")
+    @router.post("/{video_id}/remix", dependencies=JSON_ONLY)
     async def remix(video_id: str, asked: RemixRequest, who: From, request_id: RequestId) -> Video:
         return await service.remix(video_id, asked, who, request_id)
 
@@ -137,7 +138,7 @@ def _videos(service: VideoService) -> APIRouter:
 def _drafts(service: VideoService) -> APIRouter:
     router = APIRouter(prefix="/v1/drafts", tags=["drafts"])
 
-    @router.post("")
+    @router.post("", dependencies=JSON_ONLY)
     async def create(asked: PlanRequest, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
         picture = await first_frame(asked, service.model.config)
         return await service.create(asked, who, picture, idempotency_key, request_id)
@@ -146,7 +147,7 @@ def _drafts(service: VideoService) -> APIRouter:
     async def tokens(video_id: str, who: From) -> DraftTokens:
         return await service.tokens(video_id, who)
 
-    @router.post("/{video_id}/segments/{index}/reroll")
+    @router.post("/{video_id}/segments/{index}/reroll", dependencies=JSON_ONLY)
     async def reroll(video_id: str, index: int, asked: RerollRequest, who: From) -> Video:
         return await service.reroll(video_id, index, asked, who)
 
@@ -240,12 +241,13 @@ def _about(service: VideoService, exchange: Exchange | None) -> APIRouter:
     return router
 
 
-def _with_body(app: FastAPI) -> dict[str, Any]:
-    """The description of the API, with the body that `read_video_request` reads itself."""
+def _with_bodies(app: FastAPI) -> dict[str, Any]:
+    """The description of the API, with the bodies that `serve.bodies` reads itself."""
     if app.openapi_schema is None:
         described = FastAPI.openapi(app)
-        body = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        described["components"]["schemas"] |= {**body.pop("$defs", {}), "VideoRequest": body}
+        for model in (VideoRequest, ExtendRequest):
+            body = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            described["components"]["schemas"] |= {**body.pop("$defs", {}), model.__name__: body}
     return FastAPI.openapi(app)
 
 
