@@ -124,12 +124,14 @@ def _videos(service: VideoService) -> APIRouter:
         return await service.create(asked, who, picture, idempotency_key, request_id)
 
     @router.post("/extensions", openapi_extra=EXTEND_BODY)
-    async def extend(request: Request, who: From, request_id: RequestId) -> Video:
-        return await service.extend(await read_extend_request(request), who, request_id)
+    async def extend(request: Request, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
+        return await service.extend(await read_extend_request(request), who, request_id, idempotency_key)
 
     @router.post("/{video_id}/remix", dependencies=JSON_ONLY)
-    async def remix(video_id: str, asked: RemixRequest, who: From, request_id: RequestId) -> Video:
-        return await service.remix(video_id, asked, who, request_id)
+    async def remix(
+        video_id: str, asked: RemixRequest, who: From, request_id: RequestId, idempotency_key: Key = None
+    ) -> Video:
+        return await service.remix(video_id, asked, who, request_id, idempotency_key)
 
     _reading(router, service, "video")
     return router
@@ -148,8 +150,8 @@ def _drafts(service: VideoService) -> APIRouter:
         return await service.tokens(video_id, who)
 
     @router.post("/{video_id}/segments/{index}/reroll", dependencies=JSON_ONLY)
-    async def reroll(video_id: str, index: int, asked: RerollRequest, who: From) -> Video:
-        return await service.reroll(video_id, index, asked, who)
+    async def reroll(video_id: str, index: int, asked: RerollRequest, who: From, idempotency_key: Key = None) -> Video:
+        return await service.reroll(video_id, index, asked, who, idempotency_key)
 
     _reading(router, service, "draft")
     return router
