@@ -8,21 +8,18 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
-from logging import getLogger
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.exceptions import HTTPException
+from fastapi.responses import FileResponse, StreamingResponse
 
 from arlon_ray import __version__
 from arlon_ray.config import Config
 from serve.active import as_text
 from serve.bodies import EXTEND_BODY, VIDEO_BODY, first_frame, json_only, read_extend_request, read_video_request
 from serve.callers import Caller
+from serve.errors import answer_errors
 from serve.exchange import Exchange
 from serve.guard import Guard
 from serve.keys import KeyCheck
@@ -42,12 +39,9 @@ from serve.schema import (
     VideoDeleted,
     VideoList,
     VideoRequest,
-    error_body,
 )
 from serve.service import VideoService
 from serve.tracing import trace_of
-
-logger = getLogger("ray.serve")
 
 #: How often a client should ask, in milliseconds (the OpenAI client heeds it).
 _POLL = {"openai-poll-after-ms": "500"}
@@ -101,11 +95,7 @@ def build_api(
 
     # no redirects: their address would be made of what the client calls the host
     app = FastAPI(title="ARLON-Ray", version=__version__, lifespan=lifespan, redirect_slashes=False)
-    app.add_exception_handler(RequestError, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(SQLAlchemyError, _no_database)
-    app.add_exception_handler(Exception, _broken)
+    answer_errors(app)
     app.include_router(_videos(service))
     app.include_router(_drafts(service))
     app.include_router(_about(service, exchange))
@@ -176,14 +166,15 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
         response.headers.update(_POLL)
         return await service.get(video_id, who, kind)
 
+    @router.head("/{video_id}/content", include_in_schema=False)
     @router.get("/{video_id}/content", response_class=FileResponse)
-    async def content(video_id: str, who: From, variant: Variant = "video") -> Response:
+    async def content(request: Request, video_id: str, who: From, variant: Variant = "video") -> Response:
         found = await service.content(video_id, who, kind, variant)
         media = "video/mp4" if variant == "video" else "image/png"
         name = f"{video_id}{Path(FILES[variant]).suffix}"
         if isinstance(found, bytes):
-            headers = {"content-disposition": f'attachment; filename="{name}"'}
-            return Response(found, media_type=media, headers=headers)
+            headers = {"content-disposition": f'attachment; filename="{name}"', "content-length": str(len(found))}
+            return Response(b"" if request.method == "HEAD" else found, media_type=media, headers=headers)
         return FileResponse(found, media_type=media, filename=name)
 
     @router.get("/{video_id}/stream", response_class=StreamingResponse)
@@ -266,39 +257,3 @@ async def _or_stop(watched: AsyncIterator[T], stop: Callable[[], Coroutine[Any, 
             task = asyncio.create_task(stop(), context=contextvars.Context())
             _stopping.add(task)
             task.add_done_callback(_stopping.discard)
-
-
-async def _refused(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestError)
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    body = error_body(error.message, param=error.param, code=error.code)
-    return JSONResponse(body, status_code=error.status, headers=headers)
-
-
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
-    """A body or query that does not fit the schema: the first field that is wrong."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return JSONResponse(error_body("the body is not valid JSON", code="invalid_json"), status_code=400)
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
-    message = "unknown field" if code == "unknown_field" else first["msg"].removeprefix("Value error, ")
-    text = f"{param}: {message}" if param else message
-    return JSONResponse(error_body(text, param=param, code=code), status_code=422)
-
-
-async def _no_route(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return JSONResponse(error_body(str(error.detail)), status_code=error.status_code, headers=error.headers)
-
-
-async def _no_database(_: Request, error: Exception) -> JSONResponse:
-    logger.error("the database failed a request", exc_info=error)
-    body = error_body("the service cannot reach its database: try again", code="unavailable", server=True)
-    return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
-
-
-async def _broken(_: Request, error: Exception) -> JSONResponse:
-    # the error itself is in the log; a client gets no path and no traceback
-    return JSONResponse(error_body("internal error", code="internal_error", server=True), status_code=500)
