@@ -138,9 +138,9 @@ def test_a_draft_that_is_deleted_while_it_is_rolled_again_is_gone(
         await asyncio.to_thread(reached.wait)
         deleting = asyncio.create_task(service.delete(draft.id, LOCAL, "draft"))
         await asyncio.sleep(0.2)  # long enough to delete it
-        stages.previewed.clear()
         go_on.set()
         await asyncio.gather(rolling, deleting, return_exceptions=True)
+        stages.previewed.clear()
         assert deleting.exception() is None
         assert service.counts() == {"queued": 0, "running": 0}
         with pytest.raises(RequestError, match="no draft"):
