@@ -8,21 +8,18 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
-from logging import getLogger
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.exceptions import HTTPException
+from fastapi.responses import StreamingResponse
 
 from arlon_ray import __version__
 from arlon_ray.config import Config
 from serve.active import as_text
-from serve.bodies import BODY, first_frame, read_video_request
+from serve.bodies import EXTEND_BODY, VIDEO_BODY, first_frame, json_only, read_extend_request, read_video_request
 from serve.callers import Caller
+from serve.errors import answer_errors
 from serve.exchange import Exchange
 from serve.guard import Guard
 from serve.keys import KeyCheck
@@ -42,13 +39,10 @@ from serve.schema import (
     VideoDeleted,
     VideoList,
     VideoRequest,
-    error_body,
 )
 from serve.sending import file_answer
 from serve.service import VideoService
 from serve.tracing import trace_of
-
-logger = getLogger("ray.serve")
 
 #: How often a client should ask, in milliseconds (the OpenAI client heeds it).
 _POLL = {"openai-poll-after-ms": "500"}
@@ -76,6 +70,7 @@ def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
 From = Annotated[Caller, Depends(_caller)]
 RequestId = Annotated[str, Depends(_request_id)]
 Key = Annotated[str | None, Header(min_length=1, max_length=255)]
+JSON_ONLY = [Depends(json_only)]
 
 
 def build_api(
@@ -101,35 +96,33 @@ def build_api(
 
     # no redirects: their address would be made of what the client calls the host
     app = FastAPI(title="ARLON-Ray", version=__version__, lifespan=lifespan, redirect_slashes=False)
-    app.add_exception_handler(RequestError, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(SQLAlchemyError, _no_database)
-    app.add_exception_handler(Exception, _broken)
+    answer_errors(app)
     app.include_router(_videos(service))
     app.include_router(_drafts(service))
     app.include_router(_about(service, exchange))
     mount_page(app)
     app.add_middleware(Guard, config.serve, keys, service.metrics, echo_request_id=not behind_proxy)
-    app.openapi = partial(_with_body, app)  # type: ignore[method-assign]
+    app.openapi = partial(_with_bodies, app)  # type: ignore[method-assign]
     return app
 
 
 def _videos(service: VideoService) -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-    @router.post("", openapi_extra=BODY)
+    @router.post("", openapi_extra=VIDEO_BODY)
     async def create(request: Request, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
         asked, picture = await read_video_request(request, service.model.config)
         return await service.create(asked, who, picture, idempotency_key, request_id)
 
-    @router.post("/extensions")
-    async def extend(asked: ExtendRequest, who: From, request_id: RequestId) -> Video:
-        return await service.extend(asked, who, request_id)
+    @router.post("/extensions", openapi_extra=EXTEND_BODY)
+    async def extend(request: Request, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
+        return await service.extend(await read_extend_request(request), who, request_id, idempotency_key)
 
-    @router.post("/{video_id}/remix")
-    async def remix(video_id: str, asked: RemixRequest, who: From, request_id: RequestId) -> Video:
-        return await service.remix(video_id, asked, who, request_id)
+    @router.post("/{video_id}/remix", dependencies=JSON_ONLY)
+    async def remix(
+        video_id: str, asked: RemixRequest, who: From, request_id: RequestId, idempotency_key: Key = None
+    ) -> Video:
+        return await service.remix(video_id, asked, who, request_id, idempotency_key)
 
     _reading(router, service, "video")
     return router
@@ -138,7 +131,7 @@ def _videos(service: VideoService) -> APIRouter:
 def _drafts(service: VideoService) -> APIRouter:
     router = APIRouter(prefix="/v1/drafts", tags=["drafts"])
 
-    @router.post("")
+    @router.post("", dependencies=JSON_ONLY)
     async def create(asked: PlanRequest, who: From, request_id: RequestId, idempotency_key: Key = None) -> Video:
         picture = await first_frame(asked, service.model.config)
         return await service.create(asked, who, picture, idempotency_key, request_id)
@@ -147,9 +140,9 @@ def _drafts(service: VideoService) -> APIRouter:
     async def tokens(video_id: str, who: From) -> DraftTokens:
         return await service.tokens(video_id, who)
 
-    @router.post("/{video_id}/segments/{index}/reroll")
-    async def reroll(video_id: str, index: int, asked: RerollRequest, who: From) -> Video:
-        return await service.reroll(video_id, index, asked, who)
+    @router.post("/{video_id}/segments/{index}/reroll", dependencies=JSON_ONLY)
+    async def reroll(video_id: str, index: int, asked: RerollRequest, who: From, idempotency_key: Key = None) -> Video:
+        return await service.reroll(video_id, index, asked, who, idempotency_key)
 
     _reading(router, service, "draft")
     return router
@@ -174,6 +167,7 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
         response.headers.update(_POLL)
         return await service.get(video_id, who, kind)
 
+    @router.head("/{video_id}/content", include_in_schema=False)
     @router.get("/{video_id}/content", response_class=StreamingResponse)
     async def content(request: Request, video_id: str, who: From, variant: Variant = "video") -> StreamingResponse:
         found = await service.content(video_id, who, kind, variant)
@@ -238,12 +232,13 @@ def _about(service: VideoService, exchange: Exchange | None) -> APIRouter:
     return router
 
 
-def _with_body(app: FastAPI) -> dict[str, Any]:
-    """The description of the API, with the body that `read_video_request` reads itself."""
+def _with_bodies(app: FastAPI) -> dict[str, Any]:
+    """The description of the API, with the bodies that `serve.bodies` reads itself."""
     if app.openapi_schema is None:
         described = FastAPI.openapi(app)
-        body = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        described["components"]["schemas"] |= {**body.pop("$defs", {}), "VideoRequest": body}
+        for model in (VideoRequest, ExtendRequest):
+            body = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            described["components"]["schemas"] |= {**body.pop("$defs", {}), model.__name__: body}
     return FastAPI.openapi(app)
 
 
@@ -260,41 +255,3 @@ async def _or_stop(watched: AsyncIterator[T], stop: Callable[[], Coroutine[Any, 
             task = asyncio.create_task(stop(), context=contextvars.Context())
             _stopping.add(task)
             task.add_done_callback(_stopping.discard)
-
-
-async def _refused(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestError)
-    headers = dict(error.headers)
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    body = error_body(error.message, param=error.param, code=error.code)
-    return JSONResponse(body, status_code=error.status, headers=headers)
-
-
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
-    """A body or query that does not fit the schema: the first field that is wrong."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return JSONResponse(error_body("the body is not valid JSON", code="invalid_json"), status_code=400)
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
-    message = "unknown field" if code == "unknown_field" else first["msg"].removeprefix("Value error, ")
-    text = f"{param}: {message}" if param else message
-    return JSONResponse(error_body(text, param=param, code=code), status_code=422)
-
-
-async def _no_route(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return JSONResponse(error_body(str(error.detail)), status_code=error.status_code, headers=error.headers)
-
-
-async def _no_database(_: Request, error: Exception) -> JSONResponse:
-    logger.error("the database failed a request", exc_info=error)
-    body = error_body("the service cannot reach its database: try again", code="unavailable", server=True)
-    return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
-
-
-async def _broken(_: Request, error: Exception) -> JSONResponse:
-    # the error itself is in the log; a client gets no path and no traceback
-    return JSONResponse(error_body("internal error", code="internal_error", server=True), status_code=500)

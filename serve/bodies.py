@@ -4,48 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from PIL import Image, ImageOps
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from arlon_ray.config import Config
+from serve.forms import nested
 from serve.images import image_of_url, read_image
-from serve.schema import PlanRequest, RequestError, VideoRequest
+from serve.schema import ExtendRequest, PlanRequest, RequestError, VideoRequest
 from serve.work import Frame
 
 #: A picture takes ten bytes a pixel while it is decoded: no more than two at the same time.
 _DECODERS = ThreadPoolExecutor(2, thread_name_prefix="pictures")
-#: Fields of a form that are text even where they look like something else; the others are read as JSON.
-_TEXT = {"prompt", "seconds", "size", "model", "user", "negative_prompt", "draft"}
-#: What a body may be, for the description of the API. The components are those of other routes.
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/VideoRequest"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "prompt": {"type": "string"},
-                        "input_reference": {"type": "string", "format": "binary"},
-                        "seconds": {"type": "string"},
-                        "size": {"type": "string"},
-                        "model": {"type": "string"},
-                    },
-                    "additionalProperties": True,
-                }
-            },
-        },
-    }
-}
+#: Of a form: three for each segment of a storyboard, and some.
+_MOST_FIELDS = 1000
+M = TypeVar("M", bound=BaseModel)
+
+
+def described(model: type[BaseModel], form: Mapping[str, Any]) -> dict[str, Any]:
+    """What a body may be, for the description of the API: JSON, or a form that has these properties and others."""
+    json_schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    form_schema = {"type": "object", "properties": dict(form), "additionalProperties": True}
+    content = {"application/json": {"schema": json_schema}, "multipart/form-data": {"schema": form_schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+VIDEO_BODY = described(
+    VideoRequest,
+    {
+        "prompt": {"type": "string"},
+        "input_reference": {"type": "string", "format": "binary"},
+        "seconds": {"type": "string"},
+        "size": {"type": "string"},
+        "model": {"type": "string"},
+    },
+)
+EXTEND_BODY = described(
+    ExtendRequest, {"prompt": {"type": "string"}, "video[id]": {"type": "string"}, "seconds": {"type": "string"}}
+)
 
 
 async def read_video_request(request: Request, config: Config) -> tuple[VideoRequest, Frame | None]:
@@ -53,20 +57,25 @@ async def read_video_request(request: Request, config: Config) -> tuple[VideoReq
 
     Raises RequestError and RequestValidationError.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    picture: bytes | None = None
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        body, picture = await _form(request)
-    elif kind == "application/json" or kind.endswith("+json"):
-        body = await _json(request)
-    else:
-        message = f"content-type {kind[:64]!r}: expected application/json or multipart/form-data"
-        raise RequestError(message, code="unsupported_media_type", status=415)
-    try:
-        asked = VideoRequest.model_validate(body)
-    except ValidationError as error:
-        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
-    return asked, await first_frame(asked, config, picture)
+    body, file = await _body(request)
+    if file is not None and file[0] != "input_reference":
+        raise RequestError("a file: expected only in input_reference", param=file[0][:64])
+    asked = _valid(VideoRequest, body)
+    return asked, await first_frame(asked, config, None if file is None else file[1])
+
+
+async def read_extend_request(request: Request) -> ExtendRequest:
+    """What is asked for. Raises RequestError and RequestValidationError."""
+    body, file = await _body(request)
+    if file is not None:
+        raise RequestError("a file: expected the id of a finished video, as video[id]", param=file[0][:64])
+    return _valid(ExtendRequest, body)
+
+
+def json_only(request: Request) -> None:
+    """Raises RequestError (415) for a body of another kind."""
+    if not _is_json(kind := _kind(request)):
+        raise _unsupported(kind, "application/json")
 
 
 async def first_frame(asked: PlanRequest, config: Config, picture: bytes | None = None) -> Frame | None:
@@ -88,6 +97,36 @@ def _fitted(picture: bytes | None, url: str | None, config: Config) -> Frame:
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), size, Image.Resampling.LANCZOS))
 
 
+async def _body(request: Request) -> tuple[Any, tuple[str, bytes] | None]:
+    """The body, and the file that may come with it: the field's name, and what it holds. Raises RequestError."""
+    kind = _kind(request)
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        return await _form(request)
+    if _is_json(kind):
+        return await _json(request), None
+    raise _unsupported(kind, "application/json or multipart/form-data")
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def _is_json(kind: str) -> bool:
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def _unsupported(kind: str, expected: str) -> RequestError:
+    message = f"content-type {kind[:64]!r}: expected {expected}"
+    return RequestError(message, code="unsupported_media_type", status=415)
+
+
+def _valid(model: type[M], body: Any) -> M:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
+
+
 async def _json(request: Request) -> Any:
     try:
         return json.loads(await request.body())
@@ -95,27 +134,16 @@ async def _json(request: Request) -> Any:
         raise RequestError("the body is not valid JSON", code="invalid_json", status=400) from None
 
 
-async def _form(request: Request) -> tuple[dict[str, Any], bytes | None]:
+async def _form(request: Request) -> tuple[dict[str, Any], tuple[str, bytes] | None]:
     try:
-        form = await request.form(max_files=1, max_fields=64)
+        form = await request.form(max_files=1, max_fields=_MOST_FIELDS)
     except HTTPException as error:
         raise RequestError(f"the form cannot be read: {error.detail}", code="invalid_form", status=400) from None
-    body: dict[str, Any] = {}
-    picture: bytes | None = None
+    fields: list[tuple[str, str]] = []
+    file: tuple[str, bytes] | None = None
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            if name != "input_reference":
-                raise RequestError("a file: expected only in input_reference", param=name[:64])
-            picture = await value.read()
-        elif name in body:
-            raise RequestError("is there twice", param=name[:64])
+            file = name, await value.read()
         else:
-            body[name] = value if name in _TEXT else _value(value)
-    return body, picture
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+            fields.append((name, value))
+    return nested(fields), file

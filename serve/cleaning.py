@@ -35,8 +35,8 @@ class Cleaner:
     def clean(self) -> None:
         """Remove what has expired; now and then, what no row names."""
         for job in self._store.expired():
-            self._store.delete(job.id)
-            without_error(self._files(job).delete)
+            if self._store.delete(job.id, unfinished=False):  # a draft may be made again by now
+                without_error(self._files(job).delete)
         for job in self._store.unmeasured():
             without_error(lambda job=job: self._store.measured(job.id, self._files(job).size()))  # type: ignore[misc]
         now = time.monotonic()

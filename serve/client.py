@@ -75,8 +75,7 @@ class Client:
     def create(self, body: Mapping[str, Any], *, image: Path | None = None, draft: bool = False) -> Made:
         """Ask for a video or a draft; `image` is its first frame.
 
-        Where the answer is lost it is asked once more, and made once. Raises ClientError, OSError for an image that
-        cannot be read.
+        Raises ClientError, OSError for an image that cannot be read.
         """
         picture = {}
         if image is not None:
@@ -84,14 +83,7 @@ class Client:
                 f"data:image/{image.suffix[1:].lower() or 'png'};base64,{base64.b64encode(image.read_bytes()).decode()}"
             )
             picture = {"input_reference": {"image_url": url}}
-        path, asked = "drafts" if draft else "videos", {**body, **picture}
-        headers = {"Idempotency-Key": uuid.uuid4().hex}
-        try:
-            return self._post(path, asked, headers)
-        except ClientError as error:
-            if not isinstance(error.__cause__, httpx.ReadError | httpx.RemoteProtocolError):
-                raise
-            return self._post(path, asked, headers)
+        return self._post("drafts" if draft else "videos", {**body, **picture})
 
     def remix(self, video_id: str, prompt: str) -> Made:
         """The same seed, length and settings, another text. Raises ClientError."""
@@ -188,8 +180,16 @@ class Client:
                     yield fields.get("id", ""), Event(fields.get("event", "message"), json.loads(fields["data"]))
                 fields = {}
 
-    def _post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Made:
-        made: Made = self._json("POST", path, json=dict(body), headers=headers)
+    def _post(self, path: str, body: Mapping[str, Any]) -> Made:
+        """Ask for something; where the answer is lost once more: it is made once. Raises ClientError."""
+        asked = {"json": dict(body), "headers": {"Idempotency-Key": uuid.uuid4().hex}}
+        made: Made
+        try:
+            made = self._json("POST", path, **asked)
+        except ClientError as error:
+            if not isinstance(error.__cause__, httpx.ReadError | httpx.RemoteProtocolError):
+                raise
+            made = self._json("POST", path, **asked)
         return made
 
     def _json(self, method: str, path: str, **options: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Connection,
     Engine,
     Select,
     String,
@@ -66,6 +67,17 @@ class _Row(Base):
     stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
 
+class _RequestRow(Base):
+    """A request that changed a job that there was already; the one that made it is in the job's own row."""
+
+    __tablename__ = "requests"
+
+    owner: Mapped[str] = mapped_column(String(256), primary_key=True)
+    idempotency_key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    request_digest: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(String(64), index=True)
+
+
 class _UsageRow(Base):
     __tablename__ = "usage"
 
@@ -113,6 +125,15 @@ class Stored:
     deadline: float | None = None
     idempotency_key: str | None = None
     request_digest: str = ""
+
+
+@dataclass(frozen=True)
+class RequestKey:
+    """Whose request it was, its Idempotency-Key, and the digest of all that it says."""
+
+    owner: str
+    idempotency_key: str
+    digest: str
 
 
 class JobStore:
@@ -173,11 +194,44 @@ class JobStore:
             return earlier
         return None
 
-    def use(self, owner: str, segments: int, per_day: int | None) -> None:
-        """Count segments of something that is recorded already. Raises DayUsedError as `add` does."""
-        day = self._open_day(owner)
+    def change(
+        self,
+        changed: Stored,
+        event: Event,
+        segments: int = 0,
+        per_day: int | None = None,
+        request: RequestKey | None = None,
+    ) -> bool:
+        """Record that a finished job is made again, and what has happened to it. False if it is not there any more.
+
+        `segments` are counted, and DayUsedError is raised, as `add` does.
+        """
+        day = self._open_day(changed.owner)
         with Session(self._engine) as session, session.begin():
-            _use(session, owner, day, segments, per_day)
+            state = state_of(changed.video)
+            if not _write(session.connection(), state, [event], changed.job, changed.deadline):
+                return False
+            _use(session, changed.owner, day, segments, per_day)
+            if request is not None:
+                # in place of what may be there of a job that is gone
+                session.merge(
+                    _RequestRow(
+                        owner=request.owner,
+                        idempotency_key=request.idempotency_key,
+                        request_digest=request.digest,
+                        job_id=changed.job.id,
+                    )
+                )
+        return True
+
+    def take_back(self, was: Stored, request: RequestKey | None) -> None:
+        """The job as it was before `change`, and nothing of the request. What the day has used stays used."""
+        with Session(self._engine) as session, session.begin():
+            _write(session.connection(), state_of(was.video), (), was.job, was.deadline)
+            if request is not None:
+                found = session.get(_RequestRow, (request.owner, request.idempotency_key))
+                if found is not None:
+                    session.delete(found)
 
     def used(self, owner: str) -> tuple[int, int]:
         """Segments that an owner has had accepted today (UTC), and bytes of all that it keeps."""
@@ -209,10 +263,17 @@ class JobStore:
         return key[1]
 
     def find(self, owner: str, idempotency_key: str | None) -> Stored | None:
-        """The job that an owner asked for with this key."""
+        """The job that an owner asked for, or had changed, with this key; its digest is that of this request."""
+        if idempotency_key is None:
+            return None
+        made = select(_Row).where(_Row.owner == owner, _Row.idempotency_key == idempotency_key)
+        changed = select(_Row, _RequestRow.request_digest).join(_RequestRow, _RequestRow.job_id == _Row.id)
+        asked = (_RequestRow.owner == owner) & (_RequestRow.idempotency_key == idempotency_key)
         with Session(self._engine) as session:
-            row = session.scalar(select(_Row).where(_Row.owner == owner, _Row.idempotency_key == idempotency_key))
-            return _stored(row) if row else None
+            if row := session.scalar(made):
+                return _stored(row)
+            found = session.execute(changed.where(asked)).one_or_none()
+            return replace(_stored(found[0]), request_digest=found[1]) if found else None
 
     def save(
         self, state: State, events: Sequence[Event] = (), job: Job | None = None, deadline: float | None = None
@@ -221,24 +282,9 @@ class JobStore:
 
         One that has been deleted stays deleted. Events that are there already are not written again.
         """
-        values = dict(state)
-        video_id = values.pop("id")
-        if job is not None:
-            values |= {"job": JOB.dump_python(job, mode="json"), "deadline": deadline}
         # without a session, which takes as long again: this is done for every segment
         with self._engine.begin() as connection:
-            found = connection.execute(update(_Row).where(_Row.id == video_id).values(**values))
-            if not found.rowcount or not events:
-                return
-            # the connection may have broken behind a commit that nobody heard of
-            there = connection.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == video_id)) or 0
-            new = [
-                {"job_id": video_id, "number": each.number, "type": each.type, "data": each.data}
-                for each in events
-                if each.number is not None and each.number > there
-            ]
-            if new:
-                connection.execute(insert(_EventRow), new)
+            _write(connection, state, events, job, deadline)
 
     def get(self, job_id: str, caller: Caller) -> Stored | None:
         """The job, if the caller may see it."""
@@ -267,11 +313,16 @@ class JobStore:
         with Session(self._engine) as session:
             return [Event(row.type, row.data, row.number) for row in session.scalars(query)]
 
-    def delete(self, job_id: str) -> bool:
-        """Forget a job; False if there was none."""
+    def delete(self, job_id: str, *, unfinished: bool = True) -> bool:
+        """Forget a job, one that is not finished only if `unfinished`; False if there was none."""
+        which = _Row.id == job_id
         with Session(self._engine) as session, session.begin():
-            session.execute(delete(_EventRow).where(_EventRow.job_id == job_id))
-            return bool(session.execute(delete(_Row).where(_Row.id == job_id)).rowcount)  # type: ignore[attr-defined]
+            found = session.execute(delete(_Row).where(which if unfinished else which & _Row.status.not_in(UNFINISHED)))
+            if not found.rowcount:  # type: ignore[attr-defined]
+                return False
+            for table in (_EventRow, _RequestRow):
+                session.execute(delete(table).where(table.job_id == job_id))
+        return True
 
     def unfinished(self) -> list[Stored]:
         """What an earlier process has accepted and not finished, in the order it was accepted."""
@@ -321,6 +372,30 @@ def _seen_by(caller: Caller, query: Select[Any]) -> Select[Any]:
 
 def _today() -> int:
     return int(time.time() // DAY_S)
+
+
+def _write(
+    connection: Connection, state: State, events: Sequence[Event], job: Job | None, deadline: float | None
+) -> bool:
+    """See `JobStore.save`. False if there is no such job."""
+    values = dict(state)
+    video_id = values.pop("id")
+    if job is not None:
+        values |= {"job": JOB.dump_python(job, mode="json"), "deadline": deadline}
+    found = connection.execute(update(_Row).where(_Row.id == video_id).values(**values))
+    if not found.rowcount:
+        return False
+    if events:
+        # the connection may have broken behind a commit that nobody heard of
+        there = connection.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == video_id)) or 0
+        new = [
+            {"job_id": video_id, "number": each.number, "type": each.type, "data": each.data}
+            for each in events
+            if each.number is not None and each.number > there
+        ]
+        if new:
+            connection.execute(insert(_EventRow), new)
+    return True
 
 
 def _use(session: Session, owner: str, day: int, segments: int, per_day: int | None) -> None:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -165,9 +165,11 @@ class VideoMaker(VideoReader):
 
     async def _delete(self, video_id: str, caller: Caller, kind: str) -> None:
         stored = await self.stored(video_id, caller, kind)
-        # first, or a database that is away would leave a video that nobody works on
-        if not await asyncio.to_thread(self._store.delete, video_id):
-            raise unknown(video_id, kind)
+        # a draft that is just being enqueued again would be worked on when it is gone
+        async with self._rerolling if kind == "draft" else nullcontext():
+            # first, or a database that is away would leave a video that nobody works on
+            if not await asyncio.to_thread(self._store.delete, video_id):
+                raise unknown(video_id, kind)
         active = self._waiting.remove(video_id) or self._running.get(video_id)
         if active:
             active.stop_timer()

@@ -10,13 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+from pydantic import BaseModel
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve import new_jobs
 from serve.callers import LOCAL, Caller
 from serve.cleaning import without_error
 from serve.job_files import JobFiles, SegmentRecord
-from serve.job_store import DayUsedError, Stored, state_of
+from serve.job_store import DayUsedError, Event, RequestKey, Stored
 from serve.making import OTHER_MODEL, VideoMaker
 from serve.quotas import most_queued, queue_refusal, retry_after
 from serve.reader import unknown
@@ -50,8 +51,8 @@ class VideoService(VideoMaker):
         `picture` uint8 [H, W, 3], of the model's size, is the first frame. The same key and request of the same caller
         is the same video. Raises RequestError: a bad field (422), a key that was used otherwise (409), too many (429).
         """
-        digest = hashlib.sha256(request.model_dump_json().encode() + (b"" if picture is None else picture.tobytes()))
-        asked = _Asked(caller, request_id, idempotency_key, digest.hexdigest(), _deadline(request))
+        digest = _digest(request, b"" if picture is None else picture.tobytes())
+        asked = _Asked(caller, request_id, idempotency_key, digest, _deadline(request))
         if isinstance(request, VideoRequest) and request.draft is not None:
             if picture is not None:
                 raise RequestError("the draft says that already", param="input_reference")
@@ -85,19 +86,40 @@ class VideoService(VideoMaker):
             raise unknown(source.job.id, "draft")
         files.write_picture(draft.picture())
 
-    async def remix(self, video_id: str, request: RemixRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
-        """Accept the same video with another text. Raises RequestError."""
-        stored = await self.stored(video_id, caller, "video")
+    async def remix(
+        self,
+        video_id: str,
+        request: RemixRequest,
+        caller: Caller = LOCAL,
+        request_id: str = "",
+        idempotency_key: str | None = None,
+    ) -> Video:
+        """Accept the same video with another text. The key is that of `create`. Raises RequestError."""
+        digest = _digest(request, f"remix {video_id}".encode())
+        return await self._whole(self._remix(video_id, request, _Asked(caller, request_id, idempotency_key, digest)))
+
+    async def _remix(self, video_id: str, request: RemixRequest, asked: _Asked) -> Video:
+        if earlier := await self._asked_before(asked):
+            return earlier
+        stored = await self.stored(video_id, asked.caller, "video")
         new = new_jobs.remixed(stored, request, self.model.config, self.model.count_tokens)
+        return await self._accept(new, asked, lambda files: files.write_picture(self._files(stored.job).picture()))
 
-        def prepare(files: JobFiles) -> None:
-            files.write_picture(self._files(stored.job).picture())
+    async def extend(
+        self,
+        request: ExtendRequest,
+        caller: Caller = LOCAL,
+        request_id: str = "",
+        idempotency_key: str | None = None,
+    ) -> Video:
+        """Accept a finished video with more behind it. The key is that of `create`. Raises RequestError."""
+        digest = _digest(request, b"extend")
+        return await self._whole(self._extend(request, _Asked(caller, request_id, idempotency_key, digest)))
 
-        return await self._whole(self._accept(new, _Asked(caller, request_id), prepare))
-
-    async def extend(self, request: ExtendRequest, caller: Caller = LOCAL, request_id: str = "") -> Video:
-        """Accept a finished video with more behind it. Raises RequestError."""
-        stored = self._check_bundle(await self._finished(request.video.id, caller, "video"))
+    async def _extend(self, request: ExtendRequest, asked: _Asked) -> Video:
+        if earlier := await self._asked_before(asked):
+            return earlier
+        stored = self._check_bundle(await self._finished(request.video.id, asked.caller, "video"))
         new = new_jobs.extended(stored, request, self.model.config, self.model.count_tokens)
 
         def prepare(files: JobFiles) -> None:
@@ -106,33 +128,55 @@ class VideoService(VideoMaker):
             except FileNotFoundError:  # deleted meanwhile
                 raise unknown(stored.video.id, "video") from None
 
-        return await self._whole(self._accept(new, _Asked(caller, request_id), prepare))
+        return await self._accept(new, asked, prepare)
 
-    async def reroll(self, draft_id: str, index: int, request: RerollRequest, caller: Caller = LOCAL) -> Video:
-        """Plan a segment of a draft anew. Raises RequestError; 409 while the draft is being made."""
-        return await self._whole(self._reroll(draft_id, index, request, caller))
+    async def reroll(
+        self,
+        draft_id: str,
+        index: int,
+        request: RerollRequest,
+        caller: Caller = LOCAL,
+        idempotency_key: str | None = None,
+    ) -> Video:
+        """Plan a segment of a draft anew; with a key that was used for the same before, the draft as it is now.
 
-    async def _reroll(self, draft_id: str, index: int, request: RerollRequest, caller: Caller) -> Video:
+        Raises RequestError; 409 while the draft is being made.
+        """
+        digest = _digest(request, f"reroll {draft_id} {index}".encode())
+        asked = _Asked(caller, key=idempotency_key, digest=digest)
+        return await self._whole(self._reroll(draft_id, index, request, asked))
+
+    async def _reroll(self, draft_id: str, index: int, request: RerollRequest, asked: _Asked) -> Video:
         async with self._rerolling:  # or two would find it finished
-            stored = self._check_bundle(await self._finished(draft_id, caller, "draft"))
+            if earlier := await self._asked_before(asked):
+                return earlier
+            stored = self._check_bundle(await self._finished(draft_id, asked.caller, "draft"))
             video, job = new_jobs.rerolled(stored, index, request, self.model.config, self.model.count_tokens)
-            owner, segments = stored.owner, _to_make(video)
-            await self._quotas.check_stored(owner)
-            self._refuse_if_full(owner)
-            try:
-                await asyncio.to_thread(self._store.use, owner, segments, self._quotas.per_day(owner))
-            except DayUsedError:
-                raise self._quotas.day_used(owner, segments) from None
-            active = self._active(replace(stored, video=video, job=job, deadline=None))
-            active.restored(await asyncio.to_thread(self._store.events, draft_id))
-            active.tell("segment.reset", index=index)
-            await active.save()
-            if not await self._is_owner():
-                await asyncio.to_thread(self._store.save, state_of(stored.video), (), stored.job, stored.deadline)
-                self.refuse_if_lost()
-        accepted = video.model_copy(deep=True)
-        self._enqueue(active)
-        return accepted
+            await self._quotas.check_stored(stored.owner)
+            self._refuse_if_full(stored.owner)
+            again = replace(stored, video=video, job=job, deadline=None)
+            past = await asyncio.to_thread(self._store.events, draft_id)
+            past.append(Event("segment.reset", {"index": index}, len(past) + 1))
+            await self._change(stored, again, past[-1], asked)
+            active = self._active(again)
+            active.restored(past)
+            accepted = video.model_copy(deep=True)
+            self._enqueue(active)
+            return accepted
+
+    async def _change(self, was: Stored, again: Stored, event: Event, asked: _Asked) -> None:
+        """Write down that what `was` is made again. Raises RequestError."""
+        segments, per_day = _to_make(again.video), self._quotas.per_day(again.owner)
+        request = RequestKey(asked.caller.owner, asked.key, asked.digest) if asked.key else None
+        try:
+            there = await asyncio.to_thread(self._store.change, again, event, segments, per_day, request)
+        except DayUsedError:
+            raise self._quotas.day_used(again.owner, segments) from None
+        if not there:  # it has expired meanwhile
+            raise unknown(again.video.id, "draft")
+        if not await self._is_owner():  # as in `_accept`
+            await asyncio.to_thread(self._store.take_back, was, request)
+            self.refuse_if_lost()
 
     def _check_bundle(self, stored: Stored) -> Stored:
         """Raises RequestError for what another bundle has made, which this one cannot go on from."""
@@ -230,6 +274,11 @@ def _same(earlier: Stored, asked: _Asked) -> Video:
         message = "this Idempotency-Key was used for another request"
         raise RequestError(message, param="Idempotency-Key", code="idempotency_conflict", status=409)
     return earlier.video
+
+
+def _digest(request: BaseModel, *rest: bytes) -> str:
+    """Of all that a request says: its body, and what else there is."""
+    return hashlib.sha256(b"".join([request.model_dump_json().encode(), *rest])).hexdigest()
 
 
 def _to_make(video: Video) -> int:

@@ -248,6 +248,31 @@ def test_watching_ends_whatever_comes_last() -> None:
         assert list(client.watch("video_1", last="1")) == []
 
 
+def test_whatever_is_asked_for_is_asked_once_more_where_the_answer_is_lost() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append((request.url.path, request.headers["idempotency-key"]))
+        if len(seen) % 2:
+            raise httpx.RemoteProtocolError("no answer")
+        return httpx.Response(200, json={"id": "made"})
+
+    with Client("http://test", transport=httpx.MockTransport(answer)) as client:
+        client.create({"prompt": "a"})
+        client.remix("video_1", "b")
+        client.extend("video_1", "b")
+        client.reroll("draft_1", 0)
+    assert seen[::2] == seen[1::2] and len({key for _, key in seen}) == 4
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        seen.append((request.url.path, ""))
+        raise httpx.ConnectError("nobody there")
+
+    with Client("http://test", transport=httpx.MockTransport(refuse)) as client, pytest.raises(ClientError):
+        client.remix("video_1", "b")
+    assert len(seen) == 9
+
+
 def test_what_a_terminal_shows() -> None:
     video = {"id": "video_1", "segments": [{}, {}]}
     err = io.StringIO()

@@ -352,6 +352,41 @@ def test_bad_addresses(tmp_path: Path, path: str, status: int, param: str | None
     play(scenario, tmp_path)
 
 
+def test_head_of_a_file_is_get_without_the_file(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        stages.gate.clear()
+        video = (await post(client, prompt="a"))["id"]
+        where = f"/v1/videos/{video}/content"
+        assert (await client.head(where)).status_code == 409
+        stages.gate.set()
+        await until(client, video, "completed")
+        for query in ({}, {"variant": "thumbnail"}):
+            got, head = await client.get(where, params=query), await client.head(where, params=query)
+            assert (head.status_code, head.content) == (200, b"") and len(got.content) > 0
+            assert head.headers.pop("x-request-id") != got.headers.pop("x-request-id")
+            assert head.headers == got.headers and int(head.headers["content-length"]) == len(got.content)
+        assert (await client.head("/v1/videos/video_0/content")).status_code == 404
+
+    play(scenario, tmp_path)
+
+
+def test_what_may_be_done_instead_is_named_whole(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        for method, path, allowed in (
+            ("PUT", "/v1/videos", "GET, POST"),
+            ("POST", "/v1/videos/video_0", "GET, DELETE"),
+            ("PATCH", "/v1/videos/extensions", "GET, POST, DELETE"),
+            ("POST", "/v1/drafts/draft_0/content", "GET, HEAD"),
+            ("HEAD", "/v1/videos/video_0/events", "GET"),
+            ("GET", "/v1/videos/video_0/remix", "POST"),
+            ("DELETE", "/", "GET, HEAD"),
+        ):
+            refused = await client.request(method, path)
+            assert (refused.status_code, refused.headers["allow"]) == (405, allowed), (method, path)
+
+    play(scenario, tmp_path)
+
+
 def test_the_work_outlives_the_context_of_its_request(tmp_path: Path) -> None:
     """Serve cancels calls made in a request's context with that request."""
     context: contextvars.ContextVar[str] = contextvars.ContextVar("context", default="none")

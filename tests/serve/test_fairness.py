@@ -11,7 +11,7 @@ import pytest
 from serve.callers import Caller
 from serve.schema import RequestError, VideoRequest
 from serve.service import VideoService
-from tests.serve.play import play, serve_alone
+from tests.serve.play import play, serve_alone, until
 from tests.serve.stages import FakeStages
 
 MANY, FEW = Caller("many"), Caller("few")
@@ -104,3 +104,74 @@ def test_a_request_made_twice_is_one_video(tmp_path: Path) -> None:
         assert (await ask("", prompt="a")).status_code == 422
 
     play(scenario, tmp_path, "serve.max_running=2")
+
+
+def test_what_goes_on_from_something_is_made_once_too(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        async def ask(path: str, key: str, **body: object) -> httpx.Response:
+            return await client.post(f"/v1/{path}", json=body, headers={"Idempotency-Key": key})
+
+        def conflict(answer: httpx.Response) -> bool:
+            return (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
+
+        sources = [(await ask("videos", name, prompt="a")).json()["id"] for name in ("source", "other")]
+        for source in sources:
+            await until(client, source, "completed")
+        remix, extend = f"videos/{sources[0]}/remix", "videos/extensions"
+        bodies = {remix: {"prompt": "b"}, extend: {"prompt": "b", "video": {"id": sources[0]}}}
+        for path, body in bodies.items():
+            answers = await asyncio.gather(*(ask(path, path, **body) for _ in range(4)))
+            (made,) = {answer.json()["id"] for answer in answers}
+            await until(client, made, "completed")
+            assert (await ask(path, path, **body)).json()["id"] == made
+            assert conflict(await ask(path, path, **{**body, "prompt": "c"}))
+        assert conflict(await ask(f"videos/{sources[1]}/remix", remix, prompt="b"))
+        assert conflict(await ask(extend, extend, prompt="b", video={"id": sources[1]}))
+        for path, key in (("videos", remix), ("drafts", remix), (extend, remix), (remix, extend), (remix, "source")):
+            assert conflict(await ask(path, key, **bodies.get(path, {"prompt": "b"}))), (path, key)
+        assert len((await client.get("/v1/videos")).json()["data"]) == 4
+        await client.delete(f"/v1/videos/{sources[0]}")  # what was made of it stays what it is
+        assert (await ask(remix, remix, prompt="b")).json()["remixed_from_video_id"] == sources[0]
+
+    play(scenario, tmp_path)
+
+
+def test_a_segment_is_rolled_again_once_for_a_key(tmp_path: Path) -> None:
+    names: list[str] = []
+
+    async def ask(client: httpx.AsyncClient, path: str, key: str, **body: object) -> httpx.Response:
+        return await client.post(f"/v1/{path}", json=body, headers={"Idempotency-Key": key})
+
+    async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        draft = (await ask(client, "drafts", "made", prompt="a", num_segments=2, seed=1)).json()["id"]
+        names.append(draft)
+        await until(client, draft, "completed")
+        reroll = f"drafts/{draft}/segments/1/reroll"
+        answers = await asyncio.gather(*(ask(client, reroll, "k", following="keep") for _ in range(4)))
+        (seed,) = {answer.json()["segments"][1]["seed"] for answer in answers}  # drawn once
+        await until(client, draft, "completed")
+        again = (await ask(client, reroll, "k", following="keep")).json()
+        assert (again["status"], again["segments"][1]["seed"]) == ("completed", seed)
+        assert (await client.get("/v1/usage")).json()["segments_today"]["used"] == 3
+        for path, key, body in (
+            (reroll, "k", {"seed": 5}),
+            (f"drafts/{draft}/segments/0/reroll", "k", {}),
+            ("drafts", "k", {"prompt": "a"}),
+            ("videos", "k", {"draft": draft}),
+            (reroll, "made", {}),
+        ):
+            answer = await ask(client, path, key, **body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict"), (path, key)
+        assert (await ask(client, "drafts", "made", prompt="a", num_segments=2, seed=1)).json()["id"] == draft
+        assert (await ask(client, reroll, "k2", seed=5)).json()["segments"][1]["seed"] == 5
+        await until(client, draft, "completed")
+
+    async def after(client: httpx.AsyncClient, stages: FakeStages) -> None:
+        reroll = f"drafts/{names[0]}/segments/1/reroll"
+        assert (await ask(client, reroll, "k", following="keep")).json()["segments"][1]["seed"] == 5
+        await client.delete(f"/v1/drafts/{names[0]}")
+        assert (await ask(client, reroll, "k", following="keep")).status_code == 404
+        assert (await ask(client, "drafts", "k", prompt="a")).status_code == 200  # forgotten with it
+
+    play(scenario, tmp_path)
+    play(after, tmp_path)

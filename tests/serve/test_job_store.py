@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, text
 from arlon_ray.config import load_config
 from arlon_ray.generation import ChangingText
 from serve.callers import LOCAL, Caller
-from serve.job_store import Event, JobStore, Stored, state_of
+from serve.job_store import DayUsedError, Event, JobStore, RequestKey, Stored, state_of
 from serve.schema import SegmentState, Status, Video
 from serve.work import Job
 from tests.postgres import postgres
@@ -137,6 +137,31 @@ def test_a_key_is_used_once_an_owner(url: str) -> None:
     earlier = store.add(stored("e", idempotency_key="k", request_digest="2"))
     assert earlier and (earlier.video.id, earlier.request_digest) == ("a", "1")
     assert store.get("e", LOCAL) is None
+    store.close()
+
+
+def test_what_is_made_again_is_there_and_finished_and_known_by_its_key(url: str) -> None:
+    store = JobStore(url)
+    old, reset = stored("draft_a", "completed", owner="changing", idempotency_key="made"), Event("segment.reset", {}, 1)
+    store.add(old)
+    again = stored("draft_a", "queued", owner="changing")
+    used = store.used("changing")[0]
+    with pytest.raises(DayUsedError):
+        store.change(again, reset, 2, used + 1, RequestKey("changing", "k", "d"))
+    assert store.find("changing", "k") is None and store.events("draft_a") == []
+    assert store.change(again, reset, 2, used + 2, RequestKey("changing", "k", "d"))
+    found = store.find("changing", "k")
+    assert found and (found.video.id, found.video.status, found.request_digest) == ("draft_a", "queued", "d")
+    assert store.find("other", "k") is None and store.find("changing", None) is None
+    made = store.find("changing", "made")
+    assert made and (made.video.id, made.request_digest) == ("draft_a", old.request_digest)
+    assert store.events("draft_a") == [reset] and store.used("changing")[0] == used + 2
+    assert not store.delete("draft_a", unfinished=False) and store.events("draft_a") == [reset]
+    assert store.delete("draft_a")
+    assert store.find("changing", "k") is None
+    assert not store.change(again, reset, 2, None, RequestKey("changing", "k", "d"))
+    assert store.find("changing", "k") is None and store.events("draft_a") == []
+    assert store.used("changing")[0] == used + 2
     store.close()
 
 

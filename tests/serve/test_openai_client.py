@@ -51,6 +51,21 @@ def test_what_goes_beyond(client: openai.OpenAI) -> None:
     assert (video.status, video.seed, len(video.segments)) == ("completed", 7, 2)  # type: ignore[attr-defined]
 
 
+def test_what_goes_beyond_in_the_clients_own_forms(client: openai.OpenAI) -> None:
+    parts = [{"prompt": "a", "seconds": 2, "cut": False}, {"prompt": "7", "seconds": 1, "cut": True}]
+    video = client.videos.create(prompt=openai.omit, extra_body={"segments": parts, "seed": 7})  # type: ignore[arg-type]
+    asked = client.post("/videos", body={"segments": parts, "seed": 7}, cast_to=openai.types.Video)
+    for made in (video, asked):
+        client.videos.poll(made.id, poll_interval_ms=20)
+    assert video.segments == asked.segments and video.seed == 7  # type: ignore[attr-defined]
+    assert [part["prompt"] for part in video.segments] == ["a", "7"]  # type: ignore[attr-defined]
+    assert [part["cut"] for part in video.segments] == [False, True]  # type: ignore[attr-defined]
+    uneven = [{"prompt": "a", "cut": True}, {"prompt": "b"}]  # the client does not send which of the two is a cut
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.videos.create(prompt=openai.omit, extra_body={"segments": uneven})  # type: ignore[arg-type]
+    assert refused.value.param == "segments[][cut]"
+
+
 def test_list_pages_and_delete(client: openai.OpenAI) -> None:
     made = [client.videos.create_and_poll(prompt=str(i), poll_interval_ms=20).id for i in range(3)]
     assert [video.id for video in client.videos.list(limit=2)][:3] == made[::-1]  # goes on to the next page by itself
@@ -72,6 +87,18 @@ def test_remix_and_extend(client: openai.OpenAI) -> None:
     assert float(longer.seconds) >= float(video.seconds) + 4
     content = client.videos.download_content(longer.id).read()
     assert len(read_video(io.BytesIO(content))) == round(float(longer.seconds) * 16)
+
+
+def test_extend_with_the_clients_own_form(client: openai.OpenAI) -> None:
+    video = client.videos.create_and_poll(prompt="a", poll_interval_ms=20)
+    # 3.57 takes a reference for a file that it cannot open, unless it comes as what goes beyond
+    reference = {"video": {"id": video.id}}
+    longer = client.videos.extend(prompt="b", seconds="4", video=openai.omit, extra_body=reference)  # type: ignore[arg-type]
+    assert longer.extended_from_video_id == video.id  # type: ignore[attr-defined]
+    assert client.videos.poll(longer.id, poll_interval_ms=20).status == "completed"
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.videos.extend(prompt="b", seconds="4", video=("a.mp4", b"no reference"))
+    assert refused.value.param == "video"
 
 
 def test_a_picture_to_start_from(client: openai.OpenAI) -> None:

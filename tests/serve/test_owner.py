@@ -92,8 +92,8 @@ async def content(service: VideoService, name: str) -> bytes:
     while (video := await service.get(name)).status not in ("completed", "failed"):
         await asyncio.sleep(0.01)
     assert video.status == "completed", video.error
-    found = await service.content(name)
-    return found if isinstance(found, bytes) else found.read_bytes()
+    with (await service.content(name)).file as file:
+        return file.read()
 
 
 async def halfway(service: VideoService, stages: FakeStages) -> Video:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,62 @@ def test_a_client_that_goes_away_while_it_deletes_has_deleted(tmp_path: Path, mo
         with pytest.raises(RequestError, match="no video"):
             await service.get(video.id)
         assert service.counts() == {"queued": 0, "running": 0} and stages.cancelled == [video.id]
+
+    serve_alone(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("at", ["get", "events", "change"])
+def test_a_draft_that_is_deleted_while_it_is_rolled_again_is_gone(
+    tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = getattr(JobStore, at)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        """The first call is made, and does not come back until the draft is being deleted."""
+        result, first = plain(*arguments), not reached.is_set()
+        reached.set()
+        assert not first or go_on.wait(10)
+        return result
+
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        draft = await service.create(PlanRequest(prompt="a", num_segments=2))
+        assert await ended(service, draft.id, "draft") == "completed"
+        monkeypatch.setattr(JobStore, at, held)
+        rolling = asyncio.create_task(service.reroll(draft.id, 0, RerollRequest(seed=5)))
+        await asyncio.to_thread(reached.wait)
+        deleting = asyncio.create_task(service.delete(draft.id, LOCAL, "draft"))
+        await asyncio.sleep(0.2)  # long enough to delete it
+        go_on.set()
+        await asyncio.gather(rolling, deleting, return_exceptions=True)
+        stages.previewed.clear()
+        assert deleting.exception() is None
+        assert service.counts() == {"queued": 0, "running": 0}
+        with pytest.raises(RequestError, match="no draft"):
+            await service.get(draft.id, LOCAL, "draft")
+        await asyncio.sleep(0.1)
+        assert stages.previewed == [] and not (tmp_path / "videos" / draft.id).exists()
+
+    serve_alone(scenario, tmp_path)
+
+
+def test_a_draft_that_has_expired_while_it_is_rolled_again_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = JobStore.events
+
+    def expired(store: JobStore, job_id: str, after: int = 0) -> Any:
+        assert store.delete(job_id, unfinished=False)  # as the cleaner does, which asks for no lock
+        return plain(store, job_id, after)
+
+    async def scenario(service: VideoService, stages: FakeStages) -> None:
+        draft = await service.create(PlanRequest(prompt="a", num_segments=2))
+        assert await ended(service, draft.id, "draft") == "completed"
+        monkeypatch.setattr(JobStore, "events", expired)
+        with pytest.raises(RequestError, match="no draft"):
+            await service.reroll(draft.id, 0, RerollRequest(seed=5))
+        assert service.counts() == {"queued": 0, "running": 0}
+        assert (await service.usage()).segments_today.used == 2  # nor is it counted
 
     serve_alone(scenario, tmp_path)
 
