@@ -46,6 +46,7 @@ from jobs.tracking import Tracking
 
 DEFAULT_ROWS = ("truth", "text-only@30", "text-only@5", "guided@5", "true-tokens@5")
 STRIPS, STRIP_FRAMES = 6, 8
+LONGEST_NAME = 220  # bytes of a file's name, without its number and endings
 #: What a video of the failure gallery got wrong.
 MEANT = ("object_class", "colour", "multiple_objects", "spatial_relationship", "action")
 
@@ -108,7 +109,7 @@ def evaluate(
             gallery.add(index, prompts[index], frames, values)
             if vbench is not None:
                 # VBench's layout: a folder for each model, "<prompt>-<number>.mp4"
-                stem = prompts[index].text.replace("/", " ").rstrip(".")[:180]
+                stem = prompts[index].text.replace("/", " ").encode()[:LONGEST_NAME].decode(errors="ignore")
                 write_video(vbench / row.file_name / f"{stem}-{names[stem]}.mp4", frames, bundle.config.video.fps)
                 names[stem] += 1
 
@@ -263,7 +264,11 @@ def main() -> None:
     flags.add_argument("--costs", action="store_true", help="also parameters, operations and memory of each part")
     flags.add_argument("--what", metavar="TEXT", help="what this bundle is, for pages that show it beside others")
     flags.add_argument("--docs", metavar="FILE", help="page to write, its pictures in a folder beside it")
-    flags.add_argument("--export-vbench", metavar="DIR", help="also write the videos in the layout of the VBench tool")
+    flags.add_argument(
+        "--export-vbench",
+        metavar="DIR",
+        help="also write the videos in the layout of the VBench tool (five of a prompt: give its line five times)",
+    )
     arguments = flags.parse_args()
     rows, choices = [parse_row(text) for text in arguments.rows], parse_choices(arguments.tune)
     for name in ("count", "tune_count", "segments"):

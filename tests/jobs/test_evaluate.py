@@ -110,14 +110,17 @@ def check_a_page_of_two(results: Path, page: Path) -> None:
 
 def test_rows_that_a_text_only_bundle_cannot_make_are_marked_absent(tmp_path: Path) -> None:
     path = make_public_bundle(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square moves\n")
+    (tmp_path / "prompts.txt").write_text(f"a red circle\na red circle\n{'ö' * 130}\n")
     flags = ["--bundle", str(path), "--rows", "guided@2", "text-only@1", "truth", "--output", str(tmp_path / "out")]
+    flags += ["--export-vbench", str(tmp_path / "vbench")]
     result = run_script("evaluate", *flags, "--prompts", str(tmp_path / "prompts.txt"))
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert found["guided@2"] == {"absent": "the bundle has no AR"}
     assert found["truth"] == {"absent": "these prompts have no ground truth"}
-    assert found["text-only@1"]["videos"] == 2 and "colour" not in found["text-only@1"]["metrics"]
+    assert found["text-only@1"]["videos"] == 3 and "colour" not in found["text-only@1"]["metrics"]
+    written = {path.name for path in (tmp_path / "vbench" / "text-only-1").iterdir()}
+    assert written == {"a red circle-0.mp4", "a red circle-1.mp4", f"{'ö' * 110}-0.mp4"}
 
 
 @pytest.mark.parametrize("part", ["dit", "ar", "vae"])
