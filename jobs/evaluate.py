@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def tuned(
         key = (row.model, row.changes.get("steps"))
         if key not in best:
             absent = not bundle.guided and row.model != "text-only"
-            best[key] = {} if absent else evaluator.best(row, choices)
+            best[key] = {} if absent else evaluator.best(replace(row, again=None), choices)
             told = ", ".join(f"{name}={value:g}" for name, value in best[key].items())
             print(f"{row.name}: best {told}" if told else f"{row.name}: nothing to choose", flush=True)
     return [row.with_changes(**best[row.model, row.changes.get("steps")]) for row in rows]

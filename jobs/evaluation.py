@@ -344,6 +344,8 @@ class Evaluator:
             if name in row.changes or name.startswith(foreign.get(row.model, ("\0",))) or row.model in ("truth", "vae"):
                 continue
             scored = [(self._score(row.with_changes(**found, **{name: value})), value) for value in values]
+            if max(scored)[0] == float("-inf"):
+                raise InputError(f"--tune {name}: no video of {row.name} could be made with any of its values")
             found[name] = max(scored, key=lambda pair: pair[0])[1]
         return found
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -29,7 +29,7 @@ from arlon_ray.generation import (
     default_options,
     given_clip,
     given_picture,
-    same_start,
+    same_given,
 )
 from arlon_ray.generation.video import GrowingVideo, encode_fragment
 from arlon_ray.offload import Offload
@@ -168,13 +168,16 @@ def project_in(
     path = Path(folder).expanduser().absolute()
     try:
         if not Project.is_in(path):
-            return Project.create(path, bundle.fingerprint, options, ends.given)
+            return Project.create(path, bundle.fingerprint, options, ends.given, ends.until)
         project = Project.open(path, bundle.fingerprint)
-        if project.options != options or not same_start(project.start, ends.given) or not project.begins(texts, seed):
+        ends_alike = same_given(project.start, ends.given) and same_given(project.until, ends.until)
+        if project.options != options or not ends_alike or not project.begins(texts, seed):
             raise InputError(
-                f"--project {path}: there is a project already, of another video (texts, seed, settings or start); "
-                "choose another folder, or change that video with jobs/edit.py"
+                f"--project {path}: there is a project already, of another video (texts, seed, settings, --image, "
+                "--video or --until; or it was edited); choose another folder, or change that video with jobs/edit.py"
             )
+        if damaged := project.drop_damaged():
+            print(f"{path}: segment {len(project)} cannot be read: {damaged} segments are made again", file=sys.stderr)
     except (ProjectError, OSError) as error:
         raise InputError(f"--project {one_line(error)}") from None
     print(f"{len(project)} of {len(texts)} segments are there already: going on behind them", file=sys.stderr)
@@ -236,7 +239,11 @@ def main() -> None:
     project = None
     if arguments.project:
         project = project_in(arguments.project, bundle, options, ends, texts, arguments.seed)
-    frames = make_video(generator, texts, path, arguments.seed, options, ends, timeline, project)
+        ends = replace(ends, given=project.start, until=project.until)
+    try:
+        frames = make_video(generator, texts, path, arguments.seed, options, ends, timeline, project)
+    except ProjectError as error:
+        raise InputError(f"--project {error}") from None
     if arguments.trace:
         timeline.write(Path(arguments.trace))
     seconds = time.perf_counter() - timeline.begin

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from arlon_ray.artifact import one_line
 from arlon_ray.evaluation.metrics import DIMENSIONS
 from jobs.command_line import InputError
@@ -100,10 +102,13 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
     dynamic_degree counts by how near it is.
     """
     truth: Found = next((row["metrics"] for _, name, row in _rows(found) if name == "truth"), {})
+    made = [
+        (variant, name, row) for variant, name, row in _rows(found) if row["seconds"]
+    ]  # not where all videos failed
     for whole in reversed(WHOLE):
-        few = [(name, row) for variant, name, row in _rows(found) if variant == whole and _plain(name) in FEW]
+        few = [(name, row) for variant, name, row in made if variant == whole and _plain(name) in FEW]
         theirs = whole if whole == "bundle" else "text-only"
-        base = next((row for v, name, row in _rows(found) if v == theirs and _plain(name) == "text-only@30"), None)
+        base = next((row for v, name, row in made if v == theirs and _plain(name) == "text-only@30"), None)
         if few and base is not None:
             break
     else:
@@ -122,14 +127,14 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
                 gain, told = abs(theirs["mean"] - true) - abs(own["mean"] - true), f"{name} (truth: {true:.3f})"
             elif own["low"] > theirs["high"]:
                 clear.append(name)
-            gains.append(gain / max(theirs["mean"], 1e-9))
+            gains.append(gain / theirs["mean"] if theirs["mean"] > 0 else float(np.sign(gain)))  # from nothing: 100 %
             lines.append(f"| {told} | {theirs['mean']:.3f} | {own['mean']:.3f} | {gain:+.3f} ({gains[-1]:+.1%}) |")
         better, equal = sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains)
         faster = base["seconds"] / ours["seconds"]
         lines += [
             "",
             f"{_plain(chosen)}: better on {better} of {len(gains)}, equal on {equal}, at worst "
-            f"{min(0.0, *gains):+.1%}; beyond both intervals: {', '.join(clear) or 'none'}; "
+            f"{min([0.0, *gains]):+.1%}; beyond both intervals: {', '.join(clear) or 'none'}; "
             f"{faster:.2f} times as fast, AR included.",
             "",
         ]

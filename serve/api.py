@@ -169,10 +169,11 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
 
     @router.head("/{video_id}/content", include_in_schema=False)
     @router.get("/{video_id}/content", response_class=StreamingResponse)
-    async def content(request: Request, video_id: str, who: From, variant: Variant = "video") -> StreamingResponse:
+    async def content(request: Request, video_id: str, who: From, variant: Variant = "video") -> Response:
         found = await service.content(video_id, who, kind, variant)
         media = "video/mp4" if variant == "video" else "image/png"
-        return file_answer(found, request.headers, media, f"{video_id}{Path(FILES[variant]).suffix}")
+        name = f"{video_id}{Path(FILES[variant]).suffix}"
+        return file_answer(found, request.headers, media, name, headers_only=request.method == "HEAD")
 
     @router.get("/{video_id}/stream", response_class=StreamingResponse)
     async def stream(video_id: str, who: From, stop_on_disconnect: bool = False) -> StreamingResponse:

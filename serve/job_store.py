@@ -127,6 +127,16 @@ class Stored:
     request_digest: str = ""
 
 
+#: libpq's: seconds until a server that is gone without a word is noticed; by default a quarter of an hour.
+_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,
+}
+
+
 @dataclass(frozen=True)
 class RequestKey:
     """Whose request it was, its Idempotency-Key, and the digest of all that it says."""
@@ -142,7 +152,8 @@ class JobStore:
     def __init__(self, url: str) -> None:
         """`url` is SQLAlchemy's; `JobStore.in_folder` makes that of the default, a SQLite file."""
         sqlite = make_url(url).get_backend_name() == "sqlite"
-        self._engine = create_engine(url, pool_pre_ping=not sqlite)  # a file does not hang up
+        patience = _PATIENCE if make_url(url).get_driver_name() in ("psycopg", "psycopg2") else {}
+        self._engine = create_engine(url, pool_pre_ping=not sqlite, connect_args=patience)  # a file does not hang up
         if sqlite:
             event.listen(self._engine, "connect", _tune_sqlite)
         create_tables(self._engine, Base.metadata)
@@ -223,15 +234,6 @@ class JobStore:
                     )
                 )
         return True
-
-    def take_back(self, was: Stored, request: RequestKey | None) -> None:
-        """The job as it was before `change`, and nothing of the request. What the day has used stays used."""
-        with Session(self._engine) as session, session.begin():
-            _write(session.connection(), state_of(was.video), (), was.job, was.deadline)
-            if request is not None:
-                found = session.get(_RequestRow, (request.owner, request.idempotency_key))
-                if found is not None:
-                    session.delete(found)
 
     def used(self, owner: str) -> tuple[int, int]:
         """Segments that an owner has had accepted today (UTC), and bytes of all that it keeps."""

@@ -316,13 +316,18 @@ class VideoMaker(VideoReader):
 
     async def _is_owner(self) -> bool:
         """Whether the jobs are this process's at this moment. If not, they never are again."""
+        if not self._owner.may_be_lost:
+            return True
+        asked = asyncio.get_running_loop().run_in_executor(self._asking, self._owner.check)
+        await asyncio.wait({asked}, timeout=_ANSWER_S)
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                await asyncio.get_running_loop().run_in_executor(self._asking, self._owner.check)
+            if asked.done():
+                asked.result()
+            else:
+                self.lost = self.lost or f"the database has not said for {_ANSWER_S:g} s whose its jobs are"
+                asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # told already
         except OwnerError as error:
             self.lost = self.lost or str(error)
-        except TimeoutError:
-            self.lost = self.lost or f"the database has not said for {_ANSWER_S:g} s whose its jobs are"
         return not self.lost
 
     def refuse_if_lost(self) -> None:
@@ -337,7 +342,8 @@ class VideoMaker(VideoReader):
             self._watching.cancel()
             await asyncio.wait({self._watching})
         await self._stop_all()
-        await asyncio.get_running_loop().run_in_executor(self._asking, self._owner.release)
+        released = asyncio.get_running_loop().run_in_executor(self._asking, self._owner.release)
+        await asyncio.wait({released}, timeout=_ANSWER_S)  # a server that does not answer holds nobody up
         self._store.close()
 
     async def _stop_all(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from email.utils import formatdate
 from typing import BinaryIO
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from serve.blobs import Opened
 from serve.schema import RequestError
@@ -22,8 +22,10 @@ _MOST_SPANS = 100  # who asks for more gets all of the file
 _SPAN = re.compile(r"\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.ASCII)
 
 
-def file_answer(opened: Opened, asked: Mapping[str, str], media_type: str, filename: str) -> StreamingResponse:
-    """The file, which is closed behind it. `asked` are the headers of the request.
+def file_answer(
+    opened: Opened, asked: Mapping[str, str], media_type: str, filename: str, *, headers_only: bool = False
+) -> Response:
+    """The file, which is closed behind it; or its headers alone. `asked` are the headers of the request.
 
     Raises RequestError for a Range that is none (400), or that the file does not have (416).
     """
@@ -34,6 +36,9 @@ def file_answer(opened: Opened, asked: Mapping[str, str], media_type: str, filen
         "last-modified": formatdate(opened.modified, usegmt=True),
         "etag": f'"{hashlib.md5(mark, usedforsecurity=False).hexdigest()}"',
     }
+    if headers_only:  # whatever range is asked for
+        opened.file.close()
+        return Response(headers=headers | {"content-length": str(size)}, media_type=media_type)
     wanted = asked.get("range")
     if asked.get("if-range", headers["etag"]) not in (headers["etag"], headers["last-modified"]):
         wanted = None  # the client has a part of another file
@@ -62,8 +67,8 @@ def _content_range(span: Span, size: int) -> str:
 def _spans(wanted: str, size: int) -> list[Span]:
     """What a Range asks for, in order, without overlaps; nothing: all of the file. Raises RequestError."""
     unit, _, listed = wanted.partition("=")
-    if unit.strip().lower() != "bytes":
-        raise _malformed(wanted)
+    if listed and unit.strip().lower() != "bytes":
+        return []
     if listed.count(",") >= _MOST_SPANS:
         return []
     spans = []
@@ -73,7 +78,8 @@ def _spans(wanted: str, size: int) -> list[Span]:
             spans.append((start, min(size, int(found[2]) + 1) if found[1] and found[2] else size))
     if not spans:
         raise _malformed(wanted)
-    if any(start >= size for start, _ in spans):
+    spans = [(start, end) for start, end in spans if start < size]
+    if not spans:
         raise RequestError(
             f"the file has {size} bytes: {wanted[:64]!r} asks for others",
             param="Range",

@@ -157,15 +157,17 @@ class VideoService(VideoMaker):
             again = replace(stored, video=video, job=job, deadline=None)
             past = await asyncio.to_thread(self._store.events, draft_id)
             past.append(Event("segment.reset", {"index": index}, len(past) + 1))
-            await self._change(stored, again, past[-1], asked)
+            if not await self._is_owner():  # asked before it is written: it cannot be taken back from who is
+                self.refuse_if_lost()
+            await self._change(again, past[-1], asked)
             active = self._active(again)
             active.restored(past)
             accepted = video.model_copy(deep=True)
             self._enqueue(active)
             return accepted
 
-    async def _change(self, was: Stored, again: Stored, event: Event, asked: _Asked) -> None:
-        """Write down that what `was` is made again. Raises RequestError."""
+    async def _change(self, again: Stored, event: Event, asked: _Asked) -> None:
+        """Write down that it is made again. Raises RequestError."""
         segments, per_day = _to_make(again.video), self._quotas.per_day(again.owner)
         request = RequestKey(asked.caller.owner, asked.key, asked.digest) if asked.key else None
         try:
@@ -174,9 +176,6 @@ class VideoService(VideoMaker):
             raise self._quotas.day_used(again.owner, segments) from None
         if not there:  # it has expired meanwhile
             raise unknown(again.video.id, "draft")
-        if not await self._is_owner():  # as in `_accept`
-            await asyncio.to_thread(self._store.take_back, was, request)
-            self.refuse_if_lost()
 
     def _check_bundle(self, stored: Stored) -> Stored:
         """Raises RequestError for what another bundle has made, which this one cannot go on from."""

@@ -3,7 +3,7 @@
 from arlon_ray.generation.decoding import FrameDecoder
 from arlon_ray.generation.editing import VideoEditor
 from arlon_ray.generation.generator import VideoGenerator
-from arlon_ray.generation.given import Given, given_clip, given_picture, same_start
+from arlon_ray.generation.given import Given, given_clip, given_picture, same_given
 from arlon_ray.generation.options import GenerationOptions, default_options, segment_options
 from arlon_ray.generation.overlapped import Timeline
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
@@ -51,7 +51,7 @@ __all__ = [
     "new_frames",
     "playing_time",
     "prompt_of",
-    "same_start",
+    "same_given",
     "segment_options",
     "segments_for",
     "spread",

@@ -13,7 +13,7 @@ from arlon_ray.generation.generator import VideoGenerator
 from arlon_ray.generation.options import segment_options
 from arlon_ray.generation.overlapped import Threads, computing_with
 from arlon_ray.generation.planning import ArPlanner
-from arlon_ray.generation.project import Project, ProjectSegment
+from arlon_ray.generation.project import EDITED, Project, ProjectSegment
 from arlon_ray.generation.rendering import HandOver, behind_overlap
 from arlon_ray.generation.storyboard import (
     SegmentText,
@@ -70,7 +70,7 @@ class VideoEditor:
         overlap, its = self._taken_over(texts), segment_options(options, texts, index)
         with computing_with(self._threads.dit):
             made = self.generator.renderer.render(text, guide, overlap, seed, index, its, after=after)
-        self.project.write(index, ProjectSegment(text, seed, made.latents, tokens))
+        self.project.write(index, ProjectSegment(text, seed, made.latents, tokens, EDITED))
 
     def _planned(self, planner: ArPlanner, texts: Sequence[SegmentText], seed: int) -> np.ndarray:
         """The tokens [t', h', w'] of the segment of the last text."""

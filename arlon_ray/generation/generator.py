@@ -17,7 +17,7 @@ from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions, default_options, segment_options
 from arlon_ray.generation.overlapped import Threads, Timeline, computing_with, in_background
 from arlon_ray.generation.planning import ArPlanner, SegmentTokens
-from arlon_ray.generation.project import Project, ProjectSegment
+from arlon_ray.generation.project import UNTIL, Project, ProjectSegment
 from arlon_ray.generation.rendering import DiTRenderer, HandOver, behind_overlap
 from arlon_ray.generation.storyboard import SegmentText, begins_shot
 
@@ -53,9 +53,10 @@ class VideoGenerator:
         `until` what the last one leads up to (the beginning of a clip, by `given_clip`); it is not part of the frames.
         A text-only bundle renders the baseline whatever the options say. `timeline` notes who worked when.
 
-        `project` keeps what each segment was made of. Segments that it has already are decoded, not made again, and
-        what follows is, to the last bit, what it would have been in one go: so a video that was interrupted goes on,
-        and one that is finished becomes longer. What leads up to `until` is made in any case.
+        `project` keeps what each segment was made of. Segments that it has already are decoded, not made again,
+        whatever prompts and seed say (`Project.begins` tells whether they are these), and what follows is, to the last
+        bit, what it would have been in one go: a video that was interrupted goes on, one that is finished becomes
+        longer.
         """
         options = options or default_options(self.bundle.config.sampling)
         timeline = timeline or Timeline()
@@ -88,7 +89,7 @@ class VideoGenerator:
         """The latents [C, n, h, w] to show of each segment."""
         hand_over = HandOver.of(self.bundle.config, prompts)
         handed = given.latents if given else None
-        kept = min(len(project), len(prompts) - (until is not None)) if project is not None else 0
+        kept = min(len(project), len(prompts)) if project is not None else 0
         plans: Iterator[SegmentTokens] = iter(())
         if self.planner is not None and not options.baseline and kept < len(prompts):
             known = project.tokens(kept) if project is not None else []
@@ -108,7 +109,8 @@ class VideoGenerator:
                     render = partial(self.renderer.render, prompt, guide, taken, seed, index, its, after=after)
                     latents = timeline.timed("dit", index, render).latents
                     if project is not None:
-                        project.write(index, ProjectSegment(prompt, seed, latents, tokens))
+                        mark = UNTIL if after is not None else ""
+                        project.write(index, ProjectSegment(prompt, seed, latents, tokens, mark))
                 handed = hand_over.after(taken, latents, index)
                 yield behind_overlap(taken, latents) if index == 0 and given and given.shown else latents
         finally:

@@ -25,11 +25,12 @@ class Given:
     shown: bool
 
 
-def same_start(one: Given | None, other: Given | None) -> bool:
-    """Whether two videos start from the same."""
+def same_given(one: Given | None, other: Given | None) -> bool:
+    """Whether two are of the same pictures, as far as can be told: they may have been encoded on other machines."""
     if one is None or other is None:
         return one is other
-    return one.shown == other.shown and np.array_equal(one.latents, other.latents)
+    alike = one.latents.shape == other.latents.shape and np.allclose(one.latents, other.latents, atol=1e-2)
+    return alike and one.shown == other.shown
 
 
 def given_picture(bundle: Bundle, frame: np.ndarray) -> Given:

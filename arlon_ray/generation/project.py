@@ -2,12 +2,14 @@
 
 project.json                   bundle, options, the start (whether its latents are part of the video)
 start.safetensors              latents that the first segment goes on from, where there are any
+until.safetensors              latents that the last segment leads up to, where there are any
 segment-00003.safetensors      `tokens` [t', h', w'] (not of a baseline), `latents` [C, n, h, w]; text and seed beside
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.storyboard import SegmentText
 
-PROJECT_FILE, START_FILE = "project.json", "start.safetensors"
+PROJECT_FILE, START_FILE, UNTIL_FILE = "project.json", "start.safetensors", "until.safetensors"
+#: Of a segment that leads up to what the project ends with, and of one that was made again.
+UNTIL, EDITED = "until", "edited"
 _TEXT: TypeAdapter[SegmentText] = TypeAdapter(SegmentText)
 
 
@@ -40,27 +44,45 @@ class ProjectSegment:
     seed: int
     latents: np.ndarray
     tokens: np.ndarray | None = None
+    mark: str = ""  # what else it was made of: UNTIL, or EDITED
 
 
 class Project:
     """Segments in `folder`, each of which appears whole or not at all."""
 
-    def __init__(self, folder: Path, bundle: str, options: GenerationOptions, start: Given | None = None) -> None:
-        self.folder, self.bundle, self.options, self.start = folder, bundle, options, start
+    def __init__(
+        self,
+        folder: Path,
+        bundle: str,
+        options: GenerationOptions,
+        start: Given | None = None,
+        until: Given | None = None,
+    ) -> None:
+        self.folder, self.bundle, self.options, self.start, self.until = folder, bundle, options, start, until
 
     @classmethod
-    def create(cls, folder: Path, bundle: str, options: GenerationOptions, start: Given | None = None) -> Project:
+    def create(
+        cls,
+        folder: Path,
+        bundle: str,
+        options: GenerationOptions,
+        start: Given | None = None,
+        until: Given | None = None,
+    ) -> Project:
         """A new one without segments. `bundle` is the bundle's fingerprint. Raises ProjectError if one is there."""
         if cls.is_in(folder):
             raise ProjectError(f"{folder}: there is a project already; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if start is not None:
-            _save(folder / START_FILE, {"latents": start.latents}, {})
+        for name, given in ((START_FILE, start), (UNTIL_FILE, until)):
+            if given is not None:
+                _save(folder / name, {"latents": given.latents}, {})
+            else:
+                (folder / name).unlink(missing_ok=True)  # of one that was given up before it was there
         shown = start is not None and start.shown
         write_json(
             folder / PROJECT_FILE, {"bundle": bundle, "options": options.model_dump(mode="json"), "shown": shown}
         )
-        return cls(folder, bundle, options, start)
+        return cls(folder, bundle, options, start, until)
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -78,10 +100,11 @@ class Project:
             raise ProjectError(f"{folder}: no project that can be read: {one_line(error)}") from None
         if made_with != bundle:
             raise ProjectError(f"{folder}: made with the bundle {made_with[:12]}…, but this one is {bundle[:12]}…")
-        start = None
-        if (folder / START_FILE).exists():
-            start = Given(_load(folder / START_FILE)[0]["latents"], shown)
-        return cls(folder, bundle, options, start)
+        start, until = (
+            Given(_load(folder / name)[0]["latents"], shown=its) if (folder / name).exists() else None
+            for name, its in ((START_FILE, shown), (UNTIL_FILE, False))
+        )
+        return cls(folder, bundle, options, start, until)
 
     def __len__(self) -> int:
         return len(list(self.folder.glob("segment-*.safetensors")))
@@ -94,7 +117,9 @@ class Project:
         arrays, noted = _load(self._path(index))
         try:
             text = _TEXT.validate_json(noted["text"])
-            return ProjectSegment(text, int(noted["seed"]), arrays["latents"], arrays.get("tokens"))
+            return ProjectSegment(
+                text, int(noted["seed"]), arrays["latents"], arrays.get("tokens"), noted.get("mark", "")
+            )
         except (KeyError, ValueError) as error:
             raise ProjectError(f"{self._path(index)}: damaged: {one_line(error)}") from None
 
@@ -109,16 +134,41 @@ class Project:
 
     def tokens(self, count: int) -> list[np.ndarray]:
         """Of the first so many segments. Raises ProjectError if one is missing or damaged, or has none."""
-        found = [self.read(index).tokens for index in range(count)]
-        if any(tokens is None for tokens in found):
-            raise ProjectError(f"{self.folder}: a segment without tokens: made by a baseline")
-        return [tokens for tokens in found if tokens is not None]
+        found = []
+        for index in range(count):
+            with _opened(self._path(index)) as file:
+                if "tokens" not in file.keys():  # noqa: SIM118
+                    raise ProjectError(f"{self._path(index)}: no tokens in it: made by a baseline")
+                found.append(file.get_tensor("tokens"))
+        return found
 
     def begins(self, texts: Sequence[SegmentText], seed: int) -> bool:
-        """Whether its segments are the first ones of these texts, made with this seed. Raises ProjectError."""
-        noted = [_noted(self._path(index)) for index in range(len(self))]
-        asked = [(_TEXT.dump_json(text).decode(), str(seed)) for text in texts]
-        return [(its.get("text"), its.get("seed")) for its in noted] == asked[: len(noted)]
+        """Whether its segments are the first ones of a video of these texts and this seed, as they were first made.
+
+        Those from the first one on that cannot be read do not count.
+        """
+        noted = [_noted(self._path(index)) for index in range(self._whole())]
+        marks = [UNTIL if self.until and index == len(texts) - 1 else "" for index in range(len(texts))]
+        asked = [(_TEXT.dump_json(text).decode(), str(seed), mark) for text, mark in zip(texts, marks, strict=True)]
+        found = [(its.get("text"), its.get("seed"), its.get("mark", "")) for its in noted]
+        return found == asked[: len(found)]
+
+    def drop_damaged(self) -> int:
+        """Forget the first segment that cannot be read, and all behind it; returns how many were forgotten."""
+        kept = {self._path(index) for index in range(self._whole())}
+        damaged = [path for path in self.folder.glob("segment-*.safetensors") if path not in kept]
+        for path in damaged:
+            path.unlink()
+        return len(damaged)
+
+    def _whole(self) -> int:
+        """How many segments can be read before the first that cannot."""
+        for index in range(len(self)):
+            try:
+                self.read(index)
+            except ProjectError:
+                return index
+        return len(self)
 
     def write(self, index: int, segment: ProjectSegment) -> None:
         """In place of what segment `index` was."""
@@ -126,7 +176,7 @@ class Project:
         if segment.tokens is not None:
             arrays["tokens"] = segment.tokens
         text = _TEXT.dump_json(segment.text).decode()
-        _save(self._path(index), arrays, {"text": text, "seed": str(segment.seed)})
+        _save(self._path(index), arrays, {"text": text, "seed": str(segment.seed), "mark": segment.mark})
 
     def _path(self, index: int) -> Path:
         return self.folder / f"segment-{index:05d}.safetensors"
@@ -136,6 +186,8 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray], noted: Mapping[str, str]
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, dict(noted))
     let_others_read(partial)
+    with partial.open("rb") as file:  # or a machine that loses its power may keep the name alone
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

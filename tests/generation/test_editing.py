@@ -212,3 +212,19 @@ def test_a_video_that_was_interrupted_goes_on(
     assert "2 of 4 segments are there already" in capsys.readouterr().err
     assert written == [0, 1, -1, 2, 3]
     assert (tmp_path / "v.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    # a machine that lost its power
+    (tmp_path / "p" / "segment-00001.safetensors").write_bytes(b"")
+    assert run_job(monkeypatch, generate, *flags) == 0
+    assert "segment 1 cannot be read: 3 segments are made again" in capsys.readouterr().err
+    assert (tmp_path / "v.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    # other videos, whose segments these are not
+    others = [[*flags, "--seed", "1"], [*flags, "--segments", "3"], [*flags, "--segments", "5"]]
+    without = flags.index("--until") if until else None
+    others += [flags[:without] + flags[without + 2 :]] if without else [[*flags, "--until", str(tmp_path / "v.mp4")]]
+    for other in others:
+        assert run_job(monkeypatch, generate, *other) == 2
+        assert "there is a project already, of another video" in capsys.readouterr().err
+    edited = ["--bundle", flags[1], "--project", str(tmp_path / "p"), "--output", str(tmp_path / "v.mp4")]
+    assert run_job(monkeypatch, edit, *edited, "--segment", "1") == 0
+    assert run_job(monkeypatch, generate, *flags) == 2
+    assert "or it was edited" in capsys.readouterr().err

@@ -104,6 +104,9 @@ def check_a_page_of_two(results: Path, page: Path) -> None:
     page.write_text(page.read_text().replace(f"{begin}\n{end}", f"{begin}\nwhat we saw\n{end}"))
     write_page(page, [(folder, found)], "One.")
     assert f"{begin}\nwhat we saw\n{end}" in page.read_text() and "One." in page.read_text()
+    nothing = {**rows["guided@5"], "videos": 0, "seconds": None, "metrics": {}}
+    write_page(page, [(folder, {**found, "rows": rows | {"guided@5": nothing}})], "All of a row failed.")
+    assert "text-only@30 | guided@5" not in page.read_text()
     with pytest.raises(InputError, match="no results of jobs"):
         read_results(page.parent)
 
