@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import httpx
 import numpy as np
 import psutil
@@ -91,6 +92,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(client, config, bundle, data)
 
 
+def frames_in(begun: bytes) -> int:
+    """Frames that can be decoded of a file that is not all there."""
+    try:
+        return len(read_video(io.BytesIO(begun)))
+    except (av.error.FFmpegError, ValueError):
+        return 0
+
+
 def test_two_prompts_over_four_segments(served: Served, tmp_path: Path) -> None:
     decord = pytest.importorskip("decord")
     created = served.post(
@@ -100,7 +109,9 @@ def test_two_prompts_over_four_segments(served: Served, tmp_path: Path) -> None:
     with served.client.stream("GET", f"/v1/videos/{created['id']}/stream", timeout=50) as watched:
         pieces = watched.iter_bytes()
         first = next(pieces)
-        assert len(read_video(io.BytesIO(first))) == 34
+        while (seen := frames_in(first)) < 34:  # a segment may come in several pieces
+            first += next(pieces)
+        assert seen == 34
         assert served.client.get(f"/v1/videos/{created['id']}").json()["status"] == "in_progress"
         streamed = first + b"".join(pieces)
     video = served.until(created["id"], "completed", "failed")
