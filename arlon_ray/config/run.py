@@ -165,7 +165,7 @@ class ServeConfig(Section):
         None, description="where videos and the job store lie: a folder, or a bucket (then database_url too); "
         "default: the output",
     )  # fmt: skip
-    max_segments: int = Field(64, ge=1, description="longest video that a request may ask for")
+    max_segments: int = Field(256, ge=1, description="longest video that a request may ask for")
     max_prompt_characters: int = Field(1000, ge=1)
     max_running: int = Field(8, ge=1, description="videos made at the same time; the others wait")
     max_queued: int = Field(64, ge=1, description="videos waiting; more are refused with 429")

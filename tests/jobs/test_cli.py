@@ -157,7 +157,7 @@ def test_what_fails_is_one_line_and_exit_code_1(served: DrawnStages, tmp_path: P
         (["submit", "--prompt", "a", "--draft", "--steps", "3"], "--steps: a draft is not rendered"),
         (["submit", "--prompt", "a", "--output", "/no/such/x.mp4"], "/no/such is not a folder"),
         (["submit", "--prompt", "a", "--seed", "-1"], "seed: Input should be greater than or equal to 0"),
-        (["submit", "--prompt", "a", "--segments", "999"], "num_segments: at most 64 segments"),
+        (["submit", "--prompt", "a", "--segments", "999"], "num_segments: at most 256 segments"),
         (["get", "video_nothing"], "no video 'video_nothing'"),
         (["delete", "../models"], "is no id"),
         (["list", "--limit", "0"], "limit: Input should be greater"),

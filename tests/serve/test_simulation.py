@@ -135,7 +135,7 @@ def test_command_line(tmp_path: Path) -> None:
         (("--config=tiny", "--replicas=dit=x"), "expected a number, or FROM-TO"),
         (("--seconds=ar=-1",), "expected STAGE=NUMBER"),
         (("--config=tiny", "--clients=2", "--arrivals=1/min"), "exclude each other"),
-        (("--config=tiny", "--segments=99"), "at most serve.max_segments=64"),
+        (("--config=tiny", "--segments=999"), "at most serve.max_segments=256"),
         (("--config=tiny", "--replicas=dit=3-2"), "min_replicas=3 is above max_replicas=2"),
     ):
         assert says in call(*wrong, code=2)
