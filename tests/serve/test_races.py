@@ -34,12 +34,12 @@ async def ended(service: VideoService, name: str, kind: str = "video") -> str:
 
 def test_an_old_deadline_does_not_hit_a_draft_that_is_rolled_again(tmp_path: Path) -> None:
     async def scenario(service: VideoService, stages: FakeStages) -> None:
-        draft = await service.create(PlanRequest(prompt="a", num_segments=2, deadline_s=0.6))
+        draft = await service.create(PlanRequest(prompt="a", num_segments=2, deadline_s=2.5))
         assert await ended(service, draft.id, "draft") == "completed"
         stages.gate.clear()
         blocking = await service.create(VideoRequest(prompt="a"))
         await service.reroll(draft.id, 0, RerollRequest(seed=5))
-        await asyncio.sleep(0.8)  # the first deadline passes while it waits
+        await asyncio.sleep(2.7)  # the first deadline passes while it waits
         assert (await service.get(draft.id, LOCAL, "draft")).status == "queued"
         stages.gate.set()
         assert await ended(service, draft.id, "draft") == "completed"
@@ -52,13 +52,13 @@ def test_nor_behind_a_restart(tmp_path: Path) -> None:
     names: list[str] = []
 
     async def before(service: VideoService, stages: FakeStages) -> None:
-        draft = await service.create(PlanRequest(prompt="a", deadline_s=1.5))
+        draft = await service.create(PlanRequest(prompt="a", deadline_s=2.5))
         names.append(draft.id)
         assert await ended(service, draft.id, "draft") == "completed"
         stages.gate.clear()
         await service.create(VideoRequest(prompt="a"))
         await service.reroll(draft.id, 0, RerollRequest(seed=5))
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.5)
 
     async def after(service: VideoService, stages: FakeStages) -> None:
         assert await ended(service, names[0], "draft") == "completed"
