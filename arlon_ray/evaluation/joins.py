@@ -8,7 +8,9 @@ seam_…            the same at the VAE's borders between groups which are no jo
 drift_quality     imaging_quality of the last segment over that of the first.
 drift_colour      distance of mean and standard deviation of the colours of the last segment from those of the first,
                   of 255.
-drift_subject     cosine of what the object looks like, averaged over the last segment and over the first.
+drift_subject     cosine of what the object looks like, averaged over the last segment and over the first: of 8×8
+                  fields, in each of which one pixel of the object counts as much as all.
+drift_look        the same of fields that count by what the object covers of them.
 
 Legend: T frames, H × W pixels.
 """
@@ -56,14 +58,23 @@ def drift_figures(frames: Frames, joins: Sequence[int]) -> dict[str, float]:
     first, last = frames[: joins[0]], frames[joins[-1] :]
     masks = [object_masks(part) for part in (first, last)]
     quality = [sharpness(part, mask) for part, mask in zip((first, last), masks, strict=True)]
-    subjects = [around_object(part, mask).mean(0) for part, mask in zip((first, last), masks, strict=True)]
+    subjects, looks = (
+        [around_object(part, mask, covered).mean(0) for part, mask in zip((first, last), masks, strict=True)]
+        for covered in (False, True)
+    )
     statistics = [_colours(part) for part in (first, last)]
-    norms = np.prod([np.linalg.norm(subject) for subject in subjects])
     return {
         "drift_quality": quality[1] / max(quality[0], 1e-6),
         "drift_colour": float(np.abs(statistics[1] - statistics[0]).mean() / 255),
-        "drift_subject": float(np.dot(*subjects) / norms) if norms else 0.0,
+        "drift_subject": _cosine(*subjects),
+        "drift_look": _cosine(*looks),
     }
+
+
+def _cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Of two vectors; 0 if one of them is nothing."""
+    norms = np.linalg.norm(one) * np.linalg.norm(other)
+    return float(np.dot(one, other) / norms) if norms else 0.0
 
 
 Change = Callable[[int], float]

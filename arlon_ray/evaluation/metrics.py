@@ -213,26 +213,33 @@ def sharpness(frames: Frames, masks: Mask) -> float:
     return float(np.mean(scores))
 
 
-def _pooled(frames: Frames, where: Mask) -> Features:
-    """Mean colour around mid-grey of each of 8×8 fields, over the pixels in `where`: [T, 192]."""
+def _pooled(frames: Frames, where: Mask, covered: bool = False) -> Features:
+    """Mean colour around mid-grey of each of 8×8 fields, over the pixels in `where`: [T, 192].
+
+    `covered`: times the share of the field that they cover, so that one pixel does not count as much as all.
+    """
     count, height, width, _ = frames.shape
     shape = (count, POOL, height // POOL, POOL, width // POOL)
     cut = (slice(None), slice(height // POOL * POOL), slice(width // POOL * POOL))
     weights = where[cut].reshape(shape).astype(np.float64)
     colours = (frames[cut].astype(np.float64) - 128).reshape(*shape, 3)
     total = (colours * weights[..., None]).sum((2, 4))
-    return (total / np.maximum(weights.sum((2, 4)), 1)[..., None]).reshape(count, -1)
+    counted = np.prod(shape[2::2]) if covered else np.maximum(weights.sum((2, 4)), 1)[..., None]
+    return (total / counted).reshape(count, -1)
 
 
-def around_object(frames: Frames, masks: Mask) -> Features:
-    """The object's pixels, each frame turned so that the object is in the middle; zero where there is none."""
+def around_object(frames: Frames, masks: Mask, covered: bool = False) -> Features:
+    """The object's pixels, each frame turned so that the object is in the middle; zero where there is none.
+
+    Pooled to 8×8 fields, each as bright as its pixels are, or, `covered`, also as much as they cover of it.
+    """
     turned, seen = np.zeros_like(frames), np.zeros_like(masks)
     for t, mask in enumerate(masks):
         if not mask.any():
             continue
         shifts = [round((size + 1) / 2 - centre_of(mask, axis)) for axis, size in enumerate(mask.shape)]
         turned[t], seen[t] = (np.roll(array, shifts, (0, 1)) for array in (frames[t], mask))
-    return _pooled(turned, seen)
+    return _pooled(turned, seen, covered)
 
 
 def bootstrap(values: NDArray[np.float64], seed: int = 0, draws: int = 2000) -> tuple[float, float]:

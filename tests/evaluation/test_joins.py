@@ -34,6 +34,7 @@ def test_nothing_shows_in_footage_without_joins(videos: list[Frames]) -> None:
     drift = [drift_figures(video, JOINS) for video in videos]
     assert mean(drift, "drift_quality") == pytest.approx(1, abs=0.05)
     assert mean(drift, "drift_subject") > 0.95 and mean(drift, "drift_colour") < 0.01
+    assert mean(drift, "drift_look") > 0.97
 
 
 def test_what_breaks_at_a_join_shows(videos: list[Frames]) -> None:
@@ -60,7 +61,8 @@ def test_drift_shows(videos: list[Frames]) -> None:
     assert mean([drift_figures(video, JOINS) for video in faded], "drift_colour") > 0.1
     # another object in the end
     other = [np.concatenate([v[:68], w[68:]]) for v, w in zip(videos, videos[1:] + videos[:1], strict=True)]
-    assert mean([drift_figures(video, JOINS) for video in other], "drift_subject") < 0.9
+    drift = [drift_figures(video, JOINS) for video in other]
+    assert mean(drift, "drift_subject") < 0.9 and mean(drift, "drift_look") < 0.9
 
 
 def test_too_few_frames_are_refused() -> None:
