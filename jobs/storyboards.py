@@ -59,7 +59,7 @@ def segment_texts(
 ) -> list[SegmentText]:
     """The text of every segment of these scenes, behind so many that are there. InputError names the flag."""
     _check_lengths(scenes, config, "--storyboard" if arguments.storyboard else "--prompt")
-    _check_segments(arguments, scenes, config, behind)
+    flag, count = _length(arguments, scenes, config, behind)
     if scenes[0].seconds is not None:
         if arguments.segments is not None:
             raise InputError("--segments: how long the prompts last says already how long the video is")
@@ -69,15 +69,10 @@ def segment_texts(
             raise InputError(f"{'--storyboard' if arguments.storyboard else '--seconds'}: {error}") from None
     if arguments.transition:
         raise InputError("--transition: needs to know how long each prompt lasts: give --seconds once for each")
-    count, flag = len(scenes), "--prompt"
-    if arguments.segments is not None:
-        count, flag = arguments.segments, "--segments"
-    elif arguments.seconds:
-        count, flag = segments_for(arguments.seconds[0], config, behind), f"--seconds {arguments.seconds[0]:g}"
     try:
         return spread(scenes, count, behind)
     except ValueError as error:
-        raise InputError(f"{flag}: {error}") from None
+        raise InputError(f"{flag if arguments.segments is None else '--segments'}: {error}") from None
 
 
 def read_scenes(arguments: argparse.Namespace) -> list[Scene]:
@@ -135,8 +130,11 @@ def _read(path: Path) -> list[Scene]:
     return [Scene(part.prompt, part.seconds, part.cut) for part in parts]
 
 
-def _check_segments(arguments: argparse.Namespace, scenes: list[Scene], config: Config, behind: int) -> None:
-    """Raises InputError for a number of segments below 1, or above what is made at a time."""
+def _length(arguments: argparse.Namespace, scenes: list[Scene], config: Config, behind: int) -> tuple[str, int]:
+    """What says how long the video is, and in how many segments (without what cuts add).
+
+    Raises InputError for fewer than 1, and for more than are made at a time.
+    """
     if arguments.segments is not None:
         flag, count = f"--segments {arguments.segments}", arguments.segments
         if count < 1:
@@ -150,6 +148,7 @@ def _check_segments(arguments: argparse.Namespace, scenes: list[Scene], config: 
     if count > MOST_SEGMENTS:
         limit = playing_time(MOST_SEGMENTS, config)
         raise InputError(f"{flag}: expected at most {MOST_SEGMENTS} segments ({limit} s)")
+    return flag, count
 
 
 def _check_lengths(scenes: list[Scene], config: Config, flag: str) -> None:

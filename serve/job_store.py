@@ -38,6 +38,14 @@ UNFINISHED = ("queued", "in_progress")
 _AT_ONCE = 500  # values in one query
 DAY_S = 86_400
 
+#: libpq's: seconds until a server that is gone without a word is noticed; by default a quarter of an hour.
+_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,
+}
 #: Columns of a job's row, by name: what `state_of` gives and `JobStore.save` writes.
 State = dict[str, Any]
 
@@ -127,16 +135,6 @@ class Stored:
     request_digest: str = ""
 
 
-#: libpq's: seconds until a server that is gone without a word is noticed; by default a quarter of an hour.
-_PATIENCE = {
-    "connect_timeout": 10,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 2,
-    "tcp_user_timeout": 15_000,
-}
-
-
 @dataclass(frozen=True)
 class RequestKey:
     """Whose request it was, its Idempotency-Key, and the digest of all that it says."""
@@ -151,8 +149,9 @@ class JobStore:
 
     def __init__(self, url: str) -> None:
         """`url` is SQLAlchemy's; `JobStore.in_folder` makes that of the default, a SQLite file."""
-        sqlite = make_url(url).get_backend_name() == "sqlite"
-        patience = _PATIENCE if make_url(url).get_driver_name() in ("psycopg", "psycopg2") else {}
+        address = make_url(url)
+        sqlite = address.get_backend_name() == "sqlite"
+        patience = _PATIENCE if address.get_driver_name() in ("psycopg", "psycopg2") else {}
         self._engine = create_engine(url, pool_pre_ping=not sqlite, connect_args=patience)  # a file does not hang up
         if sqlite:
             event.listen(self._engine, "connect", _tune_sqlite)

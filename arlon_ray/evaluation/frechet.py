@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arlon_ray.evaluation.scenes import Frames
+from arlon_ray.models.vae import to_video
 
 #: Name of the features, to stand beside every distance.
 FEATURES = "random 3-D convolutions v1"
@@ -44,8 +45,7 @@ def _network() -> nn.Sequential:
 @torch.no_grad()
 def video_features(frames: Frames) -> NDArray[np.float64]:
     """Features [F] of uint8 [T, H, W, 3]: mean and deviation of each channel of the last layer."""
-    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    found = _network()(video)[0].flatten(1)
+    found = _network()(to_video(np.ascontiguousarray(frames)[None]))[0].flatten(1)
     return torch.cat([found.mean(1), found.std(1)]).double().numpy()
 
 

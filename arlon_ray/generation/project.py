@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from arlon_ray.artifact import let_others_read, one_line, write_json
 from arlon_ray.generation.given import Given
 from arlon_ray.generation.options import GenerationOptions
 from arlon_ray.generation.storyboard import SegmentText
+from arlon_ray.generation.video import whole_file
 
 PROJECT_FILE, START_FILE, UNTIL_FILE = "project.json", "start.safetensors", "until.safetensors"
 #: Of a segment that leads up to what the project ends with, and of one that was made again.
@@ -47,18 +48,15 @@ class ProjectSegment:
     mark: str = ""  # what else it was made of: UNTIL, or EDITED
 
 
+@dataclass(frozen=True, eq=False)
 class Project:
     """Segments in `folder`, each of which appears whole or not at all."""
 
-    def __init__(
-        self,
-        folder: Path,
-        bundle: str,
-        options: GenerationOptions,
-        start: Given | None = None,
-        until: Given | None = None,
-    ) -> None:
-        self.folder, self.bundle, self.options, self.start, self.until = folder, bundle, options, start, until
+    folder: Path
+    bundle: str
+    options: GenerationOptions
+    start: Given | None = None
+    until: Given | None = None
 
     @classmethod
     def create(
@@ -147,7 +145,7 @@ class Project:
 
         Those from the first one on that cannot be read do not count.
         """
-        noted = [_noted(self._path(index)) for index in range(self._whole())]
+        noted = self._readable()
         marks = [UNTIL if self.until and index == len(texts) - 1 else "" for index in range(len(texts))]
         asked = [(_TEXT.dump_json(text).decode(), str(seed), mark) for text, mark in zip(texts, marks, strict=True)]
         found = [(its.get("text"), its.get("seed"), its.get("mark", "")) for its in noted]
@@ -155,20 +153,19 @@ class Project:
 
     def drop_damaged(self) -> int:
         """Forget the first segment that cannot be read, and all behind it; returns how many were forgotten."""
-        kept = {self._path(index) for index in range(self._whole())}
+        kept = {self._path(index) for index in range(len(self._readable()))}
         damaged = [path for path in self.folder.glob("segment-*.safetensors") if path not in kept]
         for path in damaged:
             path.unlink()
         return len(damaged)
 
-    def _whole(self) -> int:
-        """How many segments can be read before the first that cannot."""
-        for index in range(len(self)):
-            try:
-                self.read(index)
-            except ProjectError:
-                return index
-        return len(self)
+    def _readable(self) -> list[dict[str, str]]:
+        """What is noted beside the segments before the first that cannot be read: a file that is cut off cannot."""
+        noted = []
+        with suppress(ProjectError):
+            for index in range(len(self)):
+                noted.append(_noted(self._path(index)))
+        return noted
 
     def write(self, index: int, segment: ProjectSegment) -> None:
         """In place of what segment `index` was."""
@@ -183,12 +180,11 @@ class Project:
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray], noted: Mapping[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, dict(noted))
-    let_others_read(partial)
-    with partial.open("rb") as file:  # or a machine that loses its power may keep the name alone
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, dict(noted))
+        let_others_read(partial)
+        with partial.open("rb") as file:  # or a machine that loses its power may keep the name alone
+            os.fsync(file.fileno())
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -93,5 +93,4 @@ def _vae(path: str) -> VideoVAE:
 
 def look(latents_BCthw: Tensor, vae_path: Path) -> np.ndarray:
     """Frames uint8 [B, T, H, W, 3] of normalised latents."""
-    video = _vae(str(vae_path)).decode(latents_BCthw.cpu().float())
-    return to_frames(video)
+    return to_frames(_vae(str(vae_path)).decode(latents_BCthw.cpu().float()))
