@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from importlib import import_module
 from logging import WARNING, getLogger
 from pathlib import Path
 
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import LoggingConfig, TracingConfig
 
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import Config, ConfigError
@@ -40,6 +41,20 @@ def check_devices(config: Config) -> None:
             raise ConfigError(f"serve.{name}.num_gpus={settings.num_gpus:g}, but device=cpu: one of them must change")
 
 
+def check_exporter(path: str) -> None:
+    """Raises ConfigError if there is nothing at `path` to send traces with. Empty: none are sent."""
+    if not path:
+        return
+    module, colon, name = path.partition(":")
+    try:
+        if not (colon and callable(getattr(import_module(module), name, None))):
+            raise ImportError("expected MODULE:FUNCTION, one that gives OpenTelemetry's span processors")
+    except ImportError as error:
+        raise ConfigError(
+            f"serve.trace_exporter={path}: {error} (for serve.otlp: pip install 'arlon-ray[otlp]')"
+        ) from None
+
+
 def build_app(
     config: Config, bundle: Bundle, data_dir: str | Path, configured: Callable[[Bundle], Config] | None = None
 ) -> serve.Application:
@@ -47,10 +62,11 @@ def build_app(
 
     `configured` gives the configuration of a bundle that takes its place; by default with the settings of `config`.
     `config.serve.data_dir`, where it is set, goes before `data_dir`. Both paths must be readable wherever replicas run.
-    Raises ConfigError as `check_devices` and `check_auth` do.
+    Raises ConfigError as `check_devices`, `check_auth` and `check_exporter` do.
     """
     check_devices(config)
     check_auth(config.serve)
+    check_exporter(config.serve.trace_exporter)
     data = _data(config, data_dir)
     if "://" in data and config.serve.database_url is None:
         raise ConfigError(f"serve.data_dir={data}: a database is no file of a bucket: set serve.database_url too")
@@ -91,7 +107,12 @@ def serve_bundle(config: Config, bundle: Bundle, data_dir: str | Path) -> Iterat
     )
     # Serve's own start-up lines speak of "existing" apps and options "not applied" where all is well
     getLogger("ray.serve").setLevel(WARNING)
-    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    traced = TracingConfig(
+        enabled=bool(config.serve.trace_exporter),
+        exporter_import_path=config.serve.trace_exporter,
+        sampling_ratio=config.serve.trace_ratio,
+    )
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet, tracing_config=traced)
     try:
         serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
         shown = "127.0.0.1" if config.serve.host in ("0.0.0.0", "::") else config.serve.host

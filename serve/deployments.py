@@ -36,6 +36,7 @@ from serve.logs import LogSettings, log_stage, set_up_logging
 from serve.metrics import Metrics, Stage
 from serve.scaling import PAUSED, replicas_for_work
 from serve.step_news import StepNews
+from serve.tracing import worked
 from serve.work import Decoded, Frame, Job, Latents, Permit, Timed, Tokens, Told
 
 T = TypeVar("T")
@@ -104,9 +105,10 @@ class _Reports:
             set_up_logging(*log)
         self.stage, self.metrics = stage, Metrics()
 
-    def segment(self, job: Job, index: int, seconds: float, sizes: Sequence[int] = ()) -> None:
+    def segment(self, job: Job, index: int, made: Timed[Any], sizes: Sequence[int] = ()) -> None:
         """A segment is done; `sizes` are those of the batches that the latest steps ran."""
-        log_stage(job.request_id, job.id, self.stage, index, seconds)
+        log_stage(job.request_id, job.id, self.stage, index, made.seconds)
+        worked(self.stage, job.id, index, made.started, made.seconds)
         if latest := list(sizes)[-_LATEST:]:
             self.metrics.batch(self.stage, round(sum(latest) / len(latest)))
 
@@ -154,7 +156,7 @@ class ArDeployment:
                 if not await self._may_go_on(permit, index):
                     return
                 made = await planner.run(plan.segment)
-                self._reports.segment(job, index, made.seconds, planner.sizes)
+                self._reports.segment(job, index, made, planner.sizes)
                 shared = planner.model.overlap_frames(index)
                 self._reports.metrics.tokens(made.value.tokens[shared:].size)
                 yield Timed(made.value.tokens, made.started, made.seconds)
@@ -218,7 +220,7 @@ class DitDeployment:
                 if told is not None:
                     self._news.forget(told)
             self._counts["segments"] += 1
-            self._reports.segment(job, index, rendered.seconds, renderer.sizes)
+            self._reports.segment(job, index, rendered, renderer.sizes)
         return Timed(rendered.value.latents, rendered.started, rendered.seconds)
 
     def check_health(self) -> None:
@@ -263,7 +265,7 @@ class DecoderDeployment:
 
         async with self._models.of(job) as decoder:
             decoded = await decoder.run(decode, decoder.model)
-        self._reports.segment(job, index, decoded.seconds)
+        self._reports.segment(job, index, decoded)
         return decoded
 
     async def encode(self, job: Job, picture: Frame) -> Timed[Latents]:

@@ -33,6 +33,7 @@ from serve.places import Places
 from serve.quotas import OTHER, Quotas, label
 from serve.reader import VideoReader, kept_segments, unknown
 from serve.schema import RequestError, Video, VideoError
+from serve.tracing import span
 from serve.work import Job, Stages
 
 T = TypeVar("T")
@@ -244,8 +245,10 @@ class VideoMaker(VideoReader):
         REQUEST_ID.set(active.job.request_id)  # of the task alone: its lines are found by the id of the request
         try:
             left = None if active.deadline is None else active.deadline - time.time()
-            async with asyncio.timeout(left):
-                await self._run(active)
+            asked = active.job.request_id
+            with span(video.object, active.job.traceparent, job=video.id, segments=active.segments, request_id=asked):
+                async with asyncio.timeout(left):
+                    await self._run(active)
         except TimeoutError:
             await self._fail(active, _LATE)
         except StageError as error:

@@ -21,6 +21,7 @@ from arlon_ray.generation import HandOver, begins_shot, behind_overlap
 from serve.job_files import JobFiles, Restored, SegmentRecord
 from serve.metrics import Stage
 from serve.schema import STORAGE_FULL, SegmentStatus
+from serve.tracing import span
 from serve.work import Frame, Job, Latents, PlanWindow, Stages, Timed, Tokens, WorkerLost
 
 T = TypeVar("T")
@@ -150,7 +151,8 @@ class Orchestrator:
         """Make a call of a segment, again where it failed for a reason that is `passing`. Raises StageError."""
         for again in range(RETRIES + 1):
             try:
-                return await call()
+                with span(stage, job=self._job.id, segment=index, again=again):
+                    return await call()
             except Exception as error:
                 if again == RETRIES or not passing(error):
                     raise StageError(stage, index, error) from error
@@ -170,7 +172,8 @@ class Orchestrator:
                 return
             try:
                 if index not in tokens:
-                    await self._plan_from(index)
+                    with span("planning", job=self._job.id, segment=index, again=lost):
+                        await self._plan_from(index)
                 else:
                     await self._begin()
                     await self._put(index, self._behind(tokens[index - 1], tokens[index]) if index else tokens[index])

@@ -32,6 +32,7 @@ from serve.schema import (
     Video,
     VideoRequest,
 )
+from serve.tracing import traceparent
 from serve.work import Frame, Job
 
 
@@ -196,7 +197,7 @@ class VideoService(VideoMaker):
         await self._quotas.check_stored(owner)
         self._refuse_if_full(owner)
         video, job = new
-        job = replace(job, request_id=asked.request_id, tenant=place)
+        job = replace(job, request_id=asked.request_id, traceparent=traceparent(), tenant=place)
         any_bundle = not job.bundle  # else it goes on from what that has made
         if any_bundle:
             job = replace(job, bundle=self.model.bundle, bundle_path=self.model.path)

@@ -46,6 +46,8 @@ class Job:
     bundle_path: str = ""
     #: Of the HTTP request that asked for it: it finds the job's lines in every deployment's log.
     request_id: str = ""
+    #: Where it stands in that request's trace (W3C trace context); empty: it is not traced.
+    traceparent: str = ""
     #: In whose place its files lie (`Places`); empty: in the one that is nobody's own.
     tenant: str = ""
 

@@ -194,6 +194,11 @@ class ServeConfig(Section):
     body_timeout_s: float = Field(60.0, gt=0, description="a body that takes longer to arrive is given up with a 408")
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning"] = "info"
+    trace_exporter: str = Field(
+        "",
+        description="MODULE:FUNCTION, of OpenTelemetry's span processors (serve.otlp:processors); empty: no traces",
+    )
+    trace_ratio: float = Field(1.0, ge=0, le=1, description="share of the requests that are traced")
     ar: DeploymentConfig = DeploymentConfig()
     dit: DeploymentConfig = DeploymentConfig()
     decoder: DeploymentConfig = DeploymentConfig(num_cpus=0.25, max_ongoing_requests=4)

@@ -27,6 +27,7 @@ from serve.app import APP, serve_bundle
 from serve.deployments import AR, DECODER, DIT
 from serve.ingress import API
 from tests.bundles import make_random_bundle
+from tests.serve.collector import Collector, collecting
 
 pytestmark = pytest.mark.ray
 
@@ -39,6 +40,7 @@ class Served:
     config: Config
     bundle: Path
     data: Path
+    collector: Collector
 
     def post(self, **body: object) -> dict:
         response = self.client.post("/v1/videos", json=body)
@@ -84,12 +86,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     single = [f"serve.{stage}.max_replicas=1" for stage in ("ar", "dit", "decoder")]
     bundle = make_random_bundle(
         folder / "bundle", "dit.depth=6", "dit.hidden_size=64", f"serve.port={free_port()}", "serve.max_running=1",
-        "serve.max_queued=1", "sampling.continued_guidance=0.5", *single,
+        "serve.max_queued=1", "sampling.continued_guidance=0.5", "serve.trace_exporter=serve.otlp:processors", *single,
     )  # fmt: skip
     opened = load_bundle(bundle)
     config, data = opened.config, folder / "data"
-    with connect(config), serve_bundle(config, opened, data) as url, httpx.Client(base_url=url) as client:
-        yield Served(client, config, bundle, data)
+    with pytest.MonkeyPatch.context() as patch, collecting() as collector:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        with connect(config), serve_bundle(config, opened, data) as url, httpx.Client(base_url=url) as client:
+            yield Served(client, config, bundle, data, collector)
 
 
 def frames_in(begun: bytes) -> int:
@@ -132,6 +137,29 @@ def test_two_prompts_over_four_segments(served: Served, tmp_path: Path) -> None:
         assert following["ar_start_s"] < now["dit_start_s"] + now["dit_s"]
         assert following["dit_start_s"] >= now["dit_start_s"] + now["dit_s"] - 0.002
         assert now["decode_start_s"] >= now["dit_start_s"] + now["dit_s"] - 0.002
+
+
+def test_one_request_is_one_trace_across_the_deployments(served: Served) -> None:
+    trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    asked = {"prompt": PROMPTS[0], "num_segments": 2, "seed": 3}
+    headers = {"traceparent": f"00-{trace}-{caller}-01", "x-request-id": "traced"}
+    video = served.client.post("/v1/videos", json=asked, headers=headers).json()["id"]
+    served.until(video, "completed")
+
+    (whole,) = served.collector.of(trace, "arlon.video", 1)
+    assert whole.about == {"arlon.job": video, "arlon.segments": 2, "arlon.request_id": "traced"}
+    assert not whole.error
+    for stage, call, deployment in (("ar", "planning", AR), ("dit", "rendering", DIT), ("decode", "decoding", DECODER)):
+        worked = served.collector.of(trace, f"arlon.{stage}", 2)
+        assert [span.about for span in worked] == [{"arlon.job": video, "arlon.segment": k} for k in range(2)]
+        for span in worked:
+            above = served.collector.above(span)
+            assert any(name.startswith(f"replica_handle_request {deployment} ") for name in above), above
+            assert f"arlon.{call}" in above and "arlon.video" in above
+            assert whole.start < span.start < span.end < whole.end
+    # and all of it began with the caller's own span
+    tops = {span.parent for span in served.collector.of(trace, "", 10) if span.parent not in served.collector.spans}
+    assert tops == {caller}
 
 
 @pytest.mark.parametrize("baseline", [False, True])

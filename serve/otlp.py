@@ -1,0 +1,16 @@
+"""Spans to a collector, in OpenTelemetry's own protocol: `serve.trace_exporter=serve.otlp:processors`."""
+
+from __future__ import annotations
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+
+def processors() -> list[SpanProcessor]:
+    """What Ray Serve asks each process for. Where spans go, OpenTelemetry's own variables say.
+
+    OTEL_EXPORTER_OTLP_ENDPOINT (by default port 4318 of this host), OTEL_EXPORTER_OTLP_HEADERS, OTEL_SERVICE_NAME, …:
+    in the environment of `ray start`.
+    """
+    return [BatchSpanProcessor(OTLPSpanExporter())]
