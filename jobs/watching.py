@@ -27,7 +27,7 @@ class MakingError(RuntimeError):
 
 def bad_input(message: str) -> ClientError:
     """The error for flags that no server needs to see."""
-    return ClientError(message, 422)
+    return ClientError(message, 400)
 
 
 def check_output(output: str | None) -> None:

@@ -27,6 +27,7 @@ from serve.page import mount_page
 from serve.pictures import FILES, Variant
 from serve.schema import (
     DraftTokens,
+    ErrorAnswer,
     ExtendRequest,
     Model,
     ModelList,
@@ -233,11 +234,28 @@ def _about(service: VideoService, exchange: Exchange | None) -> APIRouter:
     return router
 
 
+_FAILURES = {
+    status: {
+        "description": description,
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}}},
+    }
+    for status, description in (
+        ("4XX", "the request cannot be served as it is"),
+        ("5XX", "the service cannot serve it"),
+    )
+}
+
+
 def _with_bodies(app: FastAPI) -> dict[str, Any]:
-    """The description of the API, with the bodies that `serve.bodies` reads itself."""
+    """The description of the API, with the bodies that `serve.bodies` reads itself and errors as they are answered."""
     if app.openapi_schema is None:
         described = FastAPI.openapi(app)
-        for model in (VideoRequest, ExtendRequest):
+        for operation in (each for path in described["paths"].values() for each in path.values()):
+            operation["responses"].pop("422", None)  # FastAPI's own, which no route gives
+            operation["responses"] |= _FAILURES
+        for unused in ("HTTPValidationError", "ValidationError"):
+            described["components"]["schemas"].pop(unused, None)
+        for model in (VideoRequest, ExtendRequest, ErrorAnswer):
             body = model.model_json_schema(ref_template="#/components/schemas/{model}")
             described["components"]["schemas"] |= {**body.pop("$defs", {}), model.__name__: body}
     return FastAPI.openapi(app)

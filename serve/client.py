@@ -22,7 +22,7 @@ _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 #: The server says something every 15 s, even if it is nothing.
 _EVENTS_TIMEOUT = httpx.Timeout(10.0, read=45.0)
 _LAST = frozenset({"completed", "failed", "deleted"})
-_BAD_INPUT = frozenset({400, 401, 403, 404, 413, 415, 422})
+_BAD_INPUT = frozenset({400, 401, 403, 404, 413, 415})
 _PATIENCE_S = 300.0  # for a server that is being started again
 _PIECE = 2**16
 
@@ -216,7 +216,7 @@ class Client:
 def _path(made_id: str) -> str:
     kind = "drafts" if made_id.startswith("draft_") else "videos"
     if not made_id.replace("_", "").isalnum():
-        raise ClientError(f"{made_id!r} is no id: expected video_… or draft_…", 422)
+        raise ClientError(f"{made_id!r} is no id: expected video_… or draft_…", 400)
     return f"{kind}/{made_id}"
 
 

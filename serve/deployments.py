@@ -110,7 +110,7 @@ class _Reports:
         log_stage(job.request_id, job.id, self.stage, index, made.seconds)
         worked(self.stage, job.id, index, made.started, made.seconds)
         if latest := list(sizes)[-_LATEST:]:
-            self.metrics.batch(self.stage, round(sum(latest) / len(latest)))
+            self.metrics.batch(self.stage, sum(latest) / len(latest))
 
 
 class ArDeployment:

@@ -47,7 +47,7 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
     message = "unknown field" if code == "unknown_field" else first["msg"].removeprefix("Value error, ")
     text = f"{param}: {message}" if param else message
-    return JSONResponse(error_body(text, param=param, code=code), status_code=422)
+    return JSONResponse(error_body(text, param=param, code=code), status_code=400)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:

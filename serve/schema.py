@@ -25,7 +25,7 @@ class RequestError(Exception):
         *,
         param: str | None = None,
         code: str = "invalid_value",
-        status: int = 422,
+        status: int = 400,
         retry_after_s: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -278,12 +278,27 @@ class VideoDeleted(BaseModel):
     deleted: bool = True
 
 
+class WhatFailed(BaseModel):
+    """`param` names the field that is wrong, `code` is for programs."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer with a status of 400 or more, as the OpenAI API has it."""
+
+    error: WhatFailed
+
+
 def error_body(message: str, *, param: str | None = None, code: str | None = None, server: bool = False) -> dict:
-    """An error in the form of the OpenAI API."""
-    kind = "server_error" if server else "invalid_request_error"
+    """An `ErrorAnswer`."""
+    kind: Literal["invalid_request_error", "server_error"] = "server_error" if server else "invalid_request_error"
     # a field's name may come from the client, with half characters
-    message, param = _printable(message), param and _printable(param)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    what = WhatFailed(message=_printable(message), type=kind, param=param and _printable(param), code=code)
+    return ErrorAnswer(error=what).model_dump()
 
 
 def _printable(text: str) -> str:

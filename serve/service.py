@@ -50,7 +50,7 @@ class VideoService(VideoMaker):
         """Accept a video, or a draft (a request that is no VideoRequest).
 
         `picture` uint8 [H, W, 3], of the model's size, is the first frame. The same key and request of the same caller
-        is the same video. Raises RequestError: a bad field (422), a key that was used otherwise (409), too many (429).
+        is the same video. Raises RequestError: a bad field (400), a key that was used otherwise (409), too many (429).
         """
         digest = _digest(request, b"" if picture is None else picture.tobytes())
         asked = _Asked(caller, request_id, idempotency_key, digest, _deadline(request))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,8 @@ import pytest
 
 from jobs.serve_demo import free_port
 from tests.bundles import make_random_bundle
+from tests.postgres import postgres
+from tests.s3 import s3_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -25,12 +28,13 @@ REQUEST = {"prompt": "a red ball rolls to the left", "num_segments": 10, "seed":
 class Service:
     """`python jobs/serve_bundle.py` as a process of its own."""
 
-    def __init__(self, bundle: Path, folder: Path) -> None:
+    def __init__(self, bundle: Path, folder: Path, settings: Sequence[str] = ()) -> None:
         port = free_port()
-        command = [sys.executable, "jobs/serve_bundle.py", "--bundle", str(bundle), "--output", str(folder), "--port"]
+        command = [sys.executable, "jobs/serve_bundle.py", "--bundle", str(bundle), "--output", str(folder)]
+        command += [part for setting in settings for part in ("--set", setting)]
         self.log = (folder.with_suffix(".log")).open("ab")
         self.process = subprocess.Popen(
-            [*command, str(port)], cwd=ROOT, stdout=self.log, stderr=self.log, start_new_session=True,
+            [*command, "--port", str(port)], cwd=ROOT, stdout=self.log, stderr=self.log, start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
@@ -66,15 +70,25 @@ class Service:
         psutil.wait_procs(processes, 20)
 
 
-def test_every_accepted_video_is_finished(tmp_path: Path) -> None:
+@pytest.fixture(params=["a folder", "PostgreSQL and a bucket"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]:
+    """Where jobs and files lie."""
+    if request.param == "a folder":
+        yield []
+    else:
+        with postgres(tmp_path / "server") as url, s3_server("videos") as options:
+            yield [f"serve.database_url={url}", f"serve.data_dir=s3://videos/kept{options}"]
+
+
+def test_every_accepted_video_is_finished(tmp_path: Path, settings: list[str]) -> None:
     bundle = make_random_bundle(tmp_path / "bundle", "dit.depth=6", "dit.hidden_size=64", "serve.max_running=1")
-    first = Service(bundle, tmp_path / "data")
+    first = Service(bundle, tmp_path / "data", settings)
     try:
         cut, waits = (first.client.post("/v1/videos", json=REQUEST).json()["id"] for _ in range(2))
         first.until(lambda: sum(s["status"] == "completed" for s in first.video(cut)["segments"]) >= 3)
     finally:
         first.kill()
-    second = Service(bundle, tmp_path / "data")
+    second = Service(bundle, tmp_path / "data", settings)
     try:
         contents = [second.content(name) for name in (cut, waits)]
         assert contents[0] == contents[1]  # the one that waited was made undisturbed

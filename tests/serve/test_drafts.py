@@ -127,18 +127,18 @@ def test_what_cannot_be_drafted_or_rendered(tmp_path: Path) -> None:
     async def scenario(client: httpx.AsyncClient, stages: FakeStages) -> None:
         made = await draft(client, prompt="a", num_segments=2)
         for body, status, param in (
-            ({"draft": made["id"], "prompt": "b"}, 422, "prompt"),
-            ({"draft": made["id"], "seed": 1}, 422, "seed"),
+            ({"draft": made["id"], "prompt": "b"}, 400, "prompt"),
+            ({"draft": made["id"], "seed": 1}, 400, "seed"),
             ({"draft": "draft_0"}, 404, "draft_id"),
             ({"draft": (await client.post("/v1/videos", json={"prompt": "a"})).json()["id"]}, 404, "draft_id"),
         ):
             answer = await client.post("/v1/videos", json=body)
             assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), body
-        assert (await client.post("/v1/drafts", json={"prompt": "a", "baseline": True})).status_code == 422
+        assert (await client.post("/v1/drafts", json={"prompt": "a", "baseline": True})).status_code == 400
         where = f"/v1/drafts/{made['id']}/segments"
         assert (await client.post(f"{where}/2/reroll", json={})).status_code == 404
-        assert (await client.post(f"{where}/x/reroll", json={})).status_code == 422
-        assert (await client.post(f"{where}/0/reroll", json={"prompt": " "})).status_code == 422
+        assert (await client.post(f"{where}/x/reroll", json={})).status_code == 400
+        assert (await client.post(f"{where}/0/reroll", json={"prompt": " "})).status_code == 400
         stages.gate.clear()
         answers = await asyncio.gather(*(client.post(f"{where}/0/reroll", json={}) for _ in range(4)))
         assert sorted(answer.status_code for answer in answers) == [200, 409, 409, 409]

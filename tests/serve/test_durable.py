@@ -383,9 +383,9 @@ def test_a_video_that_goes_on_is_what_a_longer_one_would_have_been(tmp_path: Pat
         assert [int(tokens[0, 0, 0]) for tokens in stages.tokens if tokens is not None][-2:] == [503, 504]
         for body, status in (
             ({"prompt": "b", "video": {"id": "video_0"}}, 404),
-            ({"prompt": "b", "num_segments": 1000, "video": {"id": long["id"]}}, 422),
-            ({"prompt": "b", "num_segments": 1, "seconds": 1, "video": {"id": long["id"]}}, 422),
-            ({"prompt": "", "video": {"id": long["id"]}}, 422),
+            ({"prompt": "b", "num_segments": 1000, "video": {"id": long["id"]}}, 400),
+            ({"prompt": "b", "num_segments": 1, "seconds": 1, "video": {"id": long["id"]}}, 400),
+            ({"prompt": "", "video": {"id": long["id"]}}, 400),
         ):
             assert (await client.post("/v1/videos/extensions", json=body)).status_code == status
 

@@ -37,7 +37,7 @@ def gradient(height: int = 16, width: int = 24) -> np.ndarray:
 def refusal(data: bytes, most: int = MOST) -> RequestError:
     with pytest.raises(RequestError) as refused:
         read_image(data, most)
-    assert refused.value.param == "input_reference" and refused.value.status == 422
+    assert refused.value.param == "input_reference" and refused.value.status == 400
     return refused.value
 
 

@@ -61,7 +61,7 @@ def test_what_goes_beyond_in_the_clients_own_forms(client: openai.OpenAI) -> Non
     assert [part["prompt"] for part in video.segments] == ["a", "7"]  # type: ignore[attr-defined]
     assert [part["cut"] for part in video.segments] == [False, True]  # type: ignore[attr-defined]
     uneven = [{"prompt": "a", "cut": True}, {"prompt": "b"}]  # the client does not send which of the two is a cut
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.videos.create(prompt=openai.omit, extra_body={"segments": uneven})  # type: ignore[arg-type]
     assert refused.value.param == "segments[][cut]"
 
@@ -96,7 +96,7 @@ def test_extend_with_the_clients_own_form(client: openai.OpenAI) -> None:
     longer = client.videos.extend(prompt="b", seconds="4", video=openai.omit, extra_body=reference)  # type: ignore[arg-type]
     assert longer.extended_from_video_id == video.id  # type: ignore[attr-defined]
     assert client.videos.poll(longer.id, poll_interval_ms=20).status == "completed"
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.videos.extend(prompt="b", seconds="4", video=("a.mp4", b"no reference"))
     assert refused.value.param == "video"
 
@@ -116,10 +116,10 @@ def test_a_picture_to_start_from(client: openai.OpenAI) -> None:
 
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.videos.create(prompt="a", size="1280x720")
     assert (refused.value.param, refused.value.code) == ("size", "invalid_value")
-    with pytest.raises(openai.UnprocessableEntityError) as bad:
+    with pytest.raises(openai.BadRequestError) as bad:
         client.videos.create(prompt="a", input_reference=("picture.png", b"no picture"))
     assert bad.value.param == "input_reference"
     slow = [

@@ -96,7 +96,7 @@ def test_a_segment_of_a_draft_is_planned_anew_and_the_draft_rendered(visit: Visi
     seen.one("[data-list=drafts]").click()
     seen.expect(seen.one(".card")).to_have_count(1)
     seen.expect(seen.one(".card img")).to_have_js_property("naturalWidth", 96)
-    seen.may_fail.append("status of 422")
+    seen.may_fail.append("status of 400")
 
 
 @pytest.mark.slow

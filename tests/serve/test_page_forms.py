@@ -12,7 +12,7 @@ from tests.serve.browser import Visiting
 @pytest.mark.slow
 def test_errors_stand_at_the_fields_that_they_name(visit: Visiting) -> None:
     seen, _ = visit()
-    seen.may_fail.append("status of 422")
+    seen.may_fail.append("status of 400")
     seen.write("A cat.", " ")
     seen.one("#make-video").click()
     wrong = seen.one(".part textarea").nth(1)

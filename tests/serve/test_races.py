@@ -288,10 +288,10 @@ def test_a_draft_is_rendered_by_the_rules_of_a_video(tmp_path: Path) -> None:
             ({"size": "1x1"}, "size"),
         ):
             answer = await client.post("/v1/videos", json={"draft": draft, **body})
-            assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
         picture = {"input_reference": ("a.png", b"\x89PNG", "image/png")}
         refused = await client.post("/v1/videos", data={"draft": draft}, files=picture)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "input_reference")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input_reference")
         key = {"Idempotency-Key": "k"}
         first = await client.post("/v1/videos", json={"draft": draft}, headers=key)
         await until(client, first.json()["id"], "completed")

@@ -69,7 +69,7 @@ def test_segments_with_seconds_of_their_own() -> None:
 def test_what_this_model_cannot_make_is_refused_by_field(fields: dict, param: str) -> None:
     with pytest.raises(RequestError) as refused:
         read(**fields)
-    assert (refused.value.param, refused.value.status) == (param, 422)
+    assert (refused.value.param, refused.value.status) == (param, 400)
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_the_queue_refuses_and_says_when_to_come_back(served: Served) -> None:
 )
 def test_bad_requests_name_the_field(served: Served, body: dict, param: str) -> None:
     response = served.client.post("/v1/videos", json=body)
-    assert (response.status_code, response.json()["error"]["param"]) == (422, param)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 def test_unknown_videos_are_not_found(served: Served) -> None:
