@@ -9,7 +9,7 @@ import pytest
 
 from arlon_ray.evaluation.frechet import frechet_distance, video_features
 from arlon_ray.evaluation.metrics import DIMENSIONS, bootstrap, meaning, measure, summary
-from arlon_ray.evaluation.world import Shot
+from arlon_ray.evaluation.world import RELATIONS, Shot
 from data_pipeline.synthetic import render_shot, sample_scene
 
 FPS = 16.0
@@ -58,6 +58,37 @@ def test_a_relation_is_measured_only_where_there_is_one() -> None:
     assert "spatial_relationship" not in meaning(rendered(alone), alone)
     found = summary([meaning(rendered(shot), shot) for shot in (pair, alone)])
     assert found["spatial_relationship"]["videos"] == 1 and found["colour"]["videos"] == 2
+
+
+def test_captions_of_others_are_met_by_chance_alone() -> None:
+    """A video held against another one's caption has what the two captions have in common, and no more."""
+    shots = [sample_scene(800 + i, (2,)).shots[0] for i in range(60)]
+    frames = [rendered(shot) for shot in shots]
+    at = [(i, (i + shift) % len(shots)) for shift in (1, 17) for i in range(len(shots))]
+    other = [(shots[i], shots[j]) for i, j in at]
+    figures = [meaning(frames[i], shots[j]) for i, j in at]
+
+    def kinds(shot: Shot) -> list[tuple[str, str]]:
+        return sorted((thing.colour, thing.shape) for thing in shot.things)
+
+    chance = {
+        "object_class": [{k for _, k in kinds(told)} <= {k for _, k in kinds(shown)} for shown, told in other],
+        "colour": [{c for c, _ in kinds(told)} <= {c for c, _ in kinds(shown)} for shown, told in other],
+        "multiple_objects": [kinds(told) == kinds(shown) for shown, told in other],
+    }
+    for name, expected in chance.items():
+        assert np.mean([row[name] == common for row, common in zip(figures, expected, strict=True)]) >= 0.98, name
+    means = {name: value["mean"] for name, value in summary(figures).items()}
+    assert means["object_class"] < 0.5 and means["colour"] < 0.3 and means["multiple_objects"] < 0.1
+    assert means["action"] < 0.1 and means["spatial_relationship"] < 0.05
+    # the same two objects, told to stand as those of others do: of two relations one is right
+    pairs = [i for i, shot in enumerate(shots) if shot.relation]
+    met = [
+        meaning(frames[i], dataclasses.replace(shots[i], relation=shots[j].relation))["spatial_relationship"]
+        for shift in (1, 2, 5, 7)
+        for i, j in zip(pairs, np.roll(pairs, shift), strict=True)
+    ]
+    assert len(pairs) >= 15 and np.mean(met) == pytest.approx(1 / len(RELATIONS), abs=0.1)
 
 
 def test_a_wrong_partner_and_a_missing_one_are_noticed() -> None:
