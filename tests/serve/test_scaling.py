@@ -15,7 +15,7 @@ from arlon_ray.bundle import load_bundle
 from jobs.ray_session import connect
 from jobs.serve_demo import free_port
 from serve.app import APP, serve_bundle
-from serve.deployments import AR, DIT
+from serve.deployments import AR, DECODER, DIT
 from serve.scaling import PAUSED, replicas_for_work
 from tests.bundles import make_random_bundle
 
@@ -65,7 +65,8 @@ def test_ar_and_dit_scale_apart_from_each_other(tmp_path: Path) -> None:
     settings = [f"serve.{stage}.{setting}" for stage in ("ar", "dit") for setting in each]
     bundle = make_random_bundle(
         tmp_path / "bundle", f"serve.port={free_port()}", "serve.max_running=4", "serve.planned_ahead=64", *settings,
-        "serve.dit.min_replicas=0", "serve.decoder.max_replicas=1", "serve.decoder.num_cpus=0.1",
+        "serve.decoder.max_replicas=1", "serve.decoder.num_cpus=0.1", "serve.decoder.downscale_delay_s=3",
+        *(f"serve.{stage}.min_replicas=0" for stage in ("ar", "dit", "decoder")),
     )  # fmt: skip
     opened = load_bundle(bundle)
     config, data = opened.config, tmp_path / "data"
@@ -76,7 +77,7 @@ def test_ar_and_dit_scale_apart_from_each_other(tmp_path: Path) -> None:
             assert {answer.status_code for answer in answers} == {200}
             return [answer.json()["id"] for answer in answers]
 
-        until(lambda found: found[DIT] == 0)  # there is nothing to render
+        until(lambda found: found[AR] == found[DIT] == found[DECODER] == 0)  # there is nothing to do
         drafts = ask("drafts", 4, num_segments=64)
         found = until(lambda found: found[AR] == 2)
         assert found[DIT] == 0
@@ -84,10 +85,10 @@ def test_ar_and_dit_scale_apart_from_each_other(tmp_path: Path) -> None:
             client.delete(f"/v1/drafts/{name}")
         baselines = ask("videos", 4, baseline=True, num_inference_steps=1000)
         until(lambda found: found[DIT] == 2)
-        assert until(lambda found: found[AR] == 1)[DIT] == 2  # whose work is over shrinks, the other stays
+        assert until(lambda found: found[AR] == 0)[DIT] == 2  # whose work is over goes, the other stays
         for name in baselines:
             client.delete(f"/v1/videos/{name}")
-        until(lambda found: found[DIT] == 0)
-        # and comes back for the next one
+        until(lambda found: found[AR] == found[DIT] == found[DECODER] == 0)
+        # and all come back for the next one
         (last,) = ask("videos", 1)
         assert "event: completed" in client.get(f"/v1/videos/{last}/events", timeout=120).text
