@@ -1,6 +1,9 @@
 """Ways to learn the codebook of the fine codec, side by side: error, use, perplexity, steadiness, what survives.
 
 `python -m benchmarks.codebooks --dataset DIR --vae DIR --steps 500 --output benchmarks/results/codebooks.json`
+
+`--bundle DIR` trains none: how much of a bundle's own codebooks held-out scenes use. 64 of them are too few, with 2,560
+coarse tokens: `--bundle weights/tiny --scenes 2000 --output benchmarks/results/codebook_use.json`.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ from typing import Any
 
 import torch
 
+from arlon_ray.bundle import Bundle, load_bundle
 from arlon_ray.config import Config, load_config
 from arlon_ray.evaluation.gates import survival, through_vae
+from arlon_ray.evaluation.tokens import codec_figures
 from arlon_ray.models.codec import load_codec
-from arlon_ray.models.vae import load_vae
+from arlon_ray.models.vae import load_vae, to_video
 from arlon_ray.training.loop import train_locally
 from benchmarks.machine import machine
 from data_pipeline.synthetic import render
@@ -60,6 +65,21 @@ def measure(config: Config, dataset: Path, vae_path: Path, scenes: int) -> dict[
     }
 
 
+@torch.no_grad()
+def used(bundle: Bundle, scenes: int) -> dict[str, dict[str, float]]:
+    """Use and perplexity of both codebooks, and the codecs' relative errors, on rendered held-out scenes."""
+    found = {}
+    latents = [
+        bundle.vae.encode(to_video(render(scene)[None]))
+        for scene in islice(held_out_scenes(bundle.config, "benchmark"), scenes)
+    ]
+    for role in ("fine", "coarse"):
+        codec = load_codec(bundle.path / "vqvae" / role)
+        found[role] = codec_figures(codec, latents, [codec.encode(part) for part in latents])
+        found[role]["codes"] = len(codec.codebook)
+    return found
+
+
 def table(found: dict[str, dict[str, float]]) -> str:
     """Markdown."""
     names = ["relative_error", "codebook_used", "codebook_perplexity", "equal_to_the_frame_before", "kept_object_class",
@@ -72,7 +92,9 @@ def table(found: dict[str, dict[str, float]]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line."""
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--dataset", required=True, type=Path)
+    measured = flags.add_mutually_exclusive_group(required=True)
+    measured.add_argument("--dataset", type=Path)
+    measured.add_argument("--bundle", type=Path)
     flags.add_argument("--vae", default=Path("weights/tiny/vae"), type=Path)
     flags.add_argument("--steps", type=int, default=500)
     flags.add_argument("--scenes", type=int, default=SCENES)
@@ -80,16 +102,25 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     flags.add_argument("--output", type=Path, default=Path("runs/codebooks.json"))
     options = flags.parse_args(arguments)
+    if options.bundle:
+        return _written(
+            options.output, {"scenes": options.scenes, "used": used(load_bundle(options.bundle), options.scenes)}
+        )
     common = [f"vae.init={options.vae}", f"{CODEC}.training.steps={options.steps}", *options.overrides]
     found = {}
     for kind in options.kinds:
         config = load_config("tiny", [*common, *KINDS[kind]])
         found[kind] = measure(config, options.dataset, options.vae, options.scenes)
         print(f"{kind}: {found[kind]}", flush=True)
-    result = {"machine": machine(), "steps": options.steps, "codebooks": found}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{table(found)}\n\n{options.output}")
+    print(f"\n{table(found)}\n")
+    return _written(options.output, {"steps": options.steps, "codebooks": found})
+
+
+def _written(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    result = {"machine": machine(), **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{json.dumps(found, indent=2)}\n{path}")
     return result
 
 

@@ -41,7 +41,9 @@ FIGURES: dict[str, Figure] = {
     ),
     "segment_seconds": Figure("histogram", "work of one stage on one segment", ("stage",), _SECONDS),
     "ar_tokens": Figure("counter", "tokens that the AR has made"),
-    "batch_size": Figure("histogram", "segments, or plans, in one pass through the model: the mean of a segment", ("stage",), _SIZES),
+    "batch_size": Figure(
+        "histogram", "segments, or plans, in one pass through the model: the mean of a segment", ("stage",), _SIZES
+    ),
     "tenant_queue_length": Figure("gauge", "the same of each tenant that the configuration names", ("tenant",)),
     "tenant_running": Figure("gauge", "the same of each tenant that the configuration names", ("tenant",)),
     "tenant_finished": Figure("counter", "videos and drafts of a tenant by how they ended", ("tenant", "status")),

@@ -29,13 +29,14 @@ def token_figures(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str
     for role in ("fine", "coarse"):
         codec = load_codec(bundle.path / "vqvae" / role, bundle.device)
         tokens = [codec.encode(part) for part in latents]
-        figures |= {f"{role}_{name}": value for name, value in _codec(codec, latents, tokens).items()}
+        figures |= {f"{role}_{name}": value for name, value in codec_figures(codec, latents, tokens).items()}
         if role == "fine":
             figures |= _ar(bundle, tokens, texts)
     return figures
 
 
-def _codec(codec: LatentCodec, latents: Sequence[Tensor], tokens: Sequence[Tensor]) -> dict[str, float]:
+def codec_figures(codec: LatentCodec, latents: Sequence[Tensor], tokens: Sequence[Tensor]) -> dict[str, float]:
+    """Of latents [1, C, t, h, w] and their tokens: `latent_error`, `codebook_used`, `codebook_perplexity`."""
     pairs = zip(latents, tokens, strict=True)
     errors = [(codec.decode(t, (x.shape[3], x.shape[4])) - x).square().mean() for x, t in pairs]
     variance = torch.cat([part.flatten() for part in latents]).var()
