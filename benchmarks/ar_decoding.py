@@ -32,7 +32,7 @@ from arlon_ray.generation.sampling import Sampling, SamplingBatch
 from arlon_ray.models.ar import ArTransformer
 from arlon_ray.models.quantised import quantise
 from arlon_ray.precision import falls_back
-from benchmarks.machine import in_turns, machine, synchronised
+from benchmarks.machine import device_or_exit, in_turns, machine, synchronised
 
 #: name: (settings of the AR, codes). The first three are the presets'.
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
@@ -312,9 +312,7 @@ def main() -> None:
     flags.add_argument("--seconds", type=float, default=900, help="no case begins later than this")
     flags.add_argument("--output", metavar="FILE", help="write the JSON there, after every case")
     arguments = flags.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("error: --device cuda: torch finds no GPU here; use --device cpu", file=sys.stderr)
-        raise SystemExit(2)
+    device_or_exit(arguments.device)
     if any((count or SIDE**2) % SIDE**2 or count == 0 for count in (arguments.tokens, arguments.tokens_1b)):
         flags.error(f"--tokens: expected multiples of {SIDE**2}, whole frames of tokens")
     print(table(run_cases(arguments)["cases"]))

@@ -1,8 +1,9 @@
 """`make bench`: every part's benchmark on this CPU, its comparisons in one table, and all figures in one JSON.
 
 Each part runs in a process of its own. A comparison is any figure with `times_as_fast`: works that took turns, against
-the first of them. `--short` takes a minute; `--against FILE` warns, and no more, where a comparison has fallen by 15 %
-since that file was written: ratios, because times of another machine, or of another hour, say nothing.
+the first of them, which the table names. `--short` takes a minute; `--against FILE` warns, and no more, where a
+comparison has fallen by 15 % since that file was written, or is not there any more: ratios, because times of another
+machine, or of another hour, say nothing. What is of a peer alone is not watched.
 """
 
 from __future__ import annotations
@@ -31,25 +32,42 @@ PARTS: dict[str, tuple[str, str | None]] = {
     "growth": ("--bundle {bundle} --runs 3", None),
     "startup": ("--bundle {bundle} --runs 3 --depth 4", None),
 }
+#: How names of others' works begin, and of formulas as they are written by others.
+PEERS = ("transformers", "plain")
 #: A comparison that is below this share of what it was is worth a warning.
 FALLEN = 0.85
 
 
-def comparisons(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
-    """(name, {times_as_fast, from, to}) of everything in `values` that was measured against something else."""
+Where = tuple[str, ...]  # of something within the figures
+
+
+def parts_of(values: Any, path: Where = ()) -> Iterator[tuple[Where, Mapping[str, Any]]]:
+    """(path, mapping) of every mapping in `values`."""
     if isinstance(values, Mapping):
-        if "times_as_fast" in values:
-            if values["times_as_fast"] != 1.0:  # 1: what the others are compared with
-                kept = {name: float(values[name]) for name in ("times_as_fast", "from", "to")}
-                yield " · ".join(part for part in path if part not in ("cases", "works", "seconds", "sizes")), kept
-            return
+        yield path, values
         for name, value in values.items():
-            yield from comparisons(value, (*path, str(name)))
+            yield from parts_of(value, (*path, str(name)))
     elif isinstance(values, list):
         for number, value in enumerate(values):
             named = isinstance(value, Mapping) and "size" in value
             name = f"{value['size']}, batch {value.get('batch')}" if named else str(number)
-            yield from comparisons(value, (*path, name))
+            yield from parts_of(value, (*path, name))
+
+
+def comparisons(values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, {times_as_fast, from, to, base}) of everything in `values` that was measured against something else."""
+    for path, its in parts_of(values):
+        if its.get("times_as_fast", 1.0) != 1.0:  # 1: what the others are compared with
+            yield _named(path), {name: its.get(name) for name in ("times_as_fast", "from", "to", "base")}
+
+
+def missing(values: Any) -> dict[str, str]:
+    """Why what is not there is not: peers that are absent, works that failed, what there was no time for."""
+    return {_named(path): str(its["error"]).splitlines()[-1] for path, its in parts_of(values) if its.get("error")}
+
+
+def _named(path: Where) -> str:
+    return " · ".join(part for part in path if part not in ("cases", "works", "seconds", "sizes"))
 
 
 def measure(part: str, arguments: str, folder: Path) -> dict[str, Any]:
@@ -63,20 +81,28 @@ def measure(part: str, arguments: str, folder: Path) -> dict[str, Any]:
     return found | {"took_s": time.perf_counter() - begin}
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> str:
+def table(found: Mapping[str, Mapping[str, Any]], absent: Mapping[str, str]) -> str:
     """Markdown."""
-    lines = ["| comparison | times as fast | from–to |", "|---|---|---|"]
+    lines = ["| comparison | with | times as fast | from–to |", "|---|---|---|---|"]
     for name, its in found.items():
-        lines.append(f"| {name} | {its['times_as_fast']:.2f} | {its['from']:.2f}–{its['to']:.2f} |")
-    return "\n".join(lines)
+        spread = f"{its['from']:.2f}–{its['to']:.2f}"
+        lines.append(f"| {name} | {its['base']} | {its['times_as_fast']:.2f} | {spread} |")
+    return "\n".join([*lines, *(f"| {name} | – | {why} | – |" for name, why in absent.items())])
 
 
-def fallen(now: Mapping[str, Mapping[str, float]], before: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line for each comparison that is worse than it was, beyond its own spread."""
-    lines = []
-    for name in now.keys() & before.keys():
-        ratio, was = now[name]["times_as_fast"], before[name]["times_as_fast"]
-        if ratio < FALLEN * was and now[name]["to"] < was:
+def fallen(result: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """A line for each comparison that is worse than it was, beyond its own spread, or gone from a part that ran."""
+    now, lines = result["comparisons"], []
+    for name, its in before["comparisons"].items():
+        part, own = name.split(" · ")[0], name.split(" · ")[-1]
+        if part not in result["parts"] or own.startswith(PEERS):
+            continue
+        if name not in now or now[name]["base"] != its["base"]:
+            lines.append(
+                f"warning: {name}: not compared with {its['base']} any more; it was {its['times_as_fast']:.2f}"
+            )
+        elif now[name]["times_as_fast"] < FALLEN * its["times_as_fast"] and now[name]["to"] < its["times_as_fast"]:
+            ratio, was = now[name]["times_as_fast"], its["times_as_fast"]
             lines.append(f"warning: {name}: {ratio:.2f} times as fast; it was {was:.2f}")
     return sorted(lines)
 
@@ -100,11 +126,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             said = f": {measured['error'].splitlines()[-1]}" if measured.get("error") else ""
             print(f"{part}: {measured['took_s']:.0f} s{said}", flush=True)
     result["comparisons"] = dict(comparisons(result["parts"]))
-    print(f"\n{table(result['comparisons'])}")
+    print(f"\n{table(result['comparisons'], missing(result['parts']))}")
     if options.output:
         options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if options.against:
-        print("\n".join(fallen(result["comparisons"], json.loads(options.against.read_text())["comparisons"])))
+        print("\n".join(fallen(result, json.loads(options.against.read_text()))))
     return result
 
 

@@ -36,7 +36,7 @@ from benchmarks.gpu_attention import attention_kernels
 from benchmarks.gpu_offload import offloaded
 from benchmarks.gpu_sampling import loading, steps, whole_videos, xl2
 from benchmarks.gpu_training import measured_ceilings, training_speed
-from benchmarks.machine import machine
+from benchmarks.machine import device_or_exit, machine
 
 #: name: (height, width in pixels, groups of 17 frames). 240p's 426 pixels are 424 here: 53 latents as well.
 SIZES = {"240p": (240, 424, 3), "720p": (720, 1280, 3)}
@@ -146,10 +146,7 @@ def main() -> None:
     flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     flags.add_argument("--small", action="store_true", help="two layers and few tokens")
     arguments = flags.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("error: torch finds no GPU here; --device cpu --small shows that it works", file=sys.stderr)
-        raise SystemExit(2)
-    folder, device, small = Path(arguments.output), arguments.device, arguments.small
+    folder, device, small = Path(arguments.output), device_or_exit(arguments.device), arguments.small
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(folder, arguments.seconds)
     works: dict[str, Callable[[], None]] = {

@@ -39,10 +39,11 @@ def line(sizes: list[float], seconds: list[float]) -> dict[str, float]:
 
 
 def measured(works: Mapping[float, Callable[[], Any]], runs: int) -> dict[str, Any]:
-    """Medians against sizes, and their line."""
+    """Medians against sizes, from where to where they go, and the line through the medians."""
     found = in_turns({f"{size:g}": work for size, work in works.items()}, runs)
     seconds = {name: value["median"] for name, value in found.items()}
-    return {"seconds": seconds, **line(list(works), list(seconds.values()))}
+    spread = {name: [value["min"], value["max"]] for name, value in found.items()}
+    return {"seconds": seconds, "spread": spread, **line(list(works), list(seconds.values()))}
 
 
 def of_length(bundle: Bundle, segments: list[int], runs: int) -> dict[str, Any]:

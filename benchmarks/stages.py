@@ -21,7 +21,7 @@ import cv2
 import torch
 
 from arlon_ray.planning.rates import fit
-from benchmarks.machine import machine, synchronised, tell
+from benchmarks.machine import device_or_exit, machine, synchronised, tell
 from benchmarks.stage_cases import STAGES, Case, cases
 from jobs.command_line import run
 
@@ -77,6 +77,7 @@ def main() -> None:
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     flags.add_argument("--output", type=Path, metavar="FILE")
     arguments = flags.parse_args()
+    device_or_exit(arguments.device)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     found: dict[str, Any] = {"device": arguments.device, "machine": machine(), "stages": {}}

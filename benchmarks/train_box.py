@@ -36,7 +36,7 @@ from arlon_ray.training.stages.ar import ArPaths, ArStage
 from arlon_ray.training.stages.codec import CodecStage
 from arlon_ray.training.stages.dit import DitPaths, DitStage, text_only
 from arlon_ray.training.stages.vae import VaeStage
-from benchmarks.machine import machine
+from benchmarks.machine import device_or_exit, machine
 from benchmarks.rendered_latents import Mix, Parts, RenderedLatents, in_background, render_in_background
 from data_pipeline.synthetic import render
 from data_pipeline.worlds import training_seed, whole_scenes
@@ -329,8 +329,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--output", type=Path, default=Path("runs/box"))
     options = flags.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        flags.error("--device cuda: there is no GPU here")
+    device_or_exit(options.device)
     steps = dict(_pairs(options.steps))
     if unknown := set(options.variants) - set(NAMES):
         flags.error(f"--variants {sorted(unknown)[0]}: expected some of {', '.join(NAMES)}")

@@ -24,7 +24,7 @@ from arlon_ray.generation import ArPlanner, DiTRenderer, FrameDecoder, HandOver,
 from arlon_ray.generation.overlapped import Threads, computing_with, in_background
 from arlon_ray.models.vae import to_frames
 from arlon_ray.precision import falls_back
-from benchmarks.machine import in_turns, machine, peak_memory_mib, tell
+from benchmarks.machine import device_or_exit, in_turns, machine, peak_memory_mib, tell
 
 PROMPT = "a red circle moves to the right"
 
@@ -127,7 +127,7 @@ def main() -> None:
     flags.add_argument("--runs", type=int, default=5)
     flags.add_argument("--output", metavar="FILE")
     arguments = flags.parse_args()
-    bundle = load_bundle(arguments.bundle, arguments.device)
+    bundle = load_bundle(arguments.bundle, device_or_exit(arguments.device))
     result = {"machine": machine(), **measured(bundle, arguments.segments, arguments.runs)}
     tell(result, arguments.output)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import bench
 
 
-def ratio(value: float, low: float, high: float) -> dict[str, float]:
+def ratio(value: float, low: float, high: float, base: str = "peer") -> dict[str, Any]:
     """A comparison."""
-    return {"times_as_fast": value, "from": low, "to": high}
+    return {"times_as_fast": value, "from": low, "to": high, "base": base}
 
 
 def test_everything_that_was_compared_is_found_by_its_name() -> None:
@@ -28,9 +29,24 @@ def test_everything_that_was_compared_is_found_by_its_name() -> None:
 
 
 def test_only_what_is_clearly_worse_than_before_is_warned_of() -> None:
-    before = {name: ratio(2.0, 1.9, 2.1) for name in ("fallen", "noisy", "same", "gone")}
-    now = {"fallen": ratio(1.5, 1.4, 1.6), "noisy": ratio(1.5, 1.0, 2.2), "same": ratio(1.9, 1.8, 2.0)}
-    assert bench.fallen(now, before) == ["warning: fallen: 1.50 times as fast; it was 2.00"]
+    names = ("a · fallen", "a · noisy", "a · same", "a · gone", "a · other", "a · transformers, bf16", "left out · x")
+    before = {"comparisons": {name: ratio(2.0, 1.9, 2.1) for name in names}}
+    found = {"a · fallen": ratio(1.5, 1.4, 1.6), "a · noisy": ratio(1.5, 1.0, 2.2), "a · same": ratio(1.9, 1.8, 2.0)}
+    found |= {"a · other": ratio(1.0, 0.9, 1.1, "ours"), "a · transformers, bf16": ratio(0.5, 0.5, 0.5)}
+    assert bench.fallen({"comparisons": found, "parts": {"a": {}}}, before) == [
+        "warning: a · fallen: 1.50 times as fast; it was 2.00",
+        "warning: a · gone: not compared with peer any more; it was 2.00",
+        "warning: a · other: not compared with peer any more; it was 2.00",
+    ]
+
+
+def test_what_is_absent_is_named_in_the_table() -> None:
+    works = {"transformers": {"error": "absent: transformers is not installed"}, "ours": ratio(2.0, 1.0, 3.0, "x")}
+    values = {"ar": {"cases": [{"size": "tiny", "batch": 1, "works": works}], "error": ""}}
+    shown = bench.table(dict(bench.comparisons(values)), bench.missing(values))
+    assert "| ar · tiny, batch 1 · ours | x | 2.00 | 1.00–3.00 |" in shown
+    assert "| ar · tiny, batch 1 · transformers | – | absent: transformers is not installed | – |" in shown
+    assert len(shown.splitlines()) == 4
 
 
 def test_parts_run_by_themselves_and_a_broken_one_does_not_end_the_others(
@@ -44,7 +60,9 @@ def test_parts_run_by_themselves_and_a_broken_one_does_not_end_the_others(
     assert json.loads(file.read_text())["comparisons"] == found["comparisons"]
     shown = capsys.readouterr().out
     assert "| dit_step · tiny · step_s · ours |" in shown
-    worse = {"comparisons": {name: ratio(9.0, 9.0, 9.0) for name in found["comparisons"]}}
+    worse = {
+        "comparisons": {name: its | ratio(9.0, 9.0, 9.0, its["base"]) for name, its in found["comparisons"].items()}
+    }
     file.write_text(json.dumps(worse))
     bench.main(["--parts", "dit_step", "--against", str(file)])
     assert "warning: dit_step · tiny · step_s · ours" in capsys.readouterr().out

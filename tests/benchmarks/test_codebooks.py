@@ -18,7 +18,9 @@ def test_use_of_a_bundles_own_codebooks(tmp_path: Path) -> None:
     result = json.loads(written.read_text())
     assert result["scenes"] == 3 and set(result["used"]) == {"fine", "coarse"}
     for codec in result["used"].values():
-        assert 0 < codec["codebook_used"] <= 1 and codec["codebook_used"] * codec["codes"] >= codec["codebook_perplexity"]
+        assert (
+            0 < codec["codebook_used"] <= 1 and codec["codebook_used"] * codec["codes"] >= codec["codebook_perplexity"]
+        )
 
 
 def test_it_wants_data_or_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
