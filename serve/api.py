@@ -103,7 +103,7 @@ def build_api(
     app.include_router(_about(service, exchange))
     mount_page(app)
     app.add_middleware(Guard, config.serve, keys, service.metrics, echo_request_id=not behind_proxy)
-    app.openapi = partial(_with_bodies, app)  # type: ignore[method-assign]
+    app.openapi = partial(_described, app)  # type: ignore[method-assign]
     return app
 
 
@@ -142,8 +142,10 @@ def _drafts(service: VideoService) -> APIRouter:
         return await service.tokens(video_id, who)
 
     @router.post("/{video_id}/segments/{index}/reroll", dependencies=JSON_ONLY)
-    async def reroll(video_id: str, index: int, asked: RerollRequest, who: From, idempotency_key: Key = None) -> Video:
-        return await service.reroll(video_id, index, asked, who, idempotency_key)
+    async def reroll(
+        video_id: str, index: int, asked: RerollRequest, who: From, request_id: RequestId, idempotency_key: Key = None
+    ) -> Video:
+        return await service.reroll(video_id, index, asked, who, idempotency_key, request_id)
 
     _reading(router, service, "draft")
     return router
@@ -246,7 +248,7 @@ _FAILURES = {
 }
 
 
-def _with_bodies(app: FastAPI) -> dict[str, Any]:
+def _described(app: FastAPI) -> dict[str, Any]:
     """The description of the API, with the bodies that `serve.bodies` reads itself and errors as they are answered."""
     if app.openapi_schema is None:
         described = FastAPI.openapi(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -42,17 +43,19 @@ def check_devices(config: Config) -> None:
 
 
 def check_exporter(path: str) -> None:
-    """Raises ConfigError if there is nothing at `path` to send traces with. Empty: none are sent."""
+    """Raises ConfigError if there is nothing at `path` that Ray Serve could send traces with. Empty: none are sent."""
     if not path:
         return
-    module, colon, name = path.partition(":")
+    module, _, name = path.partition(":")
     try:
-        if not (colon and callable(getattr(import_module(module), name, None))):
-            raise ImportError("expected MODULE:FUNCTION, one that gives OpenTelemetry's span processors")
-    except ImportError as error:
-        raise ConfigError(
-            f"serve.trace_exporter={path}: {error} (for serve.otlp: pip install 'arlon-ray[otlp]')"
-        ) from None
+        if not module or not name:
+            raise TypeError("expected MODULE:FUNCTION")
+        found = getattr(import_module(module), name)
+        if not inspect.isfunction(found) or inspect.signature(found).parameters:
+            raise TypeError("expected a function without arguments that gives OpenTelemetry's span processors")
+    except Exception as error:  # of any kind: the module is another's
+        hint = "; pip install -c constraints.txt -e '.[otlp]'" if module == "serve.otlp" else ""
+        raise ConfigError(f"serve.trace_exporter={path}: {' '.join(str(error).split())}{hint}") from None
 
 
 def build_app(
@@ -107,11 +110,9 @@ def serve_bundle(config: Config, bundle: Bundle, data_dir: str | Path) -> Iterat
     )
     # Serve's own start-up lines speak of "existing" apps and options "not applied" where all is well
     getLogger("ray.serve").setLevel(WARNING)
-    traced = TracingConfig(
-        enabled=bool(config.serve.trace_exporter),
-        exporter_import_path=config.serve.trace_exporter,
-        sampling_ratio=config.serve.trace_ratio,
-    )
+    exporter = config.serve.trace_exporter
+    # all requests: Ray decides anew in every process that an unsampled request comes to. None: Ray's own variables
+    traced = TracingConfig(enabled=True, exporter_import_path=exporter, sampling_ratio=1.0) if exporter else None
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet, tracing_config=traced)
     try:
         serve.run(app, name=APP, route_prefix="/", logging_config=quiet)

@@ -33,6 +33,7 @@ from serve.job_store import Base
 from serve.metrics import Metrics, Stage
 from serve.orchestrator import Orchestrator, StageError
 from serve.schema import SegmentStatus
+from serve.tracing import span
 from serve.work import TRIAL, Job, Stages, Timed
 
 logger = getLogger("ray.serve")
@@ -96,7 +97,8 @@ async def try_out(model: ServedModel, stages: Stages) -> None:
     job = Job(TRIAL, ("a trial",), 0, options, bundle=model.bundle, bundle_path=model.path)
     with tempfile.TemporaryDirectory(prefix="arlon-trial-") as folder:
         files = JobFiles(Blobs(Path(folder)), job.id)
-        await Orchestrator(job, stages, files, _Nobody(), config=model.config, planned_ahead=1).run()
+        with span("trial", job=TRIAL):
+            await Orchestrator(job, stages, files, _Nobody(), config=model.config, planned_ahead=1).run()
 
 
 class _Nobody:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from arlon_ray.bundle import load_bundle
+from arlon_ray.config import ConfigError
 from arlon_ray.mirror import local
 from serve.app import build_app
 from serve.settings import config_of
@@ -29,4 +30,7 @@ def application(arguments: Arguments) -> serve.Application:
     bundle = load_bundle(local(arguments.bundle).expanduser())
     configured = partial(config_of, source=arguments.config, overrides=arguments.set)
     bundle.check_text()
-    return build_app(configured(bundle), bundle, arguments.data, configured)
+    config = configured(bundle)
+    if config.serve.trace_exporter:
+        raise ConfigError("serve.trace_exporter: here Ray Serve wants it as `tracing_config`, beside `applications`")
+    return build_app(config, bundle, arguments.data, configured)

@@ -245,8 +245,8 @@ class VideoMaker(VideoReader):
         REQUEST_ID.set(active.job.request_id)  # of the task alone: its lines are found by the id of the request
         try:
             left = None if active.deadline is None else active.deadline - time.time()
-            asked = active.job.request_id
-            with span(video.object, active.job.traceparent, job=video.id, segments=active.segments, request_id=asked):
+            about = {"job": video.id, "request_id": active.job.request_id}
+            with span(video.object, active.job.traceparent, segments=active.segments, **about):
                 async with asyncio.timeout(left):
                     await self._run(active)
         except TimeoutError:

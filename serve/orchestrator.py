@@ -139,7 +139,7 @@ class Orchestrator:
 
     async def _filed(self, index: int, call: Callable[[], T]) -> T:
         """Read or write files in a thread, again where storage is away for a while. Raises StageError."""
-        return await self._lasting("writing", index, lambda: _in_thread(call), _storage_away)
+        return await self._lasting("storage", index, lambda: _in_thread(call), _storage_away)
 
     async def _lasting(
         self,

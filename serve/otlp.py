@@ -1,9 +1,9 @@
-"""Spans to a collector, in OpenTelemetry's own protocol: `serve.trace_exporter=serve.otlp:processors`."""
+"""Spans to a collector, in OpenTelemetry's own protocol over HTTP: `serve.trace_exporter=serve.otlp:processors`."""
 
 from __future__ import annotations
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
@@ -13,4 +13,13 @@ def processors() -> list[SpanProcessor]:
     OTEL_EXPORTER_OTLP_ENDPOINT (by default port 4318 of this host), OTEL_EXPORTER_OTLP_HEADERS, OTEL_SERVICE_NAME, …:
     in the environment of `ray start`.
     """
-    return [BatchSpanProcessor(OTLPSpanExporter())]
+    return [_WithoutNews(OTLPSpanExporter())]
+
+
+class _WithoutNews(BatchSpanProcessor):
+    """Without what tells the API of denoising steps: of many requests, several times a second."""
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """See SpanProcessor."""
+        if not span.name.endswith(" told"):
+            super().on_end(span)

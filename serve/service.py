@@ -138,13 +138,14 @@ class VideoService(VideoMaker):
         request: RerollRequest,
         caller: Caller = LOCAL,
         idempotency_key: str | None = None,
+        request_id: str = "",
     ) -> Video:
         """Plan a segment of a draft anew; with a key that was used for the same before, the draft as it is now.
 
         Raises RequestError; 409 while the draft is being made.
         """
         digest = _digest(request, f"reroll {draft_id} {index}".encode())
-        asked = _Asked(caller, key=idempotency_key, digest=digest)
+        asked = _Asked(caller, request_id, idempotency_key, digest)
         return await self._whole(self._reroll(draft_id, index, request, asked))
 
     async def _reroll(self, draft_id: str, index: int, request: RerollRequest, asked: _Asked) -> Video:
@@ -155,6 +156,7 @@ class VideoService(VideoMaker):
             video, job = new_jobs.rerolled(stored, index, request, self.model.config, self.model.count_tokens)
             await self._quotas.check_stored(stored.owner)
             self._refuse_if_full(stored.owner)
+            job = replace(job, request_id=asked.request_id, traceparent=traceparent())
             again = replace(stored, video=video, job=job, deadline=None)
             past = await asyncio.to_thread(self._store.events, draft_id)
             past.append(Event("segment.reset", {"index": index}, len(past) + 1))

@@ -6,6 +6,7 @@ of calls between deployments, and those from here lie among them. Without it the
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,15 +48,25 @@ def traceparent() -> str:
 def span(name: str, parent: str = "", **about: str | int) -> Iterator[None]:
     """The block is a span, in the trace of `parent` (see `traceparent`) or of the span around it.
 
-    An exception that leaves the block is noted there. `about` are its attributes, as `arlon.…`.
+    An exception that leaves the block is noted there, and that it was cancelled. `about` are its attributes, as
+    `arlon.…`.
     """
     context = _FORMAT.extract({"traceparent": parent}) if parent else None
-    with _tracer().start_as_current_span(f"arlon.{name}", context, attributes=_attributes(about)):
-        yield
+    with _tracer().start_as_current_span(f"arlon.{name}", context, attributes=_attributes(about)) as current:
+        try:
+            yield
+        except asyncio.CancelledError:
+            current.set_attribute("arlon.cancelled", True)
+            raise
 
 
 def worked(stage: str, job: str, segment: int, started: float, seconds: float) -> None:
-    """A span of a stage's work on a segment, which began at `started` (Unix seconds) and is over."""
+    """A span of a stage's work on a segment, which began at `started` (Unix seconds) and is over.
+
+    None where the call that it was for is not traced: it would be a trace of its own.
+    """
+    if not trace.get_current_span().get_span_context().is_valid:
+        return
     about = _attributes({"job": job, "segment": segment})
     done = _tracer().start_span(f"arlon.{stage}", attributes=about, start_time=round(started * 1e9))
     done.end(round((started + seconds) * 1e9))

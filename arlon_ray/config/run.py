@@ -198,7 +198,6 @@ class ServeConfig(Section):
         "",
         description="MODULE:FUNCTION, of OpenTelemetry's span processors (serve.otlp:processors); empty: no traces",
     )
-    trace_ratio: float = Field(1.0, ge=0, le=1, description="share of the requests that are traced")
     ar: DeploymentConfig = DeploymentConfig()
     dit: DeploymentConfig = DeploymentConfig()
     decoder: DeploymentConfig = DeploymentConfig(num_cpus=0.25, max_ongoing_requests=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,23 +35,44 @@ class Collector:
     url: str
     spans: dict[str, Span] = field(default_factory=dict)
 
-    def of(self, trace: str, name: str, count: int, limit_s: float = 20) -> list[Span]:
+    def of(self, trace: str, name: str, count: int) -> list[Span]:
         """Spans of a trace whose names begin so, when at least `count` of them have come."""
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline:
-            found = [span for span in list(self.spans.values()) if span.trace == trace and span.name.startswith(name)]
-            if len(found) >= count:
-                return sorted(found, key=lambda span: span.start)
-            time.sleep(0.05)
-        raise AssertionError(f"{len(found)} of {count} spans {name} in {sorted(s.name for s in self.spans.values())}")
 
-    def above(self, span: Span) -> list[str]:
-        """Names of the spans that it lies in, from the nearest on."""
-        names = []
-        while (above := self.spans.get(span.parent)) is not None:
-            names.append(above.name)
-            span = above
-        return names
+        def found() -> list[Span]:
+            return [span for span in list(self.spans.values()) if span.trace == trace and span.name.startswith(name)]
+
+        _until(lambda: len(found()) >= count)
+        return sorted(found(), key=lambda span: span.start)
+
+    def above(self, span: Span, name: str) -> list[str]:
+        """Names of the spans that it lies in, from the nearest on, when that of this name has come."""
+
+        def names() -> list[str]:
+            found, each = [], span
+            while (above := self.spans.get(each.parent)) is not None:
+                found.append(above.name)
+                each = above
+            return found
+
+        _until(lambda: name in names())
+        return names()
+
+    def tops(self, trace: str, caller: str) -> set[str]:
+        """Parents of a trace's spans that are not here, when all that has come lies below `caller`."""
+
+        def found() -> set[str]:
+            its = [span for span in list(self.spans.values()) if span.trace == trace]
+            return {span.parent for span in its} - set(self.spans)
+
+        _until(lambda: found() == {caller})
+        return found()
+
+
+def _until(done: Callable[[], bool], limit_s: float = 20) -> None:
+    """Wait, for spans come late; whoever asks looks again at what there is then."""
+    deadline = time.monotonic() + limit_s
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @contextmanager

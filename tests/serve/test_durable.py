@@ -266,7 +266,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr("serve.job_files.JobFiles.write_segment", full)
         video = await until(client, (await post(client, prompt="a"))["id"], "completed", "failed")
-        assert video["error"] == {"code": "storage_full", "message": "segment 0: writing failed (OSError)"}
+        assert video["error"] == {"code": "storage_full", "message": "segment 0: storage failed (OSError)"}
 
     play(scenario, tmp_path)
 
@@ -298,7 +298,7 @@ def test_what_was_finished_before_the_disk_was_full_is_kept(
         while_made = (await client.get(f"{where}/stream")).content
         failed = await until(client, asked["id"], "completed", "failed")
         monkeypatch.undo()
-        error = {"code": "storage_full", "message": f"segment 2: writing failed (OSError); {told}: GET {where}/stream"}
+        error = {"code": "storage_full", "message": f"segment 2: storage failed (OSError); {told}: GET {where}/stream"}
         assert failed["error"] == error
         refused = await client.get(f"{where}/content")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, f"{kind[:-1]}_failed")
