@@ -207,7 +207,7 @@ def guided_velocity(
         real,
         values.new_full((count,), fps),
         size,
-        None if coarse_1Cthw is None else coarse_1Cthw.expand(count, -1, -1, -1, -1),
+        coarse_1Cthw,
         torch.tensor([seen for _, seen in branches], device=values.device),
     )
     noisy = torch.ones(1, latent_shape[0], dtype=torch.bool, device=values.device) if noisy_1t is None else noisy_1t

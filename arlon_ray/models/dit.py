@@ -269,7 +269,8 @@ class STDiT3(nn.Module):
 
         latent_shape (t, h, w); text [B, L, E] with a mask [B, L] (True: a real token) or with how many real
         tokens each begins with, the longest of them L (faster: nothing is masked); fps [B]; size (height, width) in
-        pixels; `coarse` is the latent that the tokens decode to, used where `keep_tokens_B` (default: everywhere).
+        pixels; `coarse` is the latent that the tokens decode to, of each sample or one for all, used where
+        `keep_tokens_B` (default: everywhere).
         Raises ValueError if `coarse` is given to a model that was built without injection.
         """
         dtype = self.final_layer.linear.weight.dtype

@@ -166,17 +166,23 @@ class SemanticInjection(nn.Module):
     ) -> dict[str, Modulation]:
         """Modulation of every listening layer. Samples with `keep_B` False stay exactly the base DiT's.
 
-        `share` [B, N, E] to [B, n, E] picks the tokens that are modulated here.
+        One coarse latent for several samples is looked at once, and is that of all of them. `share` [B, N, E] to
+        [B, n, E] picks the tokens that are modulated here.
         """
         features = self.uncertainty(self.adapter(coarse_BCthw), generator)
         features = features if share is None else share(features)
         keep = keep_B[:, None, None]
+
+        def of_all(one: Tensor) -> Tensor:
+            # no view of one: rows are taken and put together, and kernels walk through them
+            return one if len(one) == len(keep) else one.expand(len(keep), -1, -1).contiguous()
+
         if self.branch is not None:
-            return {BRANCH: (self.branch.entry(features), keep)}
+            return {BRANCH: (of_all(self.branch.entry(features)), keep)}
         prepared = {}
         for name, layer in self.layers.items():
             first, *others = layer.modulation(features)  # type: ignore[operator]
-            prepared[name] = (first * keep, *others)
+            prepared[name] = (first * keep, *map(of_all, others))
         return prepared
 
 
