@@ -12,13 +12,14 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -298,10 +299,22 @@ def rendered_latents(config: Config, count: int, parts: Parts, batch_size: int, 
 
 
 def in_background(target: Any, *arguments: Any, **named: Any) -> Any:
-    """A process that runs `target`; its exit code says how it went."""
-    process = get_context("spawn").Process(target=partial(target, *arguments, **named))
+    """A process that runs `target`, and ends when this one does, however that is; its exit code says how it went."""
+    process = get_context("spawn").Process(target=_as_long_as_parent, args=(partial(target, *arguments, **named),))
     process.start()
     return process
+
+
+def _as_long_as_parent(work: Callable[[], None]) -> None:
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    work()
 
 
 def render_in_background(config: Config, mixes: Sequence[Mix], parts: Parts, folder: Path, **named: Any) -> Any:

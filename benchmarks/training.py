@@ -7,7 +7,8 @@ worker that has the same cores, ZeRO 1, a log line every step, a checkpoint, and
 text-only DiT of the configuration on the same latents. They take turns step by step: the worker is stopped (SIGSTOP)
 while the bare loop makes a step, so that both meet the same machine, however busy others make it. A step of *ray* is
 the time between the figures of two steps as the driver hears them, less that of the stop; the step with the checkpoint
-counts for itself, as its share of the configuration's own `checkpoint_every`. That Ray starts stands beside it.
+counts for itself, as its share of the configuration's own `checkpoint_every`. That Ray starts stands beside it, and
+which share of *ray*'s steps was waiting for data.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class _Alternating(QuietReporter):
     def __init__(self, bare: Iterator[float]) -> None:
         self.bare: list[float] = []
         self.ray: list[float] = []
+        self.waits: list[float] = []  # shares of the steps
         self._bare, self._resumed = bare, 0.0
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -96,6 +98,7 @@ class _Alternating(QuietReporter):
         with _stopped_workers():
             self.bare.append(next(self._bare))
         self.ray.append(heard - self._resumed)
+        self.waits.append(values["data_wait"])
         print(f"step {step}: bare {self.bare[-1]:.3f} s, ray {self.ray[-1]:.3f} s", flush=True)
         self._resumed = time.perf_counter()
 
@@ -142,6 +145,7 @@ def compared(config: Config, vae: Path, steps: int) -> dict[str, Any]:
         "bare_s": bare,
         "ray_s": ray,
         "checkpoint_s": checkpoint,
+        "data_wait": {"median": statistics.median(times.waits), "max": max(times.waits[i] for i in counted)},
         "not_steps_s": whole - sum(times.bare) - step * steps,
         # what is heard comes in the rhythm in which the journal is read: of all steps together that is nothing
         "ray_over_bare": sum(ray) / sum(bare) + share / statistics.mean(bare),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -30,6 +36,30 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process.join()
     assert process.exitcode == 0
     return folder / "shards"
+
+
+def test_what_works_in_the_background_ends_with_who_began_it() -> None:
+    """Also where that one is killed, and can end nobody."""
+    code = (
+        "import time\n"
+        "from benchmarks.rendered_latents import in_background\n"
+        "if __name__ == '__main__':\n"
+        "    print(in_background(time.sleep, 60).pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(code)
+        file.flush()
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        began = subprocess.Popen([sys.executable, file.name], stdout=subprocess.PIPE, env=environment)
+        assert began.stdout is not None
+        with began.stdout as told:
+            child = psutil.Process(int(told.readline()))
+            time.sleep(3)  # it imports what it needs, and begins
+            assert child.is_running()
+            began.kill()
+            began.wait(10)
+            assert not psutil.wait_procs([child], 20)[1]
 
 
 def source_of(folder: Path) -> RenderedLatents:
