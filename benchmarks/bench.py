@@ -1,9 +1,10 @@
 """`make bench`: every part's benchmark on this CPU, its comparisons in one table, and all figures in one JSON.
 
 Each part runs in a process of its own. A comparison is any figure with `times_as_fast`: works that took turns, against
-the first of them, which the table names. `--short` takes a minute; `--against FILE` warns, and no more, where a
+the first of them, which the table names. `--short` takes a minute; `--against FILE …` warns, and no more, where a
 comparison has fallen by 15 % since that file was written, or is not there any more: ratios, because times of another
-machine, or of another hour, say nothing. What is of a peer alone is not watched.
+hour say nothing; and with the file of a processor like this one, because ratios differ too. What is of a peer alone is
+not watched.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,22 @@ def fallen(result: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
         part, own = name.split(" · ")[0], name.split(" · ")[-1]
         if part not in result["parts"] or own.startswith(PEERS):
             continue
-        if name not in now or now[name]["base"] != its["base"]:
-            lines.append(
-                f"warning: {name}: not compared with {its['base']} any more; it was {its['times_as_fast']:.2f}"
-            )
-        elif now[name]["times_as_fast"] < FALLEN * its["times_as_fast"] and now[name]["to"] < its["times_as_fast"]:
-            ratio, was = now[name]["times_as_fast"], its["times_as_fast"]
+        was, base = its["times_as_fast"], its.get("base")  # files of before do not say over what
+        if name not in now or base not in (None, now[name]["base"]):
+            lines.append(f"warning: {name}: not compared with {base or 'the same'} any more; it was {was:.2f}")
+        elif (ratio := now[name]["times_as_fast"]) < FALLEN * was and now[name]["to"] < was:
             lines.append(f"warning: {name}: {ratio:.2f} times as fast; it was {was:.2f}")
     return sorted(lines)
+
+
+def against(result: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What has `fallen` since that of the earlier results which was measured on such a processor."""
+    cpu = result["machine"]["cpu"]
+    alike = [each for each in earlier if each["machine"]["cpu"] == cpu]
+    if not alike:
+        known = ", ".join(each["machine"]["cpu"] for each in earlier)
+        return [f"nothing to compare with: this is {cpu}, what is there was measured on {known}"]
+    return fallen(result, alike[0])
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -113,7 +122,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--bundle", default="weights/tiny", metavar="DIR")
     flags.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     flags.add_argument("--short", action="store_true", help="the parts that have a short form, in it")
-    flags.add_argument("--against", type=Path, metavar="FILE", help="an earlier result: warn of what has fallen")
+    flags.add_argument("--against", type=Path, nargs="+", default=[], metavar="FILE", help="of earlier results")
     flags.add_argument("--output", type=Path, metavar="FILE")
     options = flags.parse_args(arguments)
     result: dict[str, Any] = {"machine": machine(), "parts": {}}
@@ -130,7 +139,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.output:
         options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if options.against:
-        print("\n".join(fallen(result, json.loads(options.against.read_text()))))
+        print("\n".join(against(result, [json.loads(file.read_text()) for file in options.against])))
     return result
 
 

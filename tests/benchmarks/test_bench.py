@@ -60,9 +60,16 @@ def test_parts_run_by_themselves_and_a_broken_one_does_not_end_the_others(
     assert json.loads(file.read_text())["comparisons"] == found["comparisons"]
     shown = capsys.readouterr().out
     assert "| dit_step · tiny · step_s · ours |" in shown
-    worse = {
-        "comparisons": {name: its | ratio(9.0, 9.0, 9.0, its["base"]) for name, its in found["comparisons"].items()}
-    }
+    better = {name: ratio(9.0, 9.0, 9.0, its["base"]) for name, its in found["comparisons"].items()}
+    worse = {"machine": found["machine"], "comparisons": better}
     file.write_text(json.dumps(worse))
     bench.main(["--parts", "dit_step", "--against", str(file)])
     assert "warning: dit_step · tiny · step_s · ours" in capsys.readouterr().out
+
+
+def test_what_it_is_compared_with_was_measured_on_such_a_processor() -> None:
+    other, same = ({"machine": {"cpu": cpu}, "comparisons": {"a · x": ratio(9.0, 9.0, 9.0)}} for cpu in ("one", "two"))
+    same["comparisons"]["a · x"].pop("base")  # as files of before are
+    now = {"machine": {"cpu": "two"}, "parts": {"a": {}}, "comparisons": {"a · x": ratio(2.0, 2.0, 2.0)}}
+    assert bench.against(now, [other, same]) == ["warning: a · x: 2.00 times as fast; it was 9.00"]
+    assert bench.against(now, [other]) == ["nothing to compare with: this is two, what is there was measured on one"]
