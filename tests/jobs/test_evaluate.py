@@ -47,7 +47,7 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     assert found["guided@2"]["options"]["ar_guidance_scale"] == 1.0
     assert found["guided@2"]["options"]["guidance_scale"] in (1.0, 2.0)
     assert "ar_guidance_scale" not in found["text-only@2"]["options"]
-    assert found["guided@2"]["seconds_of"]["ar"] > 0.01 > found["text-only@2"]["seconds_of"]["ar"]
+    assert found["guided@2"]["seconds_of"]["ar"] > 0 == found["text-only@2"]["seconds_of"]["ar"]
     assert {"ar_nats_left_right", "ar_nats_up_down"} & set(written["tokens"])
     assert written["tokens"]["ar_perplexity"] > 1 and 0 < written["tokens"]["fine_codebook_used"] <= 1
     assert set(written["parts"]) == {"vae decoder", "dit text-only, a step", "dit guided, a step", "ar, a segment"}
