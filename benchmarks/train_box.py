@@ -6,8 +6,8 @@ those of `jobs/`, the scenes are rendered in the background. `--set` takes any s
 
 `--start BUNDLE` keeps its VAE and codecs, and goes on with its AR and DiT instead of beginning anew; the text-only DiT
 goes on from the guided one without its injection, and gets as many steps. `--only ar dit` leaves the others as they
-are. `--variants NAME …` trains variants of `jobs/ablate.py` as well, from the bundle `--ablation-start`;
-`jobs/ablate.py --trained DIR` measures them.
+are; with `--anew` those begin anew all the same, beside the start's VAE and codecs. `--variants NAME …` trains variants
+of `jobs/ablate.py` as well, from the bundle `--ablation-start`; `jobs/ablate.py --trained DIR` measures them.
 AR and DiTs train at the same time, a process each: together they fill a GPU that none of them can.
 """
 
@@ -143,6 +143,7 @@ class Box:
     start: Bundle | None = None
     only: Sequence[str] = ()  # of what goes on from `start`; none: all
     seed: int = SEED
+    anew: bool = False  # what is trained begins anew beside the start's other parts
 
     def path(self, name: str) -> Path:
         """Where a part lies: the start's VAE and codecs stay where they are."""
@@ -215,6 +216,8 @@ class Box:
         begun |= {name: {"dit_init": self.start.artifacts["dit"].fingerprint} for name in ("dit", "dit_base")}
         jobs = [self._job(name, section, config, shards) for name, section, config in models]
         wanted = [job for job in jobs if not self._is_left(job.name)]
+        if self.anew:
+            return [replace(job, config=override(job.config, [f"{job.section}.init=null"])) for job in wanted]
         return [replace(job, parents=job.parents | begun[job.name]) for job in wanted]
 
     def _timed(self, job: Job) -> Job:
@@ -320,6 +323,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flags.add_argument("--processes", type=int, default=2, help="that render")
     flags.add_argument("--start", metavar="BUNDLE")
     flags.add_argument("--only", nargs="+", default=[], choices=("ar", "dit", "dit_base"), help="of --start's models")
+    flags.add_argument("--anew", action="store_true", help="they do not go on from --start: only its other parts stay")
     flags.add_argument("--seed", type=int, default=SEED, help="of the scenes: another one than what --start has seen")
     flags.add_argument("--variants", nargs="*", default=[])
     flags.add_argument("--only-variants", action="store_true", help="on the shards that an earlier run wrote")
@@ -337,12 +341,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         flags.error("--variants need --ablation-start BUNDLE and --steps variants=N")
     if options.only and not options.start:
         flags.error("--only says which models of --start BUNDLE go on")
+    if options.anew and not options.only:
+        flags.error("--anew needs --start BUNDLE and --only: which of its models begin anew")
     config = load_config(options.config, options.overrides)
     groups = ",".join(map(str, config.data.bucket_groups))
     mixes = [Mix.parse(text) for text in options.mix or [f"{config.data.sample_grade}:{groups}=1"]]
     box = Box(
         config, options.output, options.device, options.minutes, options.videos, mixes, options.processes,
         options.shard, steps, Bundle(options.start) if options.start else None, options.only, options.seed,
+        options.anew,
     )  # fmt: skip
     begin = time.perf_counter()
     bundle = Bundle(options.output / "bundle") if options.only_variants else box.train()

@@ -136,7 +136,7 @@ class ArDeployment:
         """What Serve asks for; see `serve.scaling`."""
         return {PAUSED: self._paused}
 
-    async def _may_go_on(self, permit: Permit, index: int) -> bool:
+    async def _may_go_on(self, permit: Permit, index: int) -> int:
         self._paused += 1
         try:
             return await permit(index)
@@ -146,15 +146,18 @@ class ArDeployment:
     async def plan(
         self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None
     ) -> AsyncIterator[Timed[Tokens]]:
-        """Tokens of the job's segments, in order; `permit(index)` is awaited before each and may end the plan.
+        """Tokens of the job's segments, in order, as far as `permit` lets it: asked where its last answer ends.
 
         `planned` are the tokens of the first segments, where those are there already: it goes on behind them.
         """
         async with self._models.of(job) as planner:
             plan = planner.model.begin(job.prompts, job.seed, job.options, given=_own(given), planned=planned)
+            admitted = 0
             for index in range(len(planned), len(job.prompts)):
-                if not await self._may_go_on(permit, index):
-                    return
+                if index >= admitted:
+                    admitted = await self._may_go_on(permit, index)
+                    if index >= admitted:
+                        return
                 made = await planner.run(plan.segment)
                 self._reports.segment(job, index, made, planner.sizes)
                 shared = planner.model.overlap_frames(index)

@@ -56,7 +56,7 @@ class RemotePermit(_Remote):
     Its name is that of the plan that asks: not every plan of a job is one that somebody still waits for.
     """
 
-    async def __call__(self, index: int) -> bool:
+    async def __call__(self, index: int) -> int:
         return await self.api.may_plan.remote(self.name, index)
 
 
@@ -92,10 +92,10 @@ class HandleStages:
         self._permits: dict[str, Permit] = {}
         self._told: dict[str, Told] = {}
 
-    async def may_plan(self, plan: str, index: int) -> bool:
-        """What a plan asks before its segment `index`. False for plans that nobody waits for any more."""
+    async def may_plan(self, plan: str, index: int) -> int:
+        """What a plan asks before its segment `index`; see `Permit`. 0 for plans that nobody waits for any more."""
         permit = self._permits.get(plan)
-        return await permit(index) if permit else False
+        return await permit(index) if permit else 0
 
     async def told(self, news: Sequence[tuple[str, int, int]]) -> None:
         """What renderings tell: (which, segment, step)."""
@@ -109,7 +109,7 @@ class HandleStages:
     async def plan(
         self, job: Job, permit: Permit, planned: Sequence[Tokens] = (), given: Latents | None = None
     ) -> AsyncIterator[Timed[Tokens]]:
-        """Ray's streams have no back pressure: the replica asks before it plans a segment instead."""
+        """Ray's streams have no back pressure: the replica asks before it plans segments instead."""
         if self._ar is None:
             raise RuntimeError("this service has no AR: only baselines can be made")
         name = uuid.uuid4().hex

@@ -68,7 +68,7 @@ class VideoAPI:
         if self._service.lost:
             raise RuntimeError(self._service.lost)
 
-    async def may_plan(self, plan: str, index: int) -> bool:
+    async def may_plan(self, plan: str, index: int) -> int:
         """Called by the AR's replicas; see `HandleStages.may_plan`."""
         return await self._stages.may_plan(plan, index)
 

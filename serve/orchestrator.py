@@ -87,8 +87,8 @@ class Orchestrator:
         """The segments that are done: a fragmented mp4, which is there from the first one on until the last is."""
         return self._files.growing.partial
 
-    async def may_plan(self, index: int) -> bool:
-        """What the AR asks before it plans segment `index`: waits for the window; False ends the plan."""
+    async def may_plan(self, index: int) -> int:
+        """What the AR asks before it plans segment `index`, a `Permit`: waits for the window."""
         admitted = await self._window.admit(index)
         if admitted:
             await self._begin()

@@ -18,8 +18,9 @@ Tokens = NDArray[np.int32]  # [t', h', w'] of one segment
 Latents = NDArray[np.float32]  # [C, n, h, w]
 Frame = NDArray[np.uint8]  # [H, W, 3]
 
-#: Asked before each segment is planned: waits until the plan may go on; False: nobody waits for it any more.
-Permit = Callable[[int], Awaitable[bool]]
+#: Asked before a segment is planned: waits until that may be, and says how many of the video's segments may be planned
+#: by now (a call between replicas is worth several). No more than `index`: nobody waits for the plan any more.
+Permit = Callable[[int], Awaitable[int]]
 #: Told (segment, denoising step, from 1) that a step has begun; not of all, where they are quick.
 Told = Callable[[int, int], Awaitable[None]]
 
@@ -119,11 +120,15 @@ class PlanWindow:
         self._closed = False
         self._changed = asyncio.Condition()
 
-    async def admit(self, index: int) -> bool:
-        """Wait until segment `index` may be planned. False: the video is finished or given up."""
+    @property
+    def _open(self) -> int:
+        return self._rendering + self._ahead + 1
+
+    async def admit(self, index: int) -> int:
+        """Wait until segment `index` may be planned; see `Permit`."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._closed or index <= self._rendering + self._ahead)
-        return not self._closed
+            await self._changed.wait_for(lambda: self._closed or index < self._open)
+        return 0 if self._closed else self._open
 
     async def advance(self, index: int) -> None:
         """Segment `index` is being rendered now."""
@@ -132,7 +137,7 @@ class PlanWindow:
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """Let everybody who waits go, with False."""
+        """Let everybody who waits go, with 0."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -59,11 +59,11 @@ def job(generator: VideoGenerator, number: int, segments: int = 2, **changes: ob
     return Job(f"video_{number}", ("a red circle" + " moves" * number,) * segments, number, options)
 
 
-async def always(index: int) -> bool:
-    return True
+async def always(index: int) -> int:
+    return 1000
 
 
-async def plan(ar: ArDeployment, asked: Job, permit: Callable[[int], Awaitable[bool]] = always) -> list[Tokens]:
+async def plan(ar: ArDeployment, asked: Job, permit: Callable[[int], Awaitable[int]] = always) -> list[Tokens]:
     return [made.value async for made in ar.plan(asked, permit)]
 
 
@@ -77,14 +77,15 @@ async def test_plans_of_many_are_those_of_each(ar: ArDeployment, generator: Vide
     assert 2 <= ar.statistics()["largest_batch"] <= 3
     asked: list[int] = []
 
-    async def permit(index: int) -> bool:
+    async def permit(index: int) -> int:
         asked.append(index)
-        return index < 3
+        return min(index + 2, 5)
 
-    whole = [p.tokens for p in generator.planner.plan(("a",) * 4, 9, jobs[0].options)]
-    resumed = Job("video_r", ("a",) * 4, 9, jobs[0].options)
+    whole = [p.tokens for p in generator.planner.plan(("a",) * 6, 9, jobs[0].options)]
+    resumed = Job("video_r", ("a",) * 6, 9, jobs[0].options)
     rest = [made async for made in ar.plan(resumed, permit, whole[:2])]
-    assert asked == [2, 3] and len(rest) == 1 and np.array_equal(rest[0].value, whole[2])
+    assert asked == [2, 4, 5] and len(rest) == 3  # once for two segments
+    assert all(np.array_equal(made.value, tokens) for made, tokens in zip(rest, whole[2:], strict=False))
     assert isinstance(rest[0], Timed) and rest[0].seconds > 0
 
 
