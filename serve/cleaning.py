@@ -32,8 +32,13 @@ class Cleaner:
         self._looked_at: float | None = None
         self._warned = False
 
-    def clean(self) -> None:
-        """Remove what has expired; now and then, what no row names."""
+    def clean(self, keep_s: float | None = None) -> None:
+        """Remove what has expired; now and then, what no row names.
+
+        With `keep_s`, what was finished when nothing expired has so long behind its end, too.
+        """
+        if keep_s is not None:
+            self._store.expire(keep_s)
         for job in self._store.expired():
             if self._store.delete(job.id, unfinished=False):  # a draft may be made again by now
                 without_error(self._files(job).delete)

@@ -6,9 +6,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -31,8 +33,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from serve.callers import Caller
 from serve.database import create_tables
-from serve.schema import Video
+from serve.schema import Video, VideoError
 from serve.work import JOB, Job
+
+logger = getLogger("ray.serve")
 
 UNFINISHED = ("queued", "in_progress")
 _AT_ONCE = 500  # values in one query
@@ -326,10 +330,16 @@ class JobStore:
         return True
 
     def unfinished(self) -> list[Stored]:
-        """What an earlier process has accepted and not finished, in the order it was accepted."""
-        with Session(self._engine) as session:
+        """What an earlier process has accepted and not finished, in the order it was accepted.
+
+        What cannot be read (other code has written it) has failed.
+        """
+        with Session(self._engine) as session, session.begin():
             rows = session.scalars(select(_Row).where(_Row.status.in_(UNFINISHED)).order_by(_Row.number))
-            return [_stored(row) for row in rows]
+            found = [(row, _readable(row)) for row in rows]
+            for row in (row for row, stored in found if stored is None):
+                _fail(session, row)
+            return [stored for _, stored in found if stored]
 
     def known(self, ids: Sequence[str]) -> set[str]:
         """Which of these jobs there are."""
@@ -352,8 +362,16 @@ class JobStore:
         """What may be removed."""
         with Session(self._engine) as session:
             past = _Row.expires_at <= (time.time() if now is None else now)
-            rows = session.scalars(select(_Row.job).where(past, _Row.status.not_in(UNFINISHED)))
-            return [JOB.validate_python(job) for job in rows]
+            rows = session.scalars(select(_Row).where(past, _Row.status.not_in(UNFINISHED)))
+            return [stored.job for row in rows if (stored := _readable(row))]
+
+    def expire(self, keep_s: float) -> None:
+        """What is finished and has no time to expire at gets one: so many seconds behind its end."""
+        endless = _Row.expires_at.is_(None) & _Row.status.not_in(UNFINISHED)
+        with Session(self._engine) as session, session.begin():
+            for row in session.scalars(select(_Row).where(endless)):
+                row.expires_at = int((row.video.get("completed_at") or row.video["created_at"]) + keep_s)
+                row.video = {**row.video, "expires_at": row.expires_at}
 
 
 def state_of(video: Video) -> State:
@@ -363,8 +381,37 @@ def state_of(video: Video) -> State:
 
 
 def _stored(row: _Row) -> Stored:
-    video, job = Video.model_validate(row.video), JOB.validate_python(row.job)
+    video, job = Video.model_validate(row.video), _job(row.job)
     return Stored(video, job, row.owner, row.deadline, row.idempotency_key, row.request_digest)
+
+
+def _job(data: dict[str, Any]) -> Job:
+    """A job out of its row. Options that this code does not know (newer code has written them) are left out."""
+    try:
+        return JOB.validate_python(data)
+    except ValidationError as error:
+        unknown = {str(each["loc"][1]) for each in error.errors() if each["loc"][0] == "options" and each["loc"][1:]}
+        if not unknown:
+            raise
+        logger.warning("%s: this code does not know its options %s: without them", data["id"], ", ".join(unknown))
+        options = {name: value for name, value in data["options"].items() if name not in unknown}
+        return JOB.validate_python({**data, "options": options})
+
+
+def _readable(row: _Row) -> Stored | None:
+    try:
+        return _stored(row)
+    except ValidationError:
+        logger.exception("%s: its row cannot be read", row.id)
+        return None
+
+
+def _fail(session: Session, row: _Row) -> None:
+    error = VideoError(code="unreadable", message="it was accepted by another version of the service").model_dump()
+    row.status = "failed"
+    row.video = {**row.video, "status": "failed", "error": error, "completed_at": int(time.time())}
+    last = session.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == row.id)) or 0
+    session.add(_EventRow(job_id=row.id, number=last + 1, type="failed", data=error))
 
 
 def _seen_by(caller: Caller, query: Select[Any]) -> Select[Any]:

@@ -3,6 +3,7 @@
 # no postponed annotations: Serve looks at the type of `application`'s argument
 
 from functools import partial
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -12,6 +13,9 @@ from arlon_ray.config import ConfigError
 from arlon_ray.mirror import local
 from serve.app import build_app
 from serve.settings import config_of
+
+#: In this folder Ray unpacks the working folders that a `runtime_env` brings.
+PACKAGES = "working_dir_files"
 
 
 class Arguments(BaseModel):
@@ -31,6 +35,11 @@ def application(arguments: Arguments) -> serve.Application:
     configured = partial(config_of, source=arguments.config, overrides=arguments.set)
     bundle.check_text()
     config = configured(bundle)
+    if PACKAGES in Path.cwd().parts and not Path(arguments.data).is_absolute() and "://" not in arguments.data:
+        raise ConfigError(
+            f"data={arguments.data}: would lie in the package that runtime_env brings, which Ray removes: name a "
+            "folder that stays (an absolute path), or a bucket"
+        )
     if config.serve.trace_exporter:
         raise ConfigError("serve.trace_exporter: here Ray Serve wants it as `tracing_config`, beside `applications`")
     return build_app(config, bundle, arguments.data, configured)

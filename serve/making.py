@@ -49,7 +49,7 @@ OTHER_MODEL = VideoError(code="model_changed", message="it was made with another
 
 
 class VideoMaker(VideoReader):
-    """Makes at most `config.serve.max_running` videos at once; `max_queued` more may wait.
+    """Makes at most `config.serve.most_running` videos at once; `max_queued` more may wait.
 
     No other process makes those of the same database meanwhile: see `Owner`.
     """
@@ -196,7 +196,7 @@ class VideoMaker(VideoReader):
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        while len(self._waiting) and len(self._running) < self.model.config.serve.max_running:
+        while len(self._waiting) and len(self._running) < self.model.config.serve.most_running:
             active = self._waiting.pop(self._running.values())
             if active is None:  # all who wait have as many under way as they may
                 break
@@ -243,6 +243,7 @@ class VideoMaker(VideoReader):
     async def _make(self, active: Active) -> None:
         video = active.video
         REQUEST_ID.set(active.job.request_id)  # of the task alone: its lines are found by the id of the request
+        begin = time.monotonic()
         try:
             left = None if active.deadline is None else active.deadline - time.time()
             about = {"job": video.id, "request_id": active.job.request_id}
@@ -259,7 +260,7 @@ class VideoMaker(VideoReader):
             message = "the video could not be made; see the server's log"
             await self._fail(active, VideoError(code="internal_error", message=message))
         else:
-            self._mean_seconds = 0.7 * self._mean_seconds + 0.3 * (time.time() - active.began)
+            self._mean_seconds = 0.7 * self._mean_seconds + 0.3 * (time.monotonic() - begin)
             await asyncio.to_thread(self._measure, active.job)
             await active.finish(None, self._expires_at())
             self._note_end(active, "completed")
@@ -297,15 +298,19 @@ class VideoMaker(VideoReader):
         self._note_end(active, "failed")
 
     def _expires_at(self) -> int | None:
+        return None if self._keep_s is None else int(time.time() + self._keep_s)
+
+    @property
+    def _keep_s(self) -> float | None:
         hours = self.model.config.serve.keep_hours
-        return None if hours is None else int(time.time() + 3600 * hours)
+        return None if hours is None else 3600 * hours
 
     async def _clean(self) -> None:
         """Remove what nobody needs any more, now and then."""
         cleaner = Cleaner(self._store, self._places)
         while True:
             try:
-                await asyncio.to_thread(cleaner.clean)
+                await asyncio.to_thread(cleaner.clean, self._keep_s)
             except Exception:
                 logger.exception("what nobody needs any more could not be removed")
             await asyncio.sleep(_CLEANING_S)

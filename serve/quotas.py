@@ -26,7 +26,7 @@ def queue_refusal(
     settings: ServeConfig, tenant: str, waiting: int, own_waiting: int, running: int, own_running: int
 ) -> Refusal | None:
     """Why nothing more of a tenant may wait, when so many do and so many are being made, in all and of its own."""
-    quota, free = settings.tenant(tenant), settings.max_running - running
+    quota, free = settings.tenant(tenant), settings.most_running - running
     own_free = free if quota.max_running is None else max(0, min(free, quota.max_running - own_running))
     if waiting >= settings.max_queued + free:
         return Refusal(f"{waiting} videos are waiting already (max_queued {settings.max_queued})", "queue_full")
@@ -44,7 +44,7 @@ def most_queued(settings: ServeConfig, tenant: str) -> tuple[str, int]:
 
 def retry_after(settings: ServeConfig, mean_video_s: float) -> int:
     """Seconds after which a queue that is full may have room, if a video takes so long."""
-    return max(1, math.ceil(mean_video_s / settings.max_running))
+    return max(1, math.ceil(mean_video_s / settings.most_running))
 
 
 def label(settings: ServeConfig, tenant: str) -> str:

@@ -256,7 +256,7 @@ class Simulation:
             self._followed[number] = lambda: self._ask(load)
 
     def _start_waiting(self) -> None:
-        while len(self.running) < self.serve.max_running and (video := self.queue.pop(self.running.values())):
+        while len(self.running) < self.serve.most_running and (video := self.queue.pop(self.running.values())):
             self.running[video.id] = video
             video.turn_s = self.now
             self._advance(video)

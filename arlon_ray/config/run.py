@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -167,7 +168,12 @@ class ServeConfig(Section):
     )  # fmt: skip
     max_segments: int = Field(256, ge=1, description="longest video that a request may ask for")
     max_prompt_characters: int = Field(1000, ge=1)
-    max_running: int = Field(8, ge=1, description="videos made at the same time; the others wait")
+    max_running: int | None = Field(
+        None,
+        ge=1,
+        description="videos made at the same time; the others wait. null: as many as keep every replica at work "
+        "(max_replicas x target_ongoing_requests of a stage), 8 at least",
+    )
     max_queued: int = Field(64, ge=1, description="videos waiting; more are refused with 429")
     planned_ahead: int = Field(2, ge=1, description="segments that the AR may be ahead of the DiT")
     max_queued_per_key: int = Field(
@@ -175,7 +181,9 @@ class ServeConfig(Section):
     )
     tenants: dict[TenantName, TenantConfig] = Field({}, description="share and quotas of some, by name")
     tenant_default: TenantConfig = Field(TenantConfig(), description="of each tenant that `tenants` does not name")
-    keep_hours: float | None = Field(None, gt=0, description="finished videos are removed after so long; null: never")
+    keep_hours: float | None = Field(
+        None, gt=0, description="finished videos are removed after so long, those of before too; null: no more of them"
+    )
     database_url: str | None = Field(
         None, description="SQLAlchemy's address of the job store; null: SQLite beside the videos"
     )
@@ -228,6 +236,12 @@ class ServeConfig(Section):
         if self.tenant_default.data_dir is not None:
             raise ValueError("tenant_default.data_dir: a place belongs to one tenant: set serve.tenants.NAME.data_dir")
         return self
+
+    @property
+    def most_running(self) -> int:
+        """`max_running`, or what it says by default. A video is one call of a stage at a time."""
+        calls = (stage.max_replicas * stage.target_ongoing_requests for stage in (self.ar, self.dit, self.decoder))
+        return self.max_running or max(8, math.ceil(max(calls)))
 
     def tenant(self, name: str) -> TenantConfig:
         """Share and quotas of a tenant. One that `tenants` names has nothing of `tenant_default`."""

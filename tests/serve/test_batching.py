@@ -17,6 +17,7 @@ import torch
 
 from arlon_ray.bundle import load_bundle
 from arlon_ray.generation import DiTRenderer, FrameDecoder, VideoGenerator, default_options, segment_options
+from arlon_ray.generation.rendering import Denoising, DenoisingBatch
 from serve.batching import BatchWorker, Cancelled
 from serve.deployments import ArDeployment, DecoderDeployment, DitDeployment
 from serve.work import Job, Timed, Tokens
@@ -143,6 +144,36 @@ async def test_one_that_is_cancelled_leaves_before_its_next_step(dit: DitDeploym
         each = job(generator, number, steps=30)
         alone = generator.renderer.render(each.prompts[0], tokens, None, each.seed, 0, each.options)
         assert np.array_equal(latents, alone.latents)
+
+
+@driven
+async def test_no_step_begins_behind_a_cancellation(
+    dit: DitDeployment, generator: VideoGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, let, real = np.zeros((10, 4, 4), np.int32), threading.Semaphore(0), DenoisingBatch.step
+
+    def step(batch: DenoisingBatch) -> list[Denoising]:
+        let.acquire()
+        return real(batch)
+
+    monkeypatch.setattr(DenoisingBatch, "step", step)
+    for steps in (1, 2, 7):
+        before = dit.statistics()["steps"]
+        long = asyncio.ensure_future(dit.render(job(generator, 1, steps=50), 0, tokens, None))
+        for _ in range(steps):
+            let.release()
+        while dit.statistics()["steps"] < before + steps:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)  # the next one is at work: it waits for `let`
+        long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+        for _ in range(5):
+            let.release()
+        await asyncio.sleep(0.05)
+        assert dit.statistics()["steps"] == before + steps + 1
+        while let.acquire(blocking=False):  # nobody waits for more than the first
+            pass
 
 
 @driven

@@ -41,6 +41,16 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         application(Arguments(bundle=bundle, data="d", set=["serve.host=0.0.0.0", "serve.auth=off"]))
 
 
+def test_videos_do_not_lie_in_a_package_that_ray_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    bundle = str(ROOT / "weights" / "tiny")
+    with pytest.raises(ConfigError, match=r"data=runs/serve: would lie in the package"):
+        application(Arguments(bundle=bundle, data="runs/serve"))
+    assert application(Arguments(bundle=bundle, data=str(tmp_path / "videos")))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_it_deploys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

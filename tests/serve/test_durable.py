@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from sqlalchemy.exc import OperationalError
 from arlon_ray.generation.video import GrowingVideo, read_video
 from serve.blobs import Blobs
 from serve.job_files import JobFiles
-from serve.job_store import JobStore
+from serve.job_store import JobStore, state_of
+from serve.quotas import retry_after
 from serve.schema import ExtendRequest, RequestError, VideoReference, VideoRequest
 from serve.service import VideoService
 from tests.serve.play import play, post, serve_alone, until
@@ -416,3 +419,25 @@ def test_what_has_expired_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_tokens_of_stages_differ() -> None:
     """Or the tests above could not tell one plan from another."""
     assert len({int(tokens_of(index, seed)[0, 0, 0]) for index in range(5) for seed in range(5)}) == 25
+
+
+def test_the_time_that_a_service_was_away_is_no_work(tmp_path: Path) -> None:
+    """Or all who are refused behind an outage would be told to come back when nobody waits any more."""
+
+    async def begin(service: VideoService, stages: FakeStages) -> None:
+        stages.gate.clear()
+        await service.create(VideoRequest(prompt="a"))
+        while not stages.alive:
+            await asyncio.sleep(0.01)
+
+    async def end(service: VideoService, stages: FakeStages) -> None:
+        while (await service.get(begun.video.id)).status != "completed":
+            await asyncio.sleep(0.01)
+        assert retry_after(service.model.config.serve, service._mean_seconds) <= 10  # what a first guess says
+
+    serve_alone(begin, tmp_path)
+    with closing(JobStore.in_folder(tmp_path)) as store:
+        (begun,) = store.unfinished()
+        begun.video.started_at = int(time.time()) - 3600
+        store.save(state_of(begun.video))
+    serve_alone(end, tmp_path)

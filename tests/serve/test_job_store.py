@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,4 +188,66 @@ def test_threads_write_at_the_same_time(url: str) -> None:
     assert errors == []
     videos, more = store.page("video", LOCAL, limit=100)
     assert (len(videos), more, {video.status for video in videos}) == (40, False, {"completed"})
+    store.close()
+
+
+def change(url: str, name: str, job: str = "{}", video: str = "{}") -> None:
+    """Write other values into what a row holds, as other code would have."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        row = connection.execute(text("SELECT job, video FROM jobs WHERE id = :id"), {"id": name}).one()
+        parts = [json.loads(each) if isinstance(each, str) else each for each in row]
+        parts[0]["options"].update(json.loads(job))
+        parts[1].update(json.loads(video))
+        values = {"job": json.dumps(parts[0]), "video": json.dumps(parts[1]), "id": name}
+        connection.execute(text("UPDATE jobs SET job = :job, video = :video WHERE id = :id"), values)
+    engine.dispose()
+
+
+def test_what_newer_code_has_accepted_is_gone_on_with(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = JobStore(url)
+    store.add(stored("newer"))
+    change(url, "newer", '{"of_next_year": 3, "solver": "not yet"}')
+    (found,) = store.unfinished()
+    assert found.job == stored("newer").job  # by default
+    assert "newer: this code does not know its options" in caplog.text and "of_next_year" in caplog.text
+    change(url, "newer", video='{"status": "completed"}')
+    assert store.get("newer", LOCAL) and store.delete("newer")
+    store.close()
+
+
+def test_what_cannot_be_read_fails_and_the_others_go_on(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = JobStore(url)
+    for name in ("first", "strange", "last"):
+        store.add(stored(name))
+    change(url, "strange", video='{"segments": "none"}')
+    assert [each.video.id for each in store.unfinished()] == ["first", "last"]
+    assert "strange: its row cannot be read" in caplog.text
+    change(url, "strange", video='{"segments": []}')
+    failed = store.get("strange", LOCAL)
+    assert failed and failed.video.status == "failed" and failed.video.error
+    assert failed.video.error.code == "unreadable" and failed.video.completed_at
+    assert [(each.type, each.number) for each in store.events("strange")] == [("failed", 1)]
+    assert [each.video.id for each in store.unfinished()] == ["first", "last"]
+    store.close()
+
+
+def test_what_never_expired_expires_once_it_is_to(url: str) -> None:
+    store = JobStore(url)
+    for name, status in (("old", "completed"), ("new", "failed"), ("waiting", "queued"), ("promised", "completed")):
+        store.add(stored(name, status))  # type: ignore[arg-type]
+    change(url, "old", video='{"completed_at": 1000}')
+    change(url, "new", video='{"completed_at": 5000}')
+    promised = store.get("promised", LOCAL)
+    assert promised
+    promised.video.expires_at = 7000
+    store.save(state_of(promised.video))
+    store.expire(100.0)
+    assert [job.id for job in store.expired(4000)] == ["old"] and [job.id for job in store.expired(5100)] == [
+        "old",
+        "new",
+    ]
+    for name, at in (("old", 1100), ("new", 5100), ("waiting", None), ("promised", 7000)):
+        found = store.get(name, LOCAL)
+        assert found and found.video.expires_at == at
     store.close()

@@ -17,7 +17,7 @@ from jobs.serve_demo import free_port
 from serve.app import APP, serve_bundle
 from serve.deployments import AR, DECODER, DIT
 from serve.scaling import PAUSED, replicas_for_work
-from tests.bundles import make_random_bundle
+from tests.bundles import make_random_bundle, small_config
 
 
 def context(requests: float, target: float, **paused: float) -> SimpleNamespace:
@@ -41,6 +41,16 @@ def context(requests: float, target: float, **paused: float) -> SimpleNamespace:
 )
 def test_replicas(requests: float, target: float, paused: dict[str, float], expected: int) -> None:
     assert replicas_for_work(context(requests, target, **paused))[0] == expected
+
+
+@pytest.mark.parametrize(("most", "target"), [(1, 4), (4, 4), (9, 2.5)])
+def test_as_many_videos_are_made_as_keep_all_replicas_at_work(most: int, target: float) -> None:
+    """What waits for its turn is not seen by the policy."""
+    settings = [f"serve.dit.max_replicas={most}", f"serve.dit.target_ongoing_requests={target}"]
+    serving = small_config("serve.ar.max_replicas=1", "serve.decoder.max_replicas=1", *settings).serve
+    assert replicas_for_work(context(serving.most_running, target))[0] >= most
+    assert serving.most_running >= 8
+    assert small_config(*settings, "serve.max_running=3").serve.most_running == 3
 
 
 def replicas() -> dict[str, int]:
