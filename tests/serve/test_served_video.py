@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ from arlon_ray.bundle import load_bundle
 from arlon_ray.config import Config
 from arlon_ray.generation import Cut, VideoGenerator, default_options
 from arlon_ray.generation.video import encode_fragment, join_fragments, read_video
+from benchmarks.serve_load import load
 from jobs.ray_session import connect
 from jobs.serve_demo import free_port
 from serve.app import APP, serve_bundle
@@ -206,6 +208,13 @@ def test_delete_stops_within_one_denoising_step(served: Served) -> None:
     assert not (served.data / "videos" / created["id"]).exists()
     # and the replica works on
     served.until(served.post(prompt=PROMPTS[0])["id"], "completed")
+
+
+def test_many_clients_see_nothing_that_is_not_true(served: Served) -> None:
+    """The load test, small: more clients than may wait, which are refused and come again."""
+    seen = asyncio.run(load(str(served.client.base_url), clients=4, seconds=6, segments=2))
+    assert seen["wrong"] == [] and seen["lost"] == seen["left"] == 0 < seen["refused_429"]
+    assert set(seen["videos"]) == {"completed"} and seen["videos"]["completed"] >= 3
 
 
 def kill(deployment: str) -> None:
