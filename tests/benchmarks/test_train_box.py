@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from arlon_ray.artifact import Artifact
 from arlon_ray.bundle import Bundle
 from benchmarks.train_box import main
 from tests.bundles import SMALL
@@ -41,32 +40,12 @@ def test_every_stage_trains_within_its_time_and_the_bundle_is_measured(tmp_path:
     assert bundle.guided and set(found["held_out"]) == {"vae", "codec_fine", "codec_coarse", "ar", "dit", "dit_base"}
     assert bundle.artifacts["dit"].lineage.parents["codec_fine"] == bundle.artifacts["codec_fine"].fingerprint
 
-    def dit_of(name: str, *more: str) -> Artifact:
-        goes_on = [
-            "--videos",
-            "8",
-            "--shard",
-            "8",
-            "--start",
-            str(bundle.path),
-            "--only",
-            "dit",
-            "--steps",
-            "dit=1",
-            "--count",
-            "0",
-            *more,
-        ]
-        main([*flags, *goes_on, "--output", str(tmp_path / name)])
-        return Bundle(tmp_path / name / "bundle").artifacts["dit"]
-
-    further, anew = dit_of("further"), dit_of("anew", "--anew")
-    before = bundle.artifacts["dit"]
-    assert further.lineage.parents["dit_init"] == before.fingerprint and "dit_init" not in anew.lineage.parents
-    # one step leads not far away, and a beginning is not where training ended
-    name = "x_embedder.proj.weight"
-    old, near, far = (each.tensors()[name] for each in (before, further, anew))
-    assert (near - old).norm() < 0.5 * (far - old).norm()
+    begins = ["--videos", "8", "--shard", "8", "--steps", "dit=1", "--count", "0", "--start", str(bundle.path)]
+    main([*flags, *begins, "--only", "dit", "--anew", "--output", str(tmp_path / "anew")])
+    anew = Bundle(tmp_path / "anew" / "bundle").artifacts
+    assert (
+        "dit_init" not in anew["dit"].lineage.parents and anew["ar"].fingerprint == bundle.artifacts["ar"].fingerprint
+    )
 
 
 def test_what_begins_anew_is_named() -> None:
