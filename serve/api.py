@@ -21,7 +21,7 @@ from serve.bodies import EXTEND_BODY, VIDEO_BODY, first_frame, json_only, read_e
 from serve.callers import Caller
 from serve.errors import answer_errors
 from serve.exchange import Exchange
-from serve.guard import Guard
+from serve.guard import OPEN_PATHS, Guard
 from serve.keys import KeyCheck
 from serve.page import mount_page
 from serve.pictures import FILES, Variant
@@ -96,14 +96,16 @@ def build_api(
         await service.close()
 
     # no redirects: their address would be made of what the client calls the host
-    app = FastAPI(title="ARLON-Ray", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="ARLON-Ray", version=__version__, lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     answer_errors(app)
     app.include_router(_videos(service))
     app.include_router(_drafts(service))
     app.include_router(_about(service, exchange))
     mount_page(app)
     app.add_middleware(Guard, config.serve, keys, service.metrics, echo_request_id=not behind_proxy)
-    app.openapi = partial(_described, app)  # type: ignore[method-assign]
+    app.openapi = partial(_described, app, keys is not None)  # type: ignore[method-assign]
     return app
 
 
@@ -248,8 +250,8 @@ _FAILURES = {
 }
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
-    """The description of the API, with the bodies that `serve.bodies` reads itself and errors as they are answered."""
+def _described(app: FastAPI, needs_key: bool) -> dict[str, Any]:
+    """The description of the API: bodies as `serve.bodies` reads them, errors as they are answered, and keys."""
     if app.openapi_schema is None:
         described = FastAPI.openapi(app)
         for operation in (each for path in described["paths"].values() for each in path.values()):
@@ -260,7 +262,19 @@ def _described(app: FastAPI) -> dict[str, Any]:
         for model in (VideoRequest, ExtendRequest, ErrorAnswer):
             body = model.model_json_schema(ref_template="#/components/schemas/{model}")
             described["components"]["schemas"] |= {**body.pop("$defs", {}), model.__name__: body}
+        _describe_keys(described, needs_key)
     return FastAPI.openapi(app)
+
+
+def _describe_keys(described: dict[str, Any], needed: bool) -> None:
+    """Say which routes take a key, so that clients that are made from the description, and its page, can send one."""
+    described["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "a key of `python jobs/keys.py add NAME`"}
+    }
+    described["security"] = [{"key": []}] if needed else [{}, {"key": []}]  # {}: none will do
+    for path in described["paths"].keys() & OPEN_PATHS:
+        for operation in described["paths"][path].values():
+            operation["security"] = []
 
 
 async def _or_stop(watched: AsyncIterator[T], stop: Callable[[], Coroutine[Any, Any, None]]) -> AsyncGenerator[T]:

@@ -25,19 +25,15 @@ from serve.schema import RequestError, error_body
 from serve.uploads import ClientGone, Uploads
 
 #: What anybody may see: the page, the API's description, and whether the service lives. All else needs a key.
-OPEN_PATHS = frozenset({"/", "/healthz", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/favicon.ico"})
-OPEN_FOLDERS = ("/web/",)
+OPEN_PATHS = frozenset({"/", "/healthz", "/docs", "/openapi.json", "/favicon.ico"})
+OPEN_FOLDERS = ("/web/", "/docs/")
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-#: FastAPI's page of the API's description loads its script from elsewhere, and starts it in the page itself.
-_DOCS_POLICY = (
-    "default-src 'none'; script-src 'self' https: 'unsafe-inline'; style-src 'self' https: 'unsafe-inline'; "
-    "img-src 'self' https: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 _SAFE_HEADERS = {
+    "content-security-policy": _POLICY,
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -91,7 +87,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if _GIVEN_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        answer = _Answer(scope, send, request_id if self._echo else None)
+        answer = _Answer(send, request_id if self._echo else None)
         began, token = time.perf_counter(), REQUEST_ID.set(request_id)
         try:
             await self._serve(scope, receive, answer, headers)
@@ -190,9 +186,8 @@ class RateLimit:
 class _Answer:
     """Sends an answer on, with the headers that all have, and knows whether it has begun."""
 
-    def __init__(self, scope: Scope, send: Send, request_id: str | None) -> None:
+    def __init__(self, send: Send, request_id: str | None) -> None:
         self._send, self._request_id = send, request_id
-        self._policy = _DOCS_POLICY if _path(scope) == "/docs" else _POLICY
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
@@ -202,7 +197,6 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             for name, value in _SAFE_HEADERS.items():
                 headers.setdefault(name, value)
-            headers.setdefault("content-security-policy", self._policy)
             if self._request_id is not None:
                 headers["x-request-id"] = self._request_id
         await self._send(message)

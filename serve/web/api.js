@@ -1,9 +1,13 @@
 // The way to the server: JSON, files, and the events of one video. See docs/serving.md.
 
 const KEY = "arlon.key";
-const LAST = ["completed", "failed", "deleted"];
+/** What happens to a video last: as an event, or as its status. */
+export const LAST = ["completed", "failed", "deleted"];
 const base = new URL("v1/", document.baseURI);
-const wait = (ms, signal) =>
+/** Pauses between tries to reach the server again, in milliseconds. */
+export const FIRST_PAUSE = 500;
+export const longer = (pause) => Math.min(2 * pause, 10000);
+export const wait = (ms, signal) =>
   new Promise((done) => {
     const timer = setTimeout(done, ms);
     signal?.addEventListener("abort", () => (clearTimeout(timer), done()), { once: true });
@@ -61,6 +65,9 @@ async function errorOf(response) {
   return new ApiError(response.status, { ...found, message });
 }
 
+/** Whether it is no use to ask again. */
+export const isFinal = (error) => error instanceof ApiError && error.status && error.status < 500 && error.status !== 429;
+
 export async function call(method, path, body) {
   const json = { "Content-Type": "application/json" };
   const response = await request(path, { method, ...(body && { headers: json, body: JSON.stringify(body) }) });
@@ -83,13 +90,13 @@ export function release(url) {
  * Raises ApiError where there is nothing to watch.
  */
 export async function watch(id, onEvent, { signal, seen = {} }) {
-  for (let pause = 500; !signal.aborted; pause = Math.min(2 * pause, 10000)) {
+  for (let pause = FIRST_PAUSE; !signal.aborted; pause = longer(pause)) {
     try {
       const headers = { Accept: "text/event-stream", ...(seen.id && { "Last-Event-ID": seen.id }) };
       const response = await request(pathOf(id, "/events"), { headers, signal, cache: "no-store" });
       let told = false;
       for await (const event of eventsOf(response.body)) {
-        pause = 500;
+        pause = FIRST_PAUSE;
         told = true;
         // a draft of which a segment was planned anew goes on behind its end
         if (event.id) Object.assign(seen, { id: event.id, ended: LAST.includes(event.type) });
@@ -98,7 +105,7 @@ export async function watch(id, onEvent, { signal, seen = {} }) {
       if (seen.ended || (!told && LAST.includes((await call("GET", pathOf(id))).status))) return;
     } catch (error) {
       if (signal.aborted) return;
-      if (error instanceof ApiError && error.status && error.status < 500 && error.status !== 429) throw error;
+      if (isFinal(error)) throw error;
     }
     await wait(pause, signal);
   }

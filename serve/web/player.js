@@ -2,7 +2,8 @@
 // A plain <video src> shows nothing before tens of kilobytes are there, which is more than a short segment has; and it
 // can send no key.
 
-import { mediaUrl, pathOf, release, request } from "./api.js";
+import { mediaUrl, pathOf, release } from "./api.js";
+import { bytesOf } from "./stream.js";
 
 const Source = globalThis.ManagedMediaSource ?? globalThis.MediaSource;
 const KEEP_S = 20; // of what was played already, where the browser has no room for more
@@ -66,43 +67,51 @@ export class Player {
     if (at) this.#video.currentTime = at;
   }
 
-  /** What is made of `id` so far and all that follows; true when its end was reached. `seconds`: its final length. */
+  /**
+   * What is made of `id` so far and all that follows, also over lost connections; true when its end was reached.
+   * `seconds`: its final length.
+   */
   async stream(id, seconds) {
     this.clear();
     const { signal } = this.#stop;
     try {
-      if (!Source) return false;
-      const response = await request(pathOf(id, "/stream"), { signal, cache: "no-store" });
-      return await this.#feed(response.body.getReader(), seconds, signal);
+      return Source ? await this.#feed(bytesOf(id, signal), seconds, signal) : false;
     } catch {
-      return false; // deleted, failed, or out of reach: the events say which
+      return false; // deleted, failed, or begun anew: the events say which
     }
   }
 
-  async #feed(reader, seconds, signal) {
+  async #feed(pieces, seconds, signal) {
     const head = [];
-    let codec = null;
-    while (!codec) {
-      const { value, done } = await reader.read();
-      if (done) return false;
-      head.push(value);
-      codec = codecOf(joined(head));
+    let source = null;
+    for await (const piece of pieces) {
+      if (signal.aborted) return false;
+      let next = piece;
+      if (!source) {
+        head.push(piece);
+        next = joined(head);
+        const codec = codecOf(next);
+        if (!codec) continue;
+        source = await this.#open(`video/mp4; codecs="${codec}"`, seconds);
+        if (!source) return false;
+      }
+      await this.#append(source.sourceBuffers[0], next, signal);
     }
-    const type = `video/mp4; codecs="${codec}"`;
-    if (!Source.isTypeSupported(type)) return false;
+    if (source?.readyState === "open") source.endOfStream();
+    return Boolean(source);
+  }
+
+  /** A source that the player shows, with a buffer for what is of this type; null where the browser cannot play it. */
+  async #open(type, seconds) {
+    if (!Source.isTypeSupported(type)) return null;
     const source = new Source();
     this.#video.disableRemotePlayback = true; // Safari's condition for a ManagedMediaSource
     this.#show(URL.createObjectURL(source));
     await once(source, "sourceopen");
-    const buffer = source.addSourceBuffer(type);
+    source.addSourceBuffer(type);
     if (seconds > 0) source.duration = seconds;
     if (!matchMedia("(prefers-reduced-motion: reduce)").matches) this.#video.play().catch(() => {});
-    for (let piece = { value: joined(head) }; !piece.done; piece = await reader.read()) {
-      if (signal.aborted) return false;
-      await this.#append(buffer, piece.value, signal);
-    }
-    if (source.readyState === "open") source.endOfStream();
-    return true;
+    return source;
   }
 
   async #append(buffer, bytes, signal) {

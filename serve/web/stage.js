@@ -59,7 +59,7 @@ export async function openStage(id, object = null, seen = {}) {
 /** Shows what there is, and goes on with it until it is finished. */
 async function follow(what) {
   if (!active(what.object)) return showFile(what);
-  what.streamed = player.stream(what.id, Number(what.object.seconds));
+  stream(what);
   const told = (type, data) => what === open && heard(type, data);
   try {
     await watch(what.id, told, { signal: what.stop.signal, seen: what.seen });
@@ -70,6 +70,10 @@ async function follow(what) {
   await refresh(what);
   // the player has all of it where the stream came to its end; else the file takes its place
   if (what === open && what.object.status === "completed" && !((await what.streamed) && !isDraft())) showFile(what);
+}
+
+function stream(what) {
+  what.streamed = player.stream(what.id, Number(what.object.seconds));
 }
 
 async function refresh(what) {
@@ -125,7 +129,8 @@ function heard(type, data) {
     if (segment?.status !== "completed") announce(`Segment ${data.index + 1} of ${object.segments.length} is ready`);
     reach("completed");
     object.progress = Math.max(object.progress, data.progress ?? 0);
-  } else if (type === "segment.reset") {
+  } else if (type === "restarted") stream(open); // by another bundle: nothing of what is shown is part of it
+  else if (type === "segment.reset") {
     if (segment) segment.status = "queued";
     began();
   } else if (type === "deleted") return gone();

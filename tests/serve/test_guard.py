@@ -113,7 +113,8 @@ def test_a_key_says_who_calls_and_nothing_else_gets_in(tmp_path: Path) -> None:
         assert (await client.get("/v1/nothing", headers=with_key(user))).status_code == 404
         for path in ("/", "/healthz", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200, path
-        for path in ("/web/../v1/videos/a", "/web/%2e%2e/v1/videos/a", "//v1/videos/a", "/healthz/../v1/videos/a"):
+        for begin in ("/web/..", "/web/%2e%2e", "/docs/..", "/docs/%2e%2e", "/", "/healthz/.."):
+            path = f"{begin}/v1/videos/a"
             assert (await client.get(path)).status_code in (401, 404), path
 
     ask(application(keys=KeyCheck(keys)), scenario)
@@ -322,7 +323,7 @@ def test_every_answer_has_a_request_id_and_safe_headers() -> None:
             assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
             policy = headers["content-security-policy"]
             assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
-            assert ("unsafe" in policy) == (path == "/docs")
+            assert "unsafe" not in policy and "https:" not in policy
 
     ask(application(), scenario)
 
