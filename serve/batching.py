@@ -6,8 +6,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -64,15 +64,41 @@ class _Ticket(Generic[M]):
             self.loop.call_soon_threadsafe(tell)
 
 
+class Watch:
+    """Notices work that does not end: a device that hangs would hold the videos that wait for it for ever."""
+
+    def __init__(self, limit_s: float | None = None) -> None:
+        """`limit_s`: how long one piece of work may take; None: as long as it likes."""
+        self._limit_s = limit_s
+        self._begun: dict[int, float] = {}  # by thread
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """This thread is at work within the block, on one piece."""
+        thread = threading.get_ident()
+        self._begun[thread] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._begun[thread]
+
+    def check(self) -> None:
+        """Raises RuntimeError if a piece has been at work for too long."""
+        longest = max((time.monotonic() - begun for begun in list(self._begun.values())), default=0.0)
+        if self._limit_s is not None and longest > self._limit_s:
+            raise RuntimeError(f"a step has not ended for {longest:.0f} s (serve.stuck_s={self._limit_s:g})")
+
+
 class BatchWorker(Generic[M]):
     """A replica's model and the one thread that runs it, with `threads` threads of torch.
 
     Requests wait in line until the batch has room, join, and leave, between steps.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, stuck_s: float | None = None) -> None:
+        """`stuck_s`: how long one step may take, see `check`."""
         keep_freed_memory()
-        self._threads = threads
+        self._threads, self._watch = threads, Watch(stuck_s)
         self._batch: Batch[M] | None = None
         self._line: deque[_Ticket[M]] = deque()
         self._active: dict[int, tuple[M, _Ticket[M]]] = {}
@@ -106,9 +132,10 @@ class BatchWorker(Generic[M]):
         return done[0]
 
     def check(self) -> None:
-        """Raises RuntimeError if the thread has died."""
+        """Raises RuntimeError if the thread has died, or a step does not end."""
         if not self._thread.is_alive():
             raise RuntimeError("the thread that runs the model has died")
+        self._watch.check()
 
     def close(self) -> None:
         """End the thread. Nobody may wait for anything, or ask again."""
@@ -147,10 +174,11 @@ class BatchWorker(Generic[M]):
             while self._calls:
                 self._calls.popleft()()
             if self._batch is not None:
-                self._drop_cancelled(self._batch)
-                self._admit(self._batch)
-                if self._active:
-                    self._step(self._batch)
+                with self._watch.at_work():
+                    self._drop_cancelled(self._batch)
+                    self._admit(self._batch)
+                    if self._active:
+                        self._step(self._batch)
 
     def _drop_cancelled(self, batch: Batch[M]) -> None:
         for member, ticket in list(self._active.values()):

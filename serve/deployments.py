@@ -30,7 +30,7 @@ from arlon_ray.generation.rendering import DenoisingBatch
 from arlon_ray.generation.video import encode_fragment
 from arlon_ray.heap import keep_freed_memory
 from arlon_ray.offload import Offload
-from serve.batching import BatchWorker
+from serve.batching import BatchWorker, Watch
 from serve.loaded import LoadedModels
 from serve.logs import LogSettings, log_stage, set_up_logging
 from serve.metrics import Metrics, Stage
@@ -50,8 +50,8 @@ AR, DIT, DECODER = "ArPlanner", "DiTRenderer", "FrameDecoder"
 class _Planner(BatchWorker):
     """The AR of one bundle, and its thread."""
 
-    def __init__(self, threads: int, max_batch: int, bundle: Bundle) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int, max_batch: int, stuck_s: float | None, bundle: Bundle) -> None:
+        super().__init__(threads, stuck_s)
         self.now(_give_way, bundle.device)
         self.model = self.now(ArPlanner, bundle)
         self.use(self.model.batch(max_batch))
@@ -60,8 +60,8 @@ class _Planner(BatchWorker):
 class _Renderer(BatchWorker):
     """The DiT of one bundle, and its thread."""
 
-    def __init__(self, threads: int, max_batch: int, bundle: Bundle) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int, max_batch: int, stuck_s: float | None, bundle: Bundle) -> None:
+        super().__init__(threads, stuck_s)
         self.model = self.now(DiTRenderer, bundle)
         self.use(DenoisingBatch(max_batch))
 
@@ -72,7 +72,7 @@ class _Decoder:
     On a CPU of several cores there are two: what the DiT renders together is decoded at the same time.
     """
 
-    def __init__(self, threads: int, bundle: Bundle) -> None:
+    def __init__(self, threads: int, stuck_s: float | None, bundle: Bundle) -> None:
         import cv2
 
         def begin() -> None:
@@ -82,15 +82,21 @@ class _Decoder:
         keep_freed_memory()
         cv2.setNumThreads(threads)  # it would take all cores for the flow at borders
         calls = _lanes() if bundle.device.type == "cpu" else 1
+        self._watch = Watch(stuck_s)
         self._pool = ThreadPoolExecutor(calls, initializer=begin)
         self.model = self._pool.submit(FrameDecoder, bundle).result()
 
     async def run(self, call: Callable[..., T], *arguments: Any) -> Timed[T]:
         """Run in one of the threads. If the caller is cancelled, a call that has not begun never does."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(_timed, call, *arguments))
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(self._run, call, *arguments))
+
+    def _run(self, call: Callable[..., T], *arguments: Any) -> Timed[T]:
+        with self._watch.at_work():
+            return _timed(call, *arguments)
 
     def check(self) -> None:
-        """A thread of a pool does not die."""
+        """Raises RuntimeError if a call does not end. A thread of a pool does not die."""
+        self._watch.check()
 
     def close(self) -> None:
         """End the threads."""
@@ -127,9 +133,10 @@ class ArDeployment:
         max_batch: int,
         log: LogSettings | None = None,
         offload: Offload = "none",
+        stuck_s: float | None = None,
     ) -> None:
         self._reports = _Reports("ar", log)
-        self._models = LoadedModels(partial(_Planner, threads, max_batch), device, bundle, offload)
+        self._models = LoadedModels(partial(_Planner, threads, max_batch, stuck_s), device, bundle, offload)
         self._paused = 0  # plans that wait until they may go on
 
     def record_autoscaling_stats(self) -> dict[str, int]:
@@ -165,7 +172,7 @@ class ArDeployment:
                 yield Timed(made.value.tokens, made.started, made.seconds)
 
     def check_health(self) -> None:
-        """What Serve asks for. Raises RuntimeError if nothing can be planned any more."""
+        """What Serve asks for. Raises RuntimeError if nothing can be planned any more, or a step does not end."""
         self._models.check()
 
     def statistics(self) -> dict[str, int]:
@@ -187,11 +194,12 @@ class DitDeployment:
         max_batch: int,
         log: LogSettings | None = None,
         offload: Offload = "none",
+        stuck_s: float | None = None,
     ) -> None:
         self._reports = _Reports("dit", log)
         # lanes are worth a thread each, also where a replica has asked for one core or a share of it
         threads = max(threads, _lanes())
-        self._models = LoadedModels(partial(_Renderer, threads, max_batch), device, bundle, offload)
+        self._models = LoadedModels(partial(_Renderer, threads, max_batch, stuck_s), device, bundle, offload)
         self._counts = {"steps": 0, "segments": 0}
         self._news = StepNews()
 
@@ -227,7 +235,7 @@ class DitDeployment:
         return Timed(rendered.value.latents, rendered.started, rendered.seconds)
 
     def check_health(self) -> None:
-        """What Serve asks for. Raises RuntimeError if nothing can be rendered any more."""
+        """What Serve asks for. Raises RuntimeError if nothing can be rendered any more, or a step does not end."""
         self._models.check()
 
     def statistics(self) -> dict[str, int]:
@@ -246,9 +254,10 @@ class DecoderDeployment:
         fps: float,
         log: LogSettings | None = None,
         offload: Offload = "none",
+        stuck_s: float | None = None,
     ) -> None:
         self._reports = _Reports("decode", log)
-        self._models = LoadedModels(partial(_Decoder, threads), device, bundle, offload)
+        self._models = LoadedModels(partial(_Decoder, threads, stuck_s), device, bundle, offload)
         self._fps = fps
 
     async def decode(self, job: Job, index: int, latents: Latents, before: Frame | None) -> Timed[Decoded]:
@@ -277,7 +286,7 @@ class DecoderDeployment:
             return await decoder.run(lambda: given_picture(decoder.model.bundle, _own(picture)).latents)
 
     def check_health(self) -> None:
-        """What Serve asks for."""
+        """What Serve asks for. Raises RuntimeError if a call does not end."""
         self._models.check()
 
 
@@ -301,7 +310,8 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
             graceful_shutdown_timeout_s=5,
         )(kind)
         device = "cuda" if settings.num_gpus else "cpu"
-        return deployment.bind(bundle, device, max(1, int(settings.num_cpus)), *arguments, log, settings.offload)
+        threads, offload = max(1, int(settings.num_cpus)), settings.offload
+        return deployment.bind(bundle, device, threads, *arguments, log, offload, config.serve.stuck_s)
 
     log: LogSettings = (config.serve.log_format, config.serve.log_level)
     return (

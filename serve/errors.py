@@ -33,7 +33,7 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers)
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    body = error_body(error.message, param=error.param, code=error.code)
+    body = error_body(error.message, param=error.param, code=error.code, server=error.status >= 500)
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 

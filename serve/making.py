@@ -254,7 +254,7 @@ class VideoMaker(VideoReader):
             await self._fail(active, _LATE)
         except StageError as error:
             logger.exception("%s failed", video.id)
-            await self._fail(active, _described(video, error))
+            await self._fail(active, _described(video, error), error.stage)
         except Exception:
             logger.exception("%s failed", video.id)
             message = "the video could not be made; see the server's log"
@@ -287,14 +287,14 @@ class VideoMaker(VideoReader):
         except (OSError, SQLAlchemyError):  # the cleaner measures it later
             logger.warning("%s: its files could not be measured", job.id, exc_info=True)
 
-    async def _fail(self, active: Active, error: VideoError) -> None:
+    async def _fail(self, active: Active, error: VideoError, stage: str = "") -> None:
         await active.finish(error, self._expires_at())
         keep = kept_segments(active.video, error) > 0
         # the picture that it starts from stays: the video may be remixed
         await asyncio.to_thread(without_error, partial(self._files(active.job).forget_all, keep))
         if keep:
             await asyncio.to_thread(self._measure, active.job)
-        self.metrics.failure(error.code)
+        self.metrics.failure(error.code, stage)
         self._note_end(active, "failed")
 
     def _expires_at(self) -> int | None:

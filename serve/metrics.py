@@ -35,7 +35,7 @@ FIGURES: dict[str, Figure] = {
     "queue_length": Figure("gauge", "videos and drafts that wait"),
     "running": Figure("gauge", "videos and drafts that are being made"),
     "finished": Figure("counter", "videos and drafts by how they ended", ("status",)),
-    "failures": Figure("counter", "videos and drafts that failed, by the code of the error", ("code",)),
+    "failures": Figure("counter", "videos and drafts that failed, by the error's code and the step", ("code", "step")),
     "first_segment_seconds": Figure(
         "histogram", "from the request to the first segment that can be seen", (), _SECONDS
     ),
@@ -162,9 +162,9 @@ class Metrics:
         """A video or draft is completed, failed or deleted."""
         self._to.count("finished", 1, {"status": status})
 
-    def failure(self, code: str) -> None:
-        """Why a video or draft has failed: the code in its error."""
-        self._to.count("failures", 1, {"code": code})
+    def failure(self, code: str, step: str = "") -> None:
+        """Why a video or draft has failed: the code in its error, and what failed, if a step of a segment did."""
+        self._to.count("failures", 1, {"code": code, "step": step})
 
     def tenant_queue(self, tenant: str, queued: int, running: int) -> None:
         """The same as `queue` of one tenant, or of all that the configuration does not name."""

@@ -200,6 +200,12 @@ class ServeConfig(Section):
     )
     max_image_pixels: int = Field(32 * 2**20, ge=64, description="largest picture that is decoded")
     body_timeout_s: float = Field(60.0, gt=0, description="a body that takes longer to arrive is given up with a 408")
+    stuck_s: float | None = Field(
+        1800.0,
+        gt=0,
+        description="a replica of a stage whose step (decoder: segment) takes longer is replaced, and its calls are "
+        "made again; null: never",
+    )
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning"] = "info"
     trace_exporter: str = Field(

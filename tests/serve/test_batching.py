@@ -302,6 +302,42 @@ def test_a_decoder_takes_no_more_threads_than_it_was_given(bundle: Path) -> None
 
 
 @driven
+async def test_work_that_does_not_end_is_noticed(
+    bundle: Path, generator: VideoGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that hangs: Serve replaces a replica that is not healthy."""
+    go_on, tokens = threading.Event(), np.zeros((10, 4, 4), np.int32)
+
+    def blocked(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            assert go_on.wait(20)
+            return real(*arguments)
+
+        return call
+
+    dit = DitDeployment(str(bundle), "cpu", 1, 3, stuck_s=0.5)
+    decoder = DecoderDeployment(str(bundle), "cpu", 1, 16.0, stuck_s=0.5)
+    patient = DitDeployment(str(bundle), "cpu", 1, 3, stuck_s=None)
+    await dit.render(job(generator, 1), 0, tokens, None)  # many steps, each of them short
+    monkeypatch.setattr(DenoisingBatch, "step", blocked(DenoisingBatch.step))
+    monkeypatch.setattr(FrameDecoder, "decode", blocked(FrameDecoder.decode))
+    latents = np.zeros((8, 10, 8, 8), np.float32)
+    calls = [asyncio.ensure_future(each.render(job(generator, 1), 0, tokens, None)) for each in (dit, patient)]
+    calls.append(asyncio.ensure_future(decoder.decode(job(generator, 1), 0, latents, None)))  # type: ignore[arg-type]
+    for each in (dit, decoder):
+        each.check_health()
+    await asyncio.sleep(1.0)
+    for each in (dit, decoder):
+        with pytest.raises(RuntimeError, match=r"has not ended for 1 s \(serve\.stuck_s=0\.5\)"):
+            each.check_health()
+    patient.check_health()
+    go_on.set()
+    await asyncio.gather(*calls)
+    for each in (dit, decoder):
+        each.check_health()
+
+
+@driven
 async def test_errors_of_the_thread_reach_the_caller() -> None:
     worker: BatchWorker = BatchWorker(1)
     with pytest.raises(ZeroDivisionError):

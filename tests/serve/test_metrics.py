@@ -32,6 +32,7 @@ def everything(metrics: Metrics) -> None:
     metrics.batch("dit", 4)
     metrics.finished("completed")
     metrics.failure("deadline_exceeded")
+    metrics.failure("generation_failed", "rendering")
     metrics.exchanged("refused")
     metrics.finished("failed")
     metrics.tenant_queue("studio", 2, 1)
@@ -50,7 +51,8 @@ def test_everything_said_is_recorded() -> None:
         ("ar_tokens",): 40,
         ("finished", "completed"): 1,
         ("finished", "failed"): 1,
-        ("failures", "deadline_exceeded"): 1,
+        ("failures", "deadline_exceeded", ""): 1,
+        ("failures", "generation_failed", "rendering"): 1,
         ("bundle_changes", "refused"): 1,
         ("tenant_finished", "studio", "completed"): 1,
         ("tenant_refused", "other", "queue_full"): 1,
