@@ -7,7 +7,9 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from logging import DEBUG, INFO, getLogger
 from typing import Any
 
@@ -16,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arlon_ray.config import ServeConfig
-from serve.callers import LOCAL
+from serve.callers import LOCAL, Caller
 from serve.keys import KeyCheck, Known, bearer
 from serve.local import check_local
 from serve.logs import REQUEST_ID
@@ -73,6 +75,7 @@ class Guard:
         self._metrics = metrics or Metrics()
         self._echo = echo_request_id
         self._limit = RateLimit(settings.requests_per_minute, clock)
+        self._open = OpenRequests(settings.max_open_per_key)
         self._uploads = Uploads(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,11 +101,12 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         try:
             await self._admit(scope, headers)
-            if scope["method"] in _WITH_BODY:
-                async with self._uploads.body(headers, receive) as body:
-                    await self._app(scope, replayed(body, receive), answer.send)
-            else:
-                await self._app(scope, receive, answer.send)
+            with self._open.one(scope["state"].get("caller")):
+                if scope["method"] in _WITH_BODY:
+                    async with self._uploads.body(headers, receive) as body:
+                        await self._app(scope, replayed(body, receive), answer.send)
+                else:
+                    await self._app(scope, receive, answer.send)
         except RequestError as error:
             await answer.refuse(error)
         except ClientGone:
@@ -181,6 +185,34 @@ class RateLimit:
                 retry_after_s=wait_s,
             )
         self._buckets[name] = left - 1, now
+
+
+class OpenRequests:
+    """Requests that are being answered: events and streams last as long as a video is made."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: of one key."""
+        self._most, self._open = most, Counter[str]()
+
+    @contextmanager
+    def one(self, caller: Caller | None) -> Iterator[None]:
+        """One more within the block; nobody counts those without a key. Raises RequestError (429)."""
+        if caller is None:
+            yield
+            return
+        if self._open[caller.name] >= self._most:
+            raise RequestError(
+                f"{self._most} requests of this key are open already (max_open_per_key): close some",
+                code="too_many_open",
+                status=429,
+                retry_after_s=1,
+            )
+        self._open[caller.name] += 1
+        try:
+            yield
+        finally:
+            self._open[caller.name] -= 1
+            self._open += Counter()  # names with none are forgotten
 
 
 class _Answer:

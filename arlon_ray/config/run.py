@@ -194,6 +194,9 @@ class ServeConfig(Section):
         (), description="further names by which browsers may reach the service where keys are off"
     )
     requests_per_minute: int = Field(600, ge=1, description="of one key that has no limit of its own")
+    max_open_per_key: int = Field(
+        200, ge=1, description="requests of one key that are open at the same time (events, streams); more get a 429"
+    )
     max_upload_bytes: int = Field(16 * 2**20, ge=1024, description="longest body of a request; longer ones get a 413")
     upload_memory_bytes: int = Field(
         UPLOAD_MEMORY, ge=1024, description="bodies of all requests at the same time; what is beyond gets a 503"

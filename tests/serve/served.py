@@ -35,13 +35,16 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *overrides: str, database: str | None = None) -> Iterator[Served]:
-    """Serve until the block ends. Keys are on, and their rate is out of the way."""
+def served(folder: Path, *overrides: str, database: str | None = None, hold: bool = False) -> Iterator[Served]:
+    """Serve until the block ends. Keys are on, and their rate is out of the way. With `hold` no video ends."""
     config = small_config("serve.auth=on", "serve.requests_per_minute=1000000", *overrides)
     store = JobStore.opened(database, folder)
     keys = Keys(store.engine)
     user, admin = ({"authorization": f"Bearer {key}"} for key in (keys.add("ann"), keys.add("root", "admin")))
-    service = VideoService(config, store, FakeStages(config), Blobs(folder), None)
+    stages = FakeStages(config)
+    if hold:
+        stages.gate.clear()
+    service = VideoService(config, store, stages, Blobs(folder), None)
     app = build_api(service, config, KeyCheck(keys))
     with answering(app) as url:
         yield Served(url, int(url.rsplit(":", 1)[1]), user, admin, openapi=app.openapi())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from serve.service import VideoService
 from serve.work import Job, Told
 from tests.serve.live import serving
 from tests.serve.play import play, post, serve_alone, until
+from tests.serve.served import served
 from tests.serve.stages import FakeStages
 
 
@@ -286,3 +288,27 @@ def test_a_stream_looks_for_more_when_there_is_more(tmp_path: Path) -> None:
         await asyncio.wait_for(reading, 5)
 
     serve_alone(scenario, tmp_path)
+
+
+def test_one_key_does_not_hold_all_connections(tmp_path: Path) -> None:
+    """Events last as long as their video, here for ever; a client that is gone without a word holds nothing."""
+    with served(tmp_path, "serve.max_open_per_key=3", hold=True) as it, it.client() as client:
+        made = client.post("/v1/videos", json={"prompt": "a"}).json()["id"]
+        head = f"GET /v1/videos/{made}/events HTTP/1.1\r\nHost: h\r\nAuthorization: {it.user['authorization']}\r\n\r\n"
+        watching = [socket.create_connection(("127.0.0.1", it.port)) for _ in range(3)]
+        for each in watching:
+            each.sendall(head.encode())
+            assert b" 200 " in each.recv(64)
+        refused = client.get(f"/v1/videos/{made}")
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "too_many_open"
+        assert refused.headers["retry-after"] == "1"
+        assert httpx.get(f"{it.url}/v1/videos", headers=it.admin).status_code == 200  # another key
+        assert httpx.get(f"{it.url}/healthz").status_code == 200
+        watching.pop().close()
+        until = time.monotonic() + 10
+        while (status := client.get(f"/v1/videos/{made}").status_code) == 429 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert status == 200
+        for each in watching:
+            each.close()
+        client.delete(f"/v1/videos/{made}")
