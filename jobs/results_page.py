@@ -59,7 +59,7 @@ def write_page(page: Path, found: Sequence[tuple[Path, Found]], told: str) -> No
     ]
     if (compared := _comparison(results)) is not None:
         lines += ["## Guided in few steps against text-only in 30", "", *compared, ""]
-    if _plot(pictures / "wrong_tokens.png", results):
+    if plot_wrong_tokens(pictures / "wrong_tokens.png", results):
         lines += ["## Wrong tokens", "", f"![quality against wrong tokens]({page.stem}/wrong_tokens.png)", ""]
     for result in results:
         if result["variant"] in WHOLE and "parts" in result:
@@ -176,7 +176,8 @@ def _tokens(result: Found) -> list[str]:
     ]
 
 
-def _plot(path: Path, found: Sequence[Found]) -> bool:
+def plot_wrong_tokens(path: Path, found: Sequence[Found], shown: Sequence[str] = PLOTTED) -> bool:
+    """Draw quality against the share of wrong tokens, a line a variant, a metric a panel. False: none has such rows."""
     curves = {
         result["variant"]: sorted(
             (float(name.removeprefix(WRONG)) if name.startswith(WRONG) else 0.0, row["metrics"])
@@ -193,8 +194,8 @@ def _plot(path: Path, found: Sequence[Found]) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(4 * len(PLOTTED), 3.2), sharey=True)
-    for axis, metric in zip(axes, PLOTTED, strict=True):
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), sharey=True)
+    for axis, metric in zip(axes, shown, strict=True):
         for variant, curve in curves.items():
             points = [(share, metrics[metric]["mean"]) for share, metrics in curve if metric in metrics]
             axis.plot(*zip(*points, strict=True), marker="o", label=variant)
