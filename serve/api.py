@@ -24,6 +24,7 @@ from serve.exchange import Exchange
 from serve.guard import OPEN_PATHS, Guard
 from serve.keys import KeyCheck
 from serve.page import mount_page
+from serve.passes import PASS_S
 from serve.pictures import FILES, Variant
 from serve.schema import (
     DraftTokens,
@@ -31,6 +32,7 @@ from serve.schema import (
     ExtendRequest,
     Model,
     ModelList,
+    Pass,
     PlanRequest,
     RemixRequest,
     RequestError,
@@ -70,6 +72,8 @@ def _last_event(last_event_id: Annotated[str | None, Header()] = None) -> int:
 
 From = Annotated[Caller, Depends(_caller)]
 RequestId = Annotated[str, Depends(_request_id)]
+#: The guard has read it: here it is described alone.
+Access = Annotated[str | None, Query(alias="pass", description="in place of a key: see `POST /v1/passes`")]
 Key = Annotated[str | None, Header(min_length=1, max_length=255)]
 JSON_ONLY = [Depends(json_only)]
 
@@ -103,6 +107,7 @@ def build_api(
     app.include_router(_videos(service))
     app.include_router(_drafts(service))
     app.include_router(_about(service, exchange))
+    app.include_router(_passes(keys))
     mount_page(app)
     app.add_middleware(Guard, config.serve, keys, service.metrics, echo_request_id=not behind_proxy)
     app.openapi = partial(_described, app, keys is not None)  # type: ignore[method-assign]
@@ -174,7 +179,9 @@ def _reading(router: APIRouter, service: VideoService, kind: Literal["video", "d
 
     @router.head("/{video_id}/content", include_in_schema=False)
     @router.get("/{video_id}/content", response_class=StreamingResponse)
-    async def content(request: Request, video_id: str, who: From, variant: Variant = "video") -> Response:
+    async def content(
+        request: Request, video_id: str, who: From, variant: Variant = "video", access: Access = None
+    ) -> Response:
         found = await service.content(video_id, who, kind, variant)
         media = "video/mp4" if variant == "video" else "image/png"
         name = f"{video_id}{Path(FILES[variant]).suffix}"
@@ -234,6 +241,18 @@ def _about(service: VideoService, exchange: Exchange | None) -> APIRouter:
         service.refuse_if_lost()
         bundle, change = service.model.bundle[:12], exchange.state if exchange else "none"
         return {"status": "ok", "model": served().id, "bundle": bundle, "change": change, **service.counts()}
+
+    return router
+
+
+def _passes(keys: KeyCheck | None) -> APIRouter:
+    router = APIRouter(tags=["service"])
+
+    @router.post("/v1/passes")
+    async def make_pass(request: Request) -> Pass:
+        if keys is None:
+            raise RequestError("no keys are asked for here: a pass is not needed", code="keys_are_off", status=404)
+        return Pass(value=keys.make_pass(request.state.key), expires_in=PASS_S)
 
     return router
 

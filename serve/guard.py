@@ -23,6 +23,7 @@ from serve.keys import KeyCheck, Known, bearer
 from serve.local import check_local
 from serve.logs import REQUEST_ID
 from serve.metrics import Metrics
+from serve.passes import pass_in
 from serve.schema import RequestError, error_body
 from serve.uploads import ClientGone, Uploads
 
@@ -31,7 +32,7 @@ OPEN_PATHS = frozenset({"/", "/healthz", "/docs", "/openapi.json", "/favicon.ico
 OPEN_FOLDERS = ("/web/", "/docs/")
 
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _SAFE_HEADERS = {
@@ -52,7 +53,7 @@ access = getLogger("serve.access")
 
 
 class Guard:
-    """ASGI middleware. Sets scope["state"]: `caller` (a Caller) and `request_id`.
+    """ASGI middleware. Sets scope["state"]: `caller` (a Caller), `key` (its prefix) and `request_id`.
 
     The application sees a request only once its key is known, its limit allows it, and its whole body is there.
     """
@@ -128,22 +129,25 @@ class Guard:
                 check_local(scope, headers, self._settings)
             scope["state"]["caller"] = LOCAL
         elif not is_open:
-            known = await self._known(headers)
-            scope["state"]["caller"] = known.caller
+            known = await self._known(scope, headers)
+            scope["state"]["caller"], scope["state"]["key"] = known.caller, known.prefix
             self._limit.take(known.caller.name, known.requests_per_minute)
 
-    async def _known(self, headers: Headers) -> Known:
+    async def _known(self, scope: Scope, headers: Headers) -> Known:
         assert self._keys is not None
         key = bearer(headers.raw)
-        if key is None:
+        given = pass_in(scope["method"], _path(scope), scope.get("query_string", b""))
+        if key is None and given is None:
             message = "a key is needed: send the header Authorization: Bearer YOUR_KEY"
             raise RequestError(message, code="missing_api_key", status=401)
         try:
-            known = await self._keys(key)
+            known = await (self._keys.by_pass(given or "") if key is None else self._keys(key))
         except SQLAlchemyError:
             logger.exception("a key cannot be looked up")
             message = "keys cannot be checked at the moment"
             raise RequestError(message, code="unavailable", status=503, retry_after_s=5) from None
+        if known is None and key is None:
+            raise RequestError("the pass is over, or of a key that is", code="invalid_pass", status=401)
         if known is None:
             raise RequestError("the key is unknown or has been revoked", code="invalid_api_key", status=401)
         return known

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import getLogger
 
 from sqlalchemy import Engine, String, select, update
@@ -25,6 +25,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from arlon_ray.config import TENANT_PATTERN, ConfigError, ServeConfig
 from serve.callers import Caller, Role
 from serve.database import create_tables
+from serve.passes import Passes
 
 #: How long a revoked key may go on working, for a key that has been looked up is believed so long.
 BELIEVED_S = 5.0
@@ -61,10 +62,11 @@ class _Row(_Base):
 
 @dataclass(frozen=True)
 class Known:
-    """A key that is good: whose it is, and the limit of its own that it has, if any."""
+    """A key that is good: whose it is, the limit of its own that it has, if any, and its prefix."""
 
     caller: Caller
     requests_per_minute: int | None = None
+    prefix: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,13 @@ class Keys:
             return None
         if time.time() - (row.last_used_at or 0) > _USE_NOTED_S:
             self._note_use(row.number)
-        role: Role = "admin" if row.role == "admin" else "user"
-        return Known(Caller(row.name, role, row.tenant or ""), row.requests_per_minute)
+        return _known(row)
+
+    def with_prefix(self, prefix: str) -> Known | None:
+        """Whose key that is, for who has shown by something else that it may use it; None where it is revoked."""
+        with Session(self._engine) as session:
+            row = session.scalar(select(_Row).where(_Row.prefix == prefix, _Row.revoked_at.is_(None)))
+        return _known(row) if row else None
 
     def _note_use(self, number: int) -> None:
         try:
@@ -190,22 +197,35 @@ class KeyCheck:
     def __init__(self, keys: Keys, clock: Callable[[], float] = time.monotonic) -> None:
         self._keys, self._clock = keys, clock
         self._believed: dict[str, tuple[float, Known]] = {}
+        self._passes = Passes()
         # a thread of its own: a flood of wrong keys does not keep the others of the process waiting
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
 
     async def __call__(self, key: str) -> Known | None:
         """See `Keys.find`."""
-        digest = _hash(key)  # of bytes that the client chose: no bytes of a key are kept
-        until, known = self._believed.get(digest, (0.0, None))
+        # a hash of bytes that the client chose: no bytes of a key are kept
+        return await self._look_up(_hash(key), self._keys.find, key)
+
+    async def by_pass(self, given: str) -> Known | None:
+        """Whose key a pass was made with; None for a pass that is none or over, and with a key that is revoked."""
+        prefix = self._passes.prefix(given)
+        return await self._look_up(prefix, self._keys.with_prefix, prefix) if prefix else None
+
+    def make_pass(self, prefix: str) -> str:
+        """See `Passes.make`."""
+        return self._passes.make(prefix)
+
+    async def _look_up(self, name: str, find: Callable[[str], Known | None], what: str) -> Known | None:
+        until, known = self._believed.get(name, (0.0, None))
         if known is not None and self._clock() < until:
             return known
-        known = await asyncio.get_running_loop().run_in_executor(self._thread, self._keys.find, key)
+        known = await asyncio.get_running_loop().run_in_executor(self._thread, find, what)
         if known is None:
-            self._believed.pop(digest, None)
+            self._believed.pop(name, None)
         else:
             if len(self._believed) >= _MOST_BELIEVED:
                 self._believed.clear()
-            self._believed[digest] = (self._clock() + BELIEVED_S, known)
+            self._believed[name] = (self._clock() + BELIEVED_S, known)
         return known
 
 
@@ -250,6 +270,11 @@ def bearer(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
         return None
     scheme, _, key = found[0].decode("latin-1").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else None
+
+
+def _known(row: _Row) -> Known:
+    role: Role = "admin" if row.role == "admin" else "user"
+    return Known(Caller(row.name, role, row.tenant or ""), row.requests_per_minute, row.prefix)
 
 
 def _hash(key: str) -> str:

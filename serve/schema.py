@@ -256,6 +256,14 @@ class Usage(BaseModel):
     stored_bytes: Quota
 
 
+class Pass(BaseModel):
+    """The answer to `POST /v1/passes`. `…/content?pass=VALUE` needs no key, for `expires_in` seconds from now on."""
+
+    object: Literal["pass"] = "pass"
+    value: str
+    expires_in: int
+
+
 class SegmentPlan(BaseModel):
     """The tokens of one segment, of shape [t', h', w'], in that order; those of the overlap included."""
 

@@ -32,6 +32,7 @@ def file_answer(
     size, mark = opened.size, f"{opened.modified}-{opened.size}".encode()
     headers = {
         "accept-ranges": "bytes",
+        "cache-control": "private",  # with a pass no header tells a proxy that it is for one client alone
         "content-disposition": f'attachment; filename="{filename}"',
         "last-modified": formatdate(opened.modified, usegmt=True),
         "etag": f'"{hashlib.md5(mark, usedforsecurity=False).hexdigest()}"',

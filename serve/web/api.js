@@ -74,14 +74,38 @@ export async function call(method, path, body) {
   return response.json();
 }
 
-/** An address for <img>, <video> and downloads. With a key it is a blob, for these can send none: release it. */
-export async function mediaUrl(path) {
-  if (!key()) return new URL(path, base).href;
-  return URL.createObjectURL(await (await request(path)).blob());
+const NEW_MS = 2000;
+let pass = null; // {of: a key, value, since, until}
+let passAsked = null;
+
+async function currentPass() {
+  if (pass?.of === key() && Date.now() < pass.until) return pass.value;
+  passAsked ??= askForPass().finally(() => (passAsked = null));
+  return passAsked;
 }
 
-export function release(url) {
-  if (url?.startsWith("blob:")) URL.revokeObjectURL(url);
+async function askForPass() {
+  const { value, expires_in } = await call("POST", "passes");
+  const since = Date.now();
+  pass = { of: key(), value, since, until: since + expires_in * 500 }; // half of its time: what is begun with it goes on
+  return value;
+}
+
+/** An address for <img>, <video> and downloads: these can send no key, so it has a pass where there is one. */
+export async function mediaUrl(path) {
+  const url = new URL(path, base);
+  if (key()) url.searchParams.set("pass", await currentPass());
+  return url.href;
+}
+
+/** Whether the pass in `url` is good no longer; then `mediaUrl` gives another one. */
+export async function passIsOver(url) {
+  const used = new URL(url).searchParams.get("pass");
+  if (used !== pass?.value) return used !== null; // there is another one by now
+  if (!used || Date.now() - pass.since < NEW_MS) return false; // or one after another would be asked for
+  const { status } = await fetch(url, { method: "HEAD" });
+  if (status === 401) pass = null;
+  return status === 401;
 }
 
 /**

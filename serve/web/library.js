@@ -1,6 +1,6 @@
 // Earlier videos and drafts, newest first.
 
-import { call, mediaUrl, pathOf, release } from "./api.js";
+import { call, mediaUrl, passIsOver, pathOf } from "./api.js";
 import { $, brief, h, say, show } from "./dom.js";
 import { offer, opened } from "./stage.js";
 
@@ -63,7 +63,6 @@ function draw() {
   cards = new Map(items.map((item) => [item.id, before.get(item.id) ?? newCard(item)]));
   for (const [id, card] of before) {
     if (cards.has(id)) continue;
-    release(card.image?.src);
     card.element.remove();
   }
   items.forEach((item, index) => {
@@ -115,14 +114,18 @@ function update(card, item) {
 
 /** A picture of the video; a server that draws none leaves the place empty. */
 async function picture(card, item) {
+  const path = pathOf(item.id, "/content?variant=thumbnail");
+  card.image?.remove();
+  const image = (card.image = h("img", { alt: "", loading: "lazy" }));
+  image.onerror = async () => {
+    if (await passIsOver(image.src).catch(() => false)) image.src = await mediaUrl(path);
+    else image.remove();
+  };
   try {
-    card.image?.remove();
-    card.image = h("img", { alt: "", loading: "lazy" });
-    card.image.onerror = () => card.image.remove();
-    card.image.src = await mediaUrl(pathOf(item.id, "/content?variant=thumbnail"));
-    card.thumb.append(card.image);
+    image.src = await mediaUrl(path);
+    card.thumb.append(image);
   } catch {
-    card.image = null;
+    // no pass: the place stays empty
   }
 }
 

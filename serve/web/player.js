@@ -2,7 +2,7 @@
 // A plain <video src> shows nothing before tens of kilobytes are there, which is more than a short segment has; and it
 // can send no key.
 
-import { mediaUrl, pathOf, release } from "./api.js";
+import { mediaUrl, passIsOver, pathOf } from "./api.js";
 import { bytesOf } from "./stream.js";
 
 const Source = globalThis.ManagedMediaSource ?? globalThis.MediaSource;
@@ -31,7 +31,7 @@ function joined(parts) {
 
 export class Player {
   #video;
-  #url = null;
+  #source = null; // the address of what the stream is read into
   #stop = new AbortController();
 
   constructor(video) {
@@ -42,17 +42,21 @@ export class Player {
   clear() {
     this.#stop.abort();
     this.#stop = new AbortController();
+    this.#video.onerror = null;
     this.#video.removeAttribute("src");
     this.#video.load();
-    release(this.#url);
-    this.#url = null;
+    this.#release();
   }
 
   #show(url) {
-    const before = this.#url;
-    this.#url = url;
     this.#video.src = url;
-    release(before);
+    this.#release();
+    if (url.startsWith("blob:")) this.#source = url;
+  }
+
+  #release() {
+    if (this.#source) URL.revokeObjectURL(this.#source);
+    this.#source = null;
   }
 
   /** A finished file; it goes on where the player was. Raises ApiError. */
@@ -61,10 +65,15 @@ export class Player {
     this.#stop = new AbortController();
     const { signal } = this.#stop;
     const url = await mediaUrl(pathOf(id, "/content"));
-    if (signal.aborted) return release(url);
-    const at = this.#video.currentTime;
+    if (signal.aborted) return;
+    const { currentTime: at, paused } = this.#video;
+    this.#video.onerror = async () => {
+      // its pass ended while it was shown, or the server was started again
+      if ((await passIsOver(url).catch(() => false)) && !signal.aborted) this.file(id).catch(() => {});
+    };
     this.#show(url);
     if (at) this.#video.currentTime = at;
+    if (at && !paused) this.#video.play().catch(() => {});
   }
 
   /**

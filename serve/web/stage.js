@@ -1,6 +1,6 @@
 // What is open: one video or draft, its segments, and what can be done with it.
 
-import { call, kindOf, mediaUrl, pathOf, release, watch } from "./api.js";
+import { call, kindOf, mediaUrl, passIsOver, pathOf, watch } from "./api.js";
 import { $, announce, brief, clock, h, numberOf, say, show, showError, unmark } from "./dom.js";
 import { Player } from "./player.js";
 
@@ -309,9 +309,10 @@ export function offer(link, id) {
   link.onclick = async (event) => {
     event.preventDefault();
     try {
-      const url = await mediaUrl(pathOf(id, "/content"));
+      const address = () => mediaUrl(pathOf(id, "/content"));
+      let url = await address();
+      if (await passIsOver(url)) url = await address();
       h("a", { href: url, download: `${id}.mp4` }).click();
-      setTimeout(release, 60000, url);
     } catch (error) {
       say($("stage-error"), error.message);
     }
