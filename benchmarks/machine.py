@@ -49,10 +49,10 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def device_or_exit(device: str) -> str:
+def device_or_exit(device: str, instead: str = "--device cpu") -> str:
     """`device`, which a benchmark was asked for. Says so and exits with 2 if it is a GPU and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
-        print("error: --device cuda: torch finds no GPU here; use --device cpu", file=sys.stderr)
+        print(f"error: --device cuda: torch finds no GPU here; use {instead}", file=sys.stderr)
         raise SystemExit(2)
     return device
 

@@ -296,7 +296,10 @@ def bind_stages(config: Config, bundle: str) -> tuple[serve.Application | None, 
     def bound(kind: type, name: str, settings: DeploymentConfig, *arguments: Any) -> serve.Application:
         deployment = serve.deployment(
             name=name,
-            max_ongoing_requests=settings.max_ongoing_requests,
+            # a plan is one call for as long as its video is made: none may keep another one's place
+            max_ongoing_requests=max(
+                settings.max_ongoing_requests, config.serve.most_running if kind is ArDeployment else 1
+            ),
             autoscaling_config=AutoscalingConfig(
                 min_replicas=settings.min_replicas,
                 max_replicas=settings.max_replicas,

@@ -102,7 +102,7 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         try:
             await self._admit(scope, headers)
-            with self._open.one(scope["state"].get("caller")):
+            with self._open.one(scope["state"].get("caller") if self._keys else None):
                 if scope["method"] in _WITH_BODY:
                     async with self._uploads.body(headers, receive) as body:
                         await self._app(scope, replayed(body, receive), answer.send)

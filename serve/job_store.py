@@ -10,7 +10,6 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -33,7 +32,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from serve.callers import Caller
 from serve.database import create_tables
-from serve.schema import Video, VideoError
+from serve.rows import UNREADABLE, files_of, job_of, strange, video_of
+from serve.schema import Video
 from serve.work import JOB, Job
 
 logger = getLogger("ray.serve")
@@ -252,9 +252,9 @@ class JobStore:
 
     def unmeasured(self) -> list[Job]:
         """Some finished jobs whose files nobody has measured: those of an earlier version."""
-        query = select(_Row.job).where(_Row.status == "completed", _Row.stored_bytes.is_(None)).limit(_AT_ONCE)
+        query = select(_Row).where(_Row.status == "completed", _Row.stored_bytes.is_(None)).limit(_AT_ONCE)
         with Session(self._engine) as session:
-            return [JOB.validate_python(job) for job in session.scalars(query)]
+            return [_stored(row).job for row in session.scalars(query)]
 
     def _open_day(self, owner: str) -> int:
         """Make the row that today's segments are counted in: the day."""
@@ -309,7 +309,7 @@ class JobStore:
                 if number is None:
                     raise KeyError(after)
                 query = query.where(_Row.number < number if newest_first else _Row.number > number)
-            found = [Video.model_validate(row.video) for row in session.scalars(query)]
+            found = [video_of(row.id, row.video) for row in session.scalars(query)]
         return found[:limit], len(found) > limit
 
     def events(self, job_id: str, after: int = 0) -> list[Event]:
@@ -336,10 +336,8 @@ class JobStore:
         """
         with Session(self._engine) as session, session.begin():
             rows = session.scalars(select(_Row).where(_Row.status.in_(UNFINISHED)).order_by(_Row.number))
-            found = [(row, _readable(row)) for row in rows]
-            for row in (row for row, stored in found if stored is None):
-                _fail(session, row)
-            return [stored for _, stored in found if stored]
+            found = [(row, _stored(row)) for row in rows]
+            return [stored for row, stored in found if _can_go_on(session, row, stored)]
 
     def known(self, ids: Sequence[str]) -> set[str]:
         """Which of these jobs there are."""
@@ -363,14 +361,15 @@ class JobStore:
         with Session(self._engine) as session:
             past = _Row.expires_at <= (time.time() if now is None else now)
             rows = session.scalars(select(_Row).where(past, _Row.status.not_in(UNFINISHED)))
-            return [stored.job for row in rows if (stored := _readable(row))]
+            return [_stored(row).job for row in rows]
 
     def expire(self, keep_s: float) -> None:
         """What is finished and has no time to expire at gets one: so many seconds behind its end."""
         endless = _Row.expires_at.is_(None) & _Row.status.not_in(UNFINISHED)
         with Session(self._engine) as session, session.begin():
             for row in session.scalars(select(_Row).where(endless)):
-                row.expires_at = int((row.video.get("completed_at") or row.video["created_at"]) + keep_s)
+                video = video_of(row.id, row.video)
+                row.expires_at = int((video.completed_at or video.created_at) + keep_s)
                 row.video = {**row.video, "expires_at": row.expires_at}
 
 
@@ -381,37 +380,24 @@ def state_of(video: Video) -> State:
 
 
 def _stored(row: _Row) -> Stored:
-    video, job = Video.model_validate(row.video), _job(row.job)
+    video, job = video_of(row.id, row.video), job_of(row.job)
+    if job is None:
+        video.status, video.error, job = "failed", UNREADABLE, files_of(row.id, row.job)
     return Stored(video, job, row.owner, row.deadline, row.idempotency_key, row.request_digest)
 
 
-def _job(data: dict[str, Any]) -> Job:
-    """A job out of its row. Options that this code does not know (newer code has written them) are left out."""
-    try:
-        return JOB.validate_python(data)
-    except ValidationError as error:
-        unknown = {str(each["loc"][1]) for each in error.errors() if each["loc"][0] == "options" and each["loc"][1:]}
-        if not unknown:
-            raise
-        logger.warning("%s: this code does not know its options %s: without them", data["id"], ", ".join(unknown))
-        options = {name: value for name, value in data["options"].items() if name not in unknown}
-        return JOB.validate_python({**data, "options": options})
-
-
-def _readable(row: _Row) -> Stored | None:
-    try:
-        return _stored(row)
-    except ValidationError:
-        logger.exception("%s: its row cannot be read", row.id)
-        return None
-
-
-def _fail(session: Session, row: _Row) -> None:
-    error = VideoError(code="unreadable", message="it was accepted by another version of the service").model_dump()
-    row.status = "failed"
-    row.video = {**row.video, "status": "failed", "error": error, "completed_at": int(time.time())}
+def _can_go_on(session: Session, row: _Row, stored: Stored) -> bool:
+    """Whether the row could be read; where not, it has failed, and says so."""
+    if stored.video.error != UNREADABLE:
+        if names := strange(row.job):
+            logger.warning("%s: options that this code does not know are left out: %s", row.id, ", ".join(names))
+        return True
+    logger.error("%s: its row cannot be read: it has failed", row.id)
+    stored.video.completed_at = int(time.time())
+    row.status, row.video = "failed", stored.video.model_dump(mode="json")
     last = session.scalar(select(func.max(_EventRow.number)).where(_EventRow.job_id == row.id)) or 0
-    session.add(_EventRow(job_id=row.id, number=last + 1, type="failed", data=error))
+    session.add(_EventRow(job_id=row.id, number=last + 1, type="failed", data=UNREADABLE.model_dump()))
+    return False
 
 
 def _seen_by(caller: Caller, query: Select[Any]) -> Select[Any]:

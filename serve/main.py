@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from sqlalchemy import make_url
 
 from arlon_ray.bundle import load_bundle
-from arlon_ray.config import ConfigError
+from arlon_ray.config import Config, ConfigError
 from arlon_ray.mirror import local
 from serve.app import build_app
 from serve.settings import config_of
@@ -35,11 +36,22 @@ def application(arguments: Arguments) -> serve.Application:
     configured = partial(config_of, source=arguments.config, overrides=arguments.set)
     bundle.check_text()
     config = configured(bundle)
-    if PACKAGES in Path.cwd().parts and not Path(arguments.data).is_absolute() and "://" not in arguments.data:
-        raise ConfigError(
-            f"data={arguments.data}: would lie in the package that runtime_env brings, which Ray removes: name a "
-            "folder that stays (an absolute path), or a bucket"
-        )
+    _check_lasting(config, arguments.data)
     if config.serve.trace_exporter:
         raise ConfigError("serve.trace_exporter: here Ray Serve wants it as `tracing_config`, beside `applications`")
     return build_app(config, bundle, arguments.data, configured)
+
+
+def _check_lasting(config: Config, data: str) -> None:
+    """Raises ConfigError for a place that is gone with Ray's package."""
+    url = config.serve.database_url or ""
+    places = {
+        "serve.data_dir" if config.serve.data_dir else "data": config.serve.data_dir or data,
+        "serve.database_url": make_url(url).database or "" if url.startswith("sqlite") else "",
+    }
+    for name, place in places.items():
+        if place and "://" not in place and PACKAGES in Path(place).expanduser().absolute().parts:
+            raise ConfigError(
+                f"{name}={place}: would lie in the package that runtime_env brings, which Ray removes: name a place "
+                "that stays (an absolute path), or a bucket"
+            )

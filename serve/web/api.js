@@ -85,9 +85,10 @@ async function currentPass() {
 }
 
 async function askForPass() {
+  const of = key(); // it may be another one when the answer is there
   const { value, expires_in } = await call("POST", "passes");
   const since = Date.now();
-  pass = { of: key(), value, since, until: since + expires_in * 500 }; // half of its time: what is begun with it goes on
+  pass = { of, value, since, until: since + expires_in * 500 }; // half of its time: what is begun with it goes on
   return value;
 }
 

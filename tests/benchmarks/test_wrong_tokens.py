@@ -37,13 +37,17 @@ def test_curves_side_by_side(tmp_path: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    (tmp_path / "few.json").write_text('{"rows": {}}')
+    for name, its in (("few", '{"rows": {}}'), ("none", "none"), ("list", "[]")):
+        (tmp_path / f"{name}.json").write_text(its)
     output = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
     for given, told in (
         ("few", "expected NAME=RESULTS"),
         ("a=nowhere.json", "nowhere.json"),
         (f"a={tmp_path}/few.json", "three at least"),
+        (f"a={tmp_path}/none.json", "expected a results.json"),
+        (f"a={tmp_path}/list.json", "expected a results.json"),
+        (f"a={tmp_path}/few.json a={tmp_path}/few.json", "another NAME"),
     ):
-        refused = command("--variants", given, *output)
+        refused = command("--variants", *given.split(), *output)
         assert refused.returncode == 2 and told in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "out.json").exists()

@@ -20,19 +20,25 @@ class Visit:
 
         self.url, self.shots, self.may_fail = url, shots, list[str]()
         self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
+        self.context.set_default_timeout(10_000)
         self.expect = expect
         self.wrong, self.hosts = list[str](), set[str]()
-        self.page.on(
+        self.context.on(
             "console", lambda said: self.wrong.append(said.text) if said.type in ("error", "warning") else None
         )
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on(
+        self.context.on("weberror", lambda error: self.wrong.append(str(error.error)))
+        self.context.on(
             "request", lambda request: self.hosts.add(re.sub(r"^(blob:)?(\w+://[^/]*|data:).*", r"\2", request.url))
         )
+        self.page = self.context.new_page()
         self.page.goto(url)
         self.expect(self.page.locator("#server:not(:empty), #ask[open]").first).to_be_visible()
+
+    def follow(self, link: str) -> None:
+        """Go on in the tab that a link opens."""
+        with self.context.expect_page() as opened:
+            self.page.get_by_role("link", name=link).click()
+        self.page = opened.value
 
     def one(self, selector: str) -> Any:
         return self.page.locator(selector)

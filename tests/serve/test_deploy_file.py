@@ -46,9 +46,17 @@ def test_videos_do_not_lie_in_a_package_that_ray_removes(tmp_path: Path, monkeyp
     package.mkdir(parents=True)
     monkeypatch.chdir(package)
     bundle = str(ROOT / "weights" / "tiny")
-    with pytest.raises(ConfigError, match=r"data=runs/serve: would lie in the package"):
-        application(Arguments(bundle=bundle, data="runs/serve"))
-    assert application(Arguments(bundle=bundle, data=str(tmp_path / "videos")))
+    stays = str(tmp_path / "videos")
+    for data, setting, told in (
+        ("runs/serve", "serve.port=8000", "data=runs/serve"),
+        (stays, "serve.data_dir=runs/videos", "serve.data_dir=runs/videos"),
+        (stays, "serve.database_url=sqlite:///jobs.sqlite", "serve.database_url=jobs.sqlite"),
+    ):
+        with pytest.raises(ConfigError, match=f"{told}: would lie in the package"):
+            application(Arguments(bundle=bundle, data=data, set=[setting]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for data, setting in ((stays, "serve.port=8000"), ("~/v", "serve.port=8000"), ("v", f"serve.data_dir={stays}")):
+        assert application(Arguments(bundle=bundle, data=data, set=[setting]))
 
 
 @pytest.mark.ray

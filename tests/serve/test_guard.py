@@ -187,6 +187,16 @@ def test_each_key_has_its_own_rate(tmp_path: Path) -> None:
     ask(application(keys=KeyCheck(keys), requests_per_minute=5), scenario)
 
 
+def test_where_keys_are_off_open_requests_are_not_counted() -> None:
+    """Everybody is the same there, and the page and /healthz must go on."""
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        answers = await asyncio.gather(*(client.get(path) for path in ("/healthz", "/v1/videos/a") * 5))
+        assert {answer.status_code for answer in answers} == {200}
+
+    ask(application(max_open_per_key=1), scenario)
+
+
 def test_a_bucket_fills_up_again() -> None:
     now = [0.0]
     limit = RateLimit(60, lambda: now[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,44 +192,58 @@ def test_threads_write_at_the_same_time(url: str) -> None:
     store.close()
 
 
-def change(url: str, name: str, job: str = "{}", video: str = "{}") -> None:
+def change(url: str, name: str, job: str = "{}", video: str = "{}", options: str = "{}") -> None:
     """Write other values into what a row holds, as other code would have."""
     engine = create_engine(url)
     with engine.begin() as connection:
         row = connection.execute(text("SELECT job, video FROM jobs WHERE id = :id"), {"id": name}).one()
-        parts = [json.loads(each) if isinstance(each, str) else each for each in row]
-        parts[0]["options"].update(json.loads(job))
-        parts[1].update(json.loads(video))
-        values = {"job": json.dumps(parts[0]), "video": json.dumps(parts[1]), "id": name}
-        connection.execute(text("UPDATE jobs SET job = :job, video = :video WHERE id = :id"), values)
+        of_job, of_video = (json.loads(each) if isinstance(each, str) else each for each in row)
+        of_job["options"].update(json.loads(options))
+        values = {"job": of_job | json.loads(job), "video": of_video | json.loads(video)}
+        written = {key: json.dumps(value) for key, value in values.items()}
+        connection.execute(text("UPDATE jobs SET job = :job, video = :video WHERE id = :id"), {**written, "id": name})
     engine.dispose()
 
 
 def test_what_newer_code_has_accepted_is_gone_on_with(url: str, caplog: pytest.LogCaptureFixture) -> None:
     store = JobStore(url)
     store.add(stored("newer"))
-    change(url, "newer", '{"of_next_year": 3, "solver": "not yet"}')
+    change(url, "newer", options='{"of_next_year": 3, "solver": "not yet"}')
     (found,) = store.unfinished()
     assert found.job == stored("newer").job  # by default
-    assert "newer: this code does not know its options" in caplog.text and "of_next_year" in caplog.text
-    change(url, "newer", video='{"status": "completed"}')
-    assert store.get("newer", LOCAL) and store.delete("newer")
+    assert "newer: options that this code does not know are left out: " in caplog.text
+    assert "of_next_year" in caplog.text and "solver" in caplog.text
+    found.video.status = "completed"
+    store.save(state_of(found.video))
+    caplog.clear()
+    assert [job.id for job in store.unmeasured()] == ["newer"] and store.get("newer", LOCAL)
+    assert not caplog.text  # it is said once, not whenever somebody looks
+    assert store.delete("newer")
     store.close()
 
 
-def test_what_cannot_be_read_fails_and_the_others_go_on(url: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("part", ["video", "job"])
+def test_what_cannot_be_read_fails_and_the_others_go_on(url: str, part: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And can be seen and deleted."""
     store = JobStore(url)
     for name in ("first", "strange", "last"):
         store.add(stored(name))
-    change(url, "strange", video='{"segments": "none"}')
+    if part == "video":
+        change(url, "strange", video='{"segments": "none"}', job='{"tenant": "studio"}')
+    else:
+        change(url, "strange", job='{"prompts": 3}')
     assert [each.video.id for each in store.unfinished()] == ["first", "last"]
     assert "strange: its row cannot be read" in caplog.text
-    change(url, "strange", video='{"segments": []}')
     failed = store.get("strange", LOCAL)
-    assert failed and failed.video.status == "failed" and failed.video.error
-    assert failed.video.error.code == "unreadable" and failed.video.completed_at
+    assert failed and failed.video.status == "failed" and failed.video.error and failed.video.completed_at
+    assert failed.video.error.code == "unreadable"
+    assert failed.job.tenant == ("studio" if part == "video" else "")
     assert [(each.type, each.number) for each in store.events("strange")] == [("failed", 1)]
+    assert [video.id for video in store.page("video", LOCAL, newest_first=False)[0]] == ["first", "strange", "last"]
     assert [each.video.id for each in store.unfinished()] == ["first", "last"]
+    store.expire(0.0)
+    assert [job.id for job in store.expired(time.time() + 1)] == ["strange"]
+    assert store.delete("strange") and store.get("strange", LOCAL) is None
     store.close()
 
 

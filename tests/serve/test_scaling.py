@@ -15,7 +15,7 @@ from arlon_ray.bundle import load_bundle
 from jobs.ray_session import connect
 from jobs.serve_demo import free_port
 from serve.app import APP, serve_bundle
-from serve.deployments import AR, DECODER, DIT
+from serve.deployments import AR, DECODER, DIT, bind_stages
 from serve.scaling import PAUSED, replicas_for_work
 from tests.bundles import make_random_bundle, small_config
 
@@ -50,6 +50,9 @@ def test_as_many_videos_are_made_as_keep_all_replicas_at_work(most: int, target:
     serving = small_config("serve.ar.max_replicas=1", "serve.decoder.max_replicas=1", *settings).serve
     assert replicas_for_work(context(serving.most_running, target))[0] >= most
     assert serving.most_running >= 8
+    ar, *others = bind_stages(small_config("serve.ar.max_replicas=1", *settings), "bundle")
+    assert ar and ar._bound_deployment.max_ongoing_requests >= serving.most_running  # every video's plan is a call
+    assert [each._bound_deployment.max_ongoing_requests for each in others if each] == [16, 4]
     assert small_config(*settings, "serve.max_running=3").serve.most_running == 3
 
 
