@@ -291,7 +291,7 @@ def test_a_stream_looks_for_more_when_there_is_more(tmp_path: Path) -> None:
 
 
 def test_one_key_does_not_hold_all_connections(tmp_path: Path) -> None:
-    """Events last as long as their video, here for ever; a client that is gone without a word holds nothing."""
+    """Events last as long as their video, here for ever; a connection that is closed holds nothing."""
     with served(tmp_path, "serve.max_open_per_key=3", hold=True) as it, it.client() as client:
         made = client.post("/v1/videos", json={"prompt": "a"}).json()["id"]
         head = f"GET /v1/videos/{made}/events HTTP/1.1\r\nHost: h\r\nAuthorization: {it.user['authorization']}\r\n\r\n"
