@@ -108,10 +108,12 @@ def fallen(result: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
 
 def against(result: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> list[str]:
     """What has `fallen` since that of the earlier results which was measured on such a processor."""
-    cpu, flags = (result["machine"].get(name) for name in ("cpu", "cpu_flags"))
-    alike = [each for each in earlier if each["machine"]["cpu"] == cpu]
+    cpu, flags = result["machine"]["cpu"], result["machine"].get("cpu_flags")
     # names of virtual machines say little; files of before do not know the processor's instructions
-    alike = [each for each in alike if each["machine"].get("cpu_flags") in (None, flags)]
+    alike = [
+        each for each in earlier
+        if each["machine"]["cpu"] == cpu and each["machine"].get("cpu_flags") in (None, flags)
+    ]  # fmt: skip
     if not alike:
         known = ", ".join(each["machine"]["cpu"] for each in earlier)
         return [f"nothing to compare with: this is {cpu}, what is there was measured on {known}"]

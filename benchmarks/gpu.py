@@ -146,11 +146,8 @@ def main() -> None:
     flags.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     flags.add_argument("--small", action="store_true", help="two layers and few tokens")
     arguments = flags.parse_args()
-    folder, device, small = (
-        Path(arguments.output),
-        device_or_exit(arguments.device, "--device cpu --small"),
-        arguments.small,
-    )
+    folder, small = Path(arguments.output), arguments.small
+    device = device_or_exit(arguments.device, "--device cpu --small")
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(folder, arguments.seconds)
     works: dict[str, Callable[[], None]] = {

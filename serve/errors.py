@@ -33,7 +33,7 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers)
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    body = error_body(error.message, param=error.param, code=error.code, server=error.status >= 500)
+    body = error_body(error.status, error.message, param=error.param, code=error.code)
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 
@@ -42,12 +42,12 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return JSONResponse(error_body("the body is not valid JSON", code="invalid_json"), status_code=400)
+        return JSONResponse(error_body(400, "the body is not valid JSON", code="invalid_json"), status_code=400)
     param = ".".join(str(part) for part in first["loc"][1:]) or None
     code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
     message = "unknown field" if code == "unknown_field" else first["msg"].removeprefix("Value error, ")
     text = f"{param}: {message}" if param else message
-    return JSONResponse(error_body(text, param=param, code=code), status_code=400)
+    return JSONResponse(error_body(400, text, param=param, code=code), status_code=400)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
@@ -55,7 +55,9 @@ async def _no_route(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette names the methods of the first route alone
         headers["Allow"] = ", ".join(method for method in _METHODS if _has_route(request, method))
-    return JSONResponse(error_body(str(error.detail)), status_code=error.status_code, headers=headers)
+    return JSONResponse(
+        error_body(error.status_code, str(error.detail)), status_code=error.status_code, headers=headers
+    )
 
 
 def _has_route(request: Request, method: str) -> bool:
@@ -65,10 +67,10 @@ def _has_route(request: Request, method: str) -> bool:
 
 async def _no_database(_: Request, error: Exception) -> JSONResponse:
     logger.error("the database failed a request", exc_info=error)
-    body = error_body("the service cannot reach its database: try again", code="unavailable", server=True)
+    body = error_body(503, "the service cannot reach its database: try again", code="unavailable")
     return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
 
 
 async def _broken(_: Request, error: Exception) -> JSONResponse:
     # the error itself is in the log; a client gets no path and no traceback
-    return JSONResponse(error_body("internal error", code="internal_error", server=True), status_code=500)
+    return JSONResponse(error_body(500, "internal error", code="internal_error"), status_code=500)

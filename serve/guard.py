@@ -239,7 +239,7 @@ class _Answer:
 
     async def refuse(self, error: RequestError) -> None:
         """Answer with an error, in OpenAI's form."""
-        content = error_body(error.message, param=error.param, code=error.code, server=error.status >= 500)
+        content = error_body(error.status, error.message, param=error.param, code=error.code)
         body = json.dumps(content).encode()
         headers: dict[str, Any] = {"content-type": "application/json", "content-length": str(len(body))}
         if error.retry_after_s is not None:

@@ -44,7 +44,12 @@ def video_of(video_id: str, data: Mapping[str, Any]) -> Video:
 def job_of(data: Mapping[str, Any]) -> Job | None:
     """The job, with default values for `strange` options; None where it cannot be read."""
     try:
-        options = {name: value for name, value in data["options"].items() if name not in strange(data)}
+        return JOB.validate_python(data)
+    except ValidationError:
+        pass
+    try:
+        left_out = strange(data)
+        options = {name: value for name, value in data["options"].items() if name not in left_out}
         return JOB.validate_python({**data, "options": options})
     except (ValidationError, LookupError, AttributeError, TypeError):
         return None

@@ -301,9 +301,11 @@ class ErrorAnswer(BaseModel):
     error: WhatFailed
 
 
-def error_body(message: str, *, param: str | None = None, code: str | None = None, server: bool = False) -> dict:
-    """An `ErrorAnswer`."""
-    kind: Literal["invalid_request_error", "server_error"] = "server_error" if server else "invalid_request_error"
+def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict:
+    """An `ErrorAnswer` with that HTTP status."""
+    kind: Literal["invalid_request_error", "server_error"] = (
+        "server_error" if status >= 500 else "invalid_request_error"
+    )
     # a field's name may come from the client, with half characters
     what = WhatFailed(message=_printable(message), type=kind, param=param and _printable(param), code=code)
     return ErrorAnswer(error=what).model_dump()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from sqlalchemy import create_engine
 
 from serve.api import build_api
 from serve.blobs import Blobs
@@ -16,10 +15,7 @@ from serve.page import SWAGGER_UI
 from serve.service import VideoService
 from tests.serve.browser import Visiting
 from tests.serve.stages import FakeStages, small_config
-
-
-def keys_in(folder: Path) -> Keys:
-    return Keys(create_engine(f"sqlite:///{folder / 'keys.sqlite'}"))
+from tests.serve.test_guard import keys_in
 
 
 def api(folder: Path, keys: Keys | None = None) -> FastAPI:
