@@ -106,8 +106,9 @@ export class Player {
       }
       await this.#append(source.sourceBuffers[0], next, signal);
     }
-    if (source?.readyState === "open") source.endOfStream();
-    return Boolean(source);
+    if (source?.readyState !== "open") return false; // or the player could not read it
+    source.endOfStream();
+    return true;
   }
 
   /** A source that the player shows, with a buffer for what is of this type; null where the browser cannot play it. */

@@ -96,8 +96,9 @@ def test_the_picture_goes_on_where_the_connection_was_lost(visit: Visiting, neat
     assert address.startswith("blob:") and between.streams == 4
 
 
-def test_what_was_finished_meanwhile_is_shown_as_the_file(visit: Visiting) -> None:
-    seen, stages, between = cut(visit, (3000, False), away=True)
+@pytest.mark.parametrize("had", [0, 3000])
+def test_what_was_finished_meanwhile_is_shown_as_the_file(visit: Visiting, had: int) -> None:
+    seen, stages, between = cut(visit, (had, False), away=True)
     stages.held_at = None
     seen.status("Ready")
     between.away = False
