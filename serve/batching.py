@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from logging import getLogger
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,6 +22,7 @@ from serve.work import Timed
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Member)
+logger = getLogger("ray.serve")
 
 
 class Cancelled(RuntimeError):
@@ -83,10 +87,17 @@ class Watch:
             del self._begun[thread]
 
     def check(self) -> None:
-        """Raises RuntimeError if a piece has been at work for too long."""
-        longest = max((time.monotonic() - begun for begun in list(self._begun.values())), default=0.0)
-        if self._limit_s is not None and longest > self._limit_s:
-            raise RuntimeError(f"a step has not ended for {longest:.0f} s (serve.stuck_s={self._limit_s:g})")
+        """Raises RuntimeError if a piece has been at work for too long, and logs where it is."""
+        begun = dict(self._begun)
+        if self._limit_s is None or not begun:
+            return
+        thread = min(begun, key=begun.__getitem__)
+        taken_s = time.monotonic() - begun[thread]
+        if taken_s <= self._limit_s:
+            return
+        if (frame := sys._current_frames().get(thread)) is not None:
+            logger.error("a step does not end; it is here:\n%s", "".join(traceback.format_stack(frame)))
+        raise RuntimeError(f"a step has not ended for {taken_s:.0f} s (serve.stuck_s={self._limit_s:g})")
 
 
 class BatchWorker(Generic[M]):

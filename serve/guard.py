@@ -102,7 +102,9 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer, headers: Headers) -> None:
         try:
             await self._admit(scope, headers)
-            with self._open.one(scope["state"].get("caller") if self._keys else None):
+            # what ends work is let through
+            counted = self._keys is not None and scope["method"] != "DELETE"
+            with self._open.one(scope["state"].get("caller") if counted else None):
                 if scope["method"] in _WITH_BODY:
                     async with self._uploads.body(headers, receive) as body:
                         await self._app(scope, replayed(body, receive), answer.send)

@@ -303,7 +303,7 @@ def test_a_decoder_takes_no_more_threads_than_it_was_given(bundle: Path) -> None
 
 @driven
 async def test_work_that_does_not_end_is_noticed(
-    bundle: Path, generator: VideoGenerator, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, generator: VideoGenerator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a device that hangs: Serve replaces a replica that is not healthy."""
     go_on, tokens = threading.Event(), np.zeros((10, 4, 4), np.int32)
@@ -330,6 +330,8 @@ async def test_work_that_does_not_end_is_noticed(
     for each in (dit, decoder):
         with pytest.raises(RuntimeError, match=r"has not ended for 1 s \(serve\.stuck_s=0\.5\)"):
             each.check_health()
+        assert "assert go_on.wait(20)" in caplog.text  # where it is
+        caplog.clear()
     patient.check_health()
     go_on.set()
     await asyncio.gather(*calls)
