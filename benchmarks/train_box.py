@@ -95,7 +95,10 @@ class Job:
             return ArStage(self.config, source, ArPaths(fine, vae), self.parents)
         guided = self.config.dit.injection.enabled
         paths = DitPaths(vae, fine, coarse, ar=self.folders.get("ar")) if guided else DitPaths(vae)
-        return DitStage(self.config, source, paths, self.parents)
+        parents = dict(self.parents)
+        if paths.ar is not None:
+            parents["ar_tokens"] = load_artifact(paths.ar, "ar").fingerprint
+        return DitStage(self.config, source, paths, parents)
 
 
 def train_job(job: Job) -> None:
@@ -178,9 +181,7 @@ class Box:
         jobs = []
         for variant in variants:
             job = self._job(variant.name, variant.stage, override(self.config, [*common, *variant.overrides]), shards)
-            folders = job.folders | {"ar": start.path / PARTS["ar"][0]}
-            if not job.config.dit.ar_token_probability:
-                folders.pop("ar")
+            folders = {name: start.path / PARTS[name][0] if name == "ar" else its for name, its in job.folders.items()}
             path = self.output / "variants" / variant.name / variant.stage
             jobs.append(replace(job, folders=folders, path=path, config=_quietly(job.config, job.section), every=1))
         train_together(jobs)
@@ -197,7 +198,9 @@ class Box:
         }
 
     def _job(self, name: str, section: Literal["ar", "dit"], config: Config, shards: int) -> Job:
-        folders = {part: self.path(part) for part in ("vae", "codec_fine", "codec_coarse")}
+        drawn = config.dit.ar_token_probability > 0 and section == "dit"  # some tokens, by the AR
+        names = ("vae", "codec_fine", "codec_coarse", *(("ar",) if drawn else ()))
+        folders = {part: self.path(part) for part in names}
         path, where = self.path(name), self.output / "shards"
         return Job(name, section, config, path, self._parents(), folders, where, shards, self.device, seed=self.seed)
 

@@ -41,11 +41,12 @@ def test_every_stage_trains_within_its_time_and_the_bundle_is_measured(tmp_path:
     assert bundle.artifacts["dit"].lineage.parents["codec_fine"] == bundle.artifacts["codec_fine"].fingerprint
 
     begins = ["--videos", "8", "--shard", "8", "--steps", "dit=1", "--count", "0", "--start", str(bundle.path)]
-    main([*flags, *begins, "--only", "dit", "--anew", "--output", str(tmp_path / "anew")])
+    drawn = ["--set", "dit.ar_token_probability=0.5"]
+    main([*flags, *begins, *drawn, "--only", "dit", "--anew", "--output", str(tmp_path / "anew")])
     anew = Bundle(tmp_path / "anew" / "bundle").artifacts
-    assert (
-        "dit_init" not in anew["dit"].lineage.parents and anew["ar"].fingerprint == bundle.artifacts["ar"].fingerprint
-    )
+    parents = anew["dit"].lineage.parents
+    assert "dit_init" not in parents and anew["ar"].fingerprint == bundle.artifacts["ar"].fingerprint
+    assert parents["ar_tokens"] == anew["ar"].fingerprint
 
 
 def test_what_begins_anew_is_named() -> None:
