@@ -12,7 +12,7 @@ from torch import nn
 from arlon_ray.config import load_config
 from arlon_ray.generation import VideoGenerator, default_options
 from arlon_ray.offload import Offload
-from benchmarks.gpu_sampling import random_bundle
+from benchmarks.gpu_sampling import WITHOUT_OPENCV, random_bundle
 from benchmarks.gpu_training import clean
 from benchmarks.machine import synchronised, timed
 
@@ -31,7 +31,7 @@ def offloaded(device: str, small: bool) -> dict[str, Any]:
     In MiB: `weights`, what torch holds between two videos, and its peak while one is made (a GPU's).
     """
     config = load_config("small", FEW if small else LARGE)
-    options = default_options(config.sampling, steps=1 if small else 8)
+    options = default_options(config.sampling, **WITHOUT_OPENCV, steps=1 if small else 8)
     prompts, found, sums = ["a red circle moves", "and comes back"], dict[str, Any](), list[list[int]]()
     kinds: tuple[Offload, ...] = ("none", "idle")
     for kind in kinds:
