@@ -69,6 +69,29 @@ def test_steps_by_index_draw_what_steps_by_runs_draw(block: tuple[int, int]) -> 
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("other", [1, 3])
+def test_padding_behind_the_text_is_not_computed(guidance: float, other: int) -> None:
+    """Tokens are those of the text without it, and it takes no room in the cache; `other`: words of a negative text."""
+    model, options = build((1, 1)), default_options(SamplingConfig(ar_guidance_scale=guidance))
+    text, against = torch.randn(2, 1, 6, 8)
+    found = []
+    for length in (3, 6):
+        mask, less = ((torch.arange(length) < words)[None] for words in (3, other))
+        negative = None if other == 1 else (against[:, :length], less)
+        context, generator = torch.zeros(1, *GRID[1:], dtype=torch.long), torch.Generator().manual_seed(0)
+        member = Sampling((text[:, :length], mask), context, GRID, options, generator, None, negative)
+        batch = SamplingBatch(model, 3 + GRID[0] * GRID[1] * GRID[2])
+        batch.join(member)
+        found.append((member.filled, batch.decoder.state[: member.rows].clone()))
+        while not member.ended:
+            batch.step()
+        found[-1] += (member.result,)  # type: ignore[assignment]
+    (filled, state, tokens), (with_padding, its_state, its_tokens) = found  # type: ignore[misc]
+    assert filled == with_padding == 3 + 1 + GRID[1] * GRID[2]
+    assert torch.equal(state, its_state) and torch.equal(tokens, its_tokens)
+
+
 def test_without_weights_laid_out_rows_come_in_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build((2, 3))
     expected = drawn(model, 1, False)
