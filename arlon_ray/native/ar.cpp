@@ -107,6 +107,38 @@ static inline void tile(const float* x, int64_t C, const typename Kind::Number* 
     }
 }
 
+#ifdef __AVX512F__
+static inline Wide side_by_side(Lanes a, Lanes b) {
+  __m512d first = _mm512_castpd256_pd512(_mm256_castps_pd(a));
+  return _mm512_castpd_ps(_mm512_insertf64x4(first, _mm256_castps_pd(b), 1));
+}
+
+// The same sums, of two panels in a register
+template <class Kind, int R, int P>
+static inline void wide_tile(const float* x, int64_t C, const typename Kind::Number* panels, const float* scale,
+                             float* out, const float* added, int64_t O) {
+  Wide sums[R][P / 2] = {};
+  for (int64_t c = 0; c < C; c++) {
+    Wide weights[P / 2];
+    for (int p = 0; p < P / 2; p++) {
+      const auto *eight = panels + (2 * p * C + c) * 8, *others = eight + C * 8;
+      weights[p] = side_by_side(Kind::of(eight), Kind::of(others));
+    }
+    for (int r = 0; r < R; r++) {
+      Wide one = wide(x[r * C + c]);
+      for (int p = 0; p < P / 2; p++) sums[r][p] = fma(weights[p], one, sums[r][p]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) {
+      Lanes y;
+      memcpy(&y, (const char*)&sums[r][p / 2] + p % 2 * sizeof y, sizeof y);
+      if (scale) y *= load(scale + p * 8);
+      store(out + r * O + p * 8, added ? y + load(added + r * O + p * 8) : y);
+    }
+}
+#endif
+
 // Sums at a time: enough to hide how long one takes, and what is read of a row or a panel serves several of them; they
 // and what they need fit the registers.
 #ifdef __AVX512VL__
@@ -127,6 +159,10 @@ static void rows_of(const float* x, int64_t C, const typename Kind::Number* pane
     for (; p + panels_of_one <= count; p += panels_of_one)
       tile(x, C, panels + p * C * 8, scale ? scale + p * 8 : scale, out + p * 8, added ? added + p * 8 : added, O);
   };
+#ifdef __AVX512F__
+  // fewer rows wait for weights
+  if constexpr (R >= 3) some(wide_tile<Kind, R, 2 * P>, 2 * P);
+#endif
   some(tile<Kind, R, P>, P);
   some(tile<Kind, R, 1>, 1);
 }

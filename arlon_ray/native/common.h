@@ -31,6 +31,20 @@ static inline Lanes fma(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
+// Registers of the processor's own width, for what is done number by number
+#ifdef __AVX512F__
+constexpr int WIDE = 16;
+typedef float Wide __attribute__((vector_size(64)));
+typedef int32_t WideInts __attribute__((vector_size(64)));
+static inline Wide fma(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Wide wide(float x) { return _mm512_set1_ps(x); }
+#else
+constexpr int WIDE = LANES;
+typedef Lanes Wide;
+typedef Ints WideInts;
+static inline Wide wide(float x) { return all(x); }
+#endif
+
 static inline float sum(Lanes x) {
   x += __builtin_shuffle(x, Ints{4, 5, 6, 7, 0, 1, 2, 3});
   x += __builtin_shuffle(x, Ints{2, 3, 0, 1, 6, 7, 4, 5});

@@ -4,19 +4,6 @@
 
 #include "common.h"
 
-// Registers of the processor's own width, for what is done number by number
-#ifdef __AVX512F__
-constexpr int WIDE = 16;
-typedef float Wide __attribute__((vector_size(64)));
-typedef int32_t WideInts __attribute__((vector_size(64)));
-static inline Wide fma(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }
-#else
-constexpr int WIDE = LANES;
-typedef Lanes Wide;
-typedef Ints WideInts;
-#endif
-
-static inline Wide wide(float x) { return Wide{} + x; }
 static inline Wide load_wide(const float* from) { Wide x; memcpy(&x, from, sizeof x); return x; }
 static inline void store_wide(float* to, Wide x) { memcpy(to, &x, sizeof x); }
 
