@@ -120,7 +120,7 @@ class VideoVAE(nn.Module, ABC):
             )
 
         raw = latents_BCthw * self.scale[:, None, None, None] + self.shift[:, None, None, None]
-        return self._in_groups(of_group, raw, GROUP_LATENTS).clamp(-1.0, 1.0)
+        return self._in_groups(of_group, raw, GROUP_LATENTS).clamp_(-1.0, 1.0)
 
     def _in_groups(self, function: Callable[[Tensor], Tensor], x_BCthw: Tensor, group: int) -> Tensor:
         """`function` of each group of `group` frames, `group_batch` of them at a time, and of the part that is left."""
@@ -128,12 +128,12 @@ class VideoVAE(nn.Module, ABC):
         whole, done = count // group * group, []
         if whole:
             groups = rearrange(x_BCthw[:, :, :whole], "b c (g t) h w -> (b g) c t h w", t=group)
-            results = torch.cat([function(part) for part in groups.split(self.config.group_batch)])
+            results = _joined([function(part) for part in groups.split(self.config.group_batch)], 0)
             done.append(rearrange(results, "(b g) c t h w -> b c (g t) h w", b=batch))
         if count > whole:
             rest = [function(part) for part in x_BCthw[:, :, whole:].split(self.config.group_batch)]
-            done.append(torch.cat(rest))
-        return torch.cat(done, dim=2)
+            done.append(_joined(rest, 0))
+        return _joined(done, 2)
 
     def _in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, out: int, into: int) -> Tensor:
         """`function` of `x` [B, C, T, H, W], tile by tile with linear blending; at once if `tile` is 0.
@@ -155,7 +155,11 @@ class VideoVAE(nn.Module, ABC):
                 total[..., _times(row, out), _times(column, out)] += part * weight
                 weights[_times(row, out), _times(column, out)] += weight
         assert total is not None
-        return total / weights
+        return total.div_(weights)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def windows(size: int, tile: int) -> list[slice]:

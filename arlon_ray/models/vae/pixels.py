@@ -17,7 +17,7 @@ def to_frames(video: Tensor) -> np.ndarray:
 
     Raises FloatingPointError for values that are no numbers: as bytes they would look like a picture.
     """
-    video = video.clamp(-1.0, 1.0)
+    video = video.clamp(-1.0, 1.0)  # the one copy: a long video's pixels are gigabytes
     if video.sum().isnan():
         raise FloatingPointError(f"{int(video.isnan().sum())} of {video.numel()} pixels are not numbers")
-    return ((video + 1.0) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+    return video.add_(1.0).mul_(127.5).round_().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
