@@ -13,6 +13,15 @@ export const wait = (ms, signal) =>
     signal?.addEventListener("abort", () => (clearTimeout(timer), done()), { once: true });
   });
 
+/** Without a byte for so long, a connection may be one that nobody told this end of: events have a comment sooner. */
+export const QUIET_MS = 45000;
+/** What the reader reads next; null where nothing comes for so long, and `pending` is to be asked again. */
+export async function readWithin(pending, ms = QUIET_MS) {
+  let timer;
+  const quiet = new Promise((done) => (timer = setTimeout(done, ms, null)));
+  return Promise.race([pending, quiet]).finally(() => clearTimeout(timer));
+}
+
 export class ApiError extends Error {
   constructor(status, { message, param = null, code = null }) {
     super(message);
@@ -142,9 +151,13 @@ async function* eventsOf(body) {
   let rest = "";
   let event = { type: "message", data: "", id: "" };
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
+    const read = await readWithin(reader.read());
+    if (!read) {
+      reader.cancel().catch(() => {});
+      throw new ApiError(0, { message: "The server is silent." });
+    }
+    if (read.done) return;
+    const lines = (rest + read.value).split(/\r\n|\n|\r(?!$)/);
     rest = lines.pop();
     for (const line of lines) {
       if (line === "") {

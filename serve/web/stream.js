@@ -1,7 +1,7 @@
 // The bytes of a video while it is made, also where the connection does not last as long as that: a phone was locked, the
 // network is another one, the server was started again.
 
-import { ApiError, FIRST_PAUSE, LAST, call, isFinal, longer, pathOf, request, wait } from "./api.js";
+import { ApiError, FIRST_PAUSE, LAST, call, isFinal, longer, pathOf, readWithin, request, wait } from "./api.js";
 
 /**
  * The bytes of the growing mp4 of `id`, each once, to its end. Each connection begins at the first byte; what was given
@@ -14,7 +14,7 @@ export async function* bytesOf(id, signal) {
     const read = { length: 0, sum: 0 }; // by this connection
     try {
       const response = await request(pathOf(id, "/stream"), { signal, cache: "no-store" });
-      for await (const piece of piecesOf(response.body)) {
+      for await (const piece of piecesOf(response.body, id)) {
         const known = piece.subarray(0, given.length - read.length);
         const fresh = piece.subarray(known.length);
         count(read, known);
@@ -34,10 +34,24 @@ export async function* bytesOf(id, signal) {
   }
 }
 
-async function* piecesOf(body) {
+/** Raises ApiError where nothing comes though there is more: segments that are ready, or the end. */
+async function* piecesOf(body, id) {
   const reader = body.getReader();
   try {
-    for (let piece = await reader.read(); !piece.done; piece = await reader.read()) yield piece.value;
+    for (let before = null, pending = reader.read(); ; ) {
+      const piece = await readWithin(pending);
+      if (!piece) {
+        const { status, segments } = await call("GET", pathOf(id));
+        const ready = segments.filter((segment) => segment.status === "completed").length;
+        if (LAST.includes(status) || ready > (before ?? ready)) throw new ApiError(0, { message: "Nothing comes." });
+        before = ready;
+        continue;
+      }
+      if (piece.done) return;
+      yield piece.value;
+      before = null;
+      pending = reader.read();
+    }
   } finally {
     reader.cancel().catch(() => {});
   }

@@ -153,3 +153,53 @@ def test_what_is_begun_anew_is_shown_from_its_beginning(visit: Visiting) -> None
     seen.status("Ready")
     shown_until(seen, float(seen.made()[0]["seconds"]))
     assert between[0].told and between[0].streams == 2
+
+
+class Silent:
+    """ASGI middleware: of the first answer at `path` only so many bytes come, and nothing says that no more will."""
+
+    def __init__(self, app: ASGIApp, path: str, left: int) -> None:
+        self.app, self.path, self.left, self.asked = app, path, left, 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not scope.get("path", "").endswith(self.path):
+            return await self.app(scope, receive, send)
+        self.asked += 1
+        if self.asked > 1:
+            return await self.app(scope, receive, send)
+
+        async def some(message: Any) -> None:
+            body = message.get("body", b"")[: self.left]
+            self.left -= len(body)
+            if body or message["type"] == "http.response.start":
+                await send({**message, "body": body, "more_body": True} if body else message)
+
+        await self.app(scope, receive, some)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return None
+
+
+@pytest.mark.parametrize("path, left", [("/events", 200), ("/stream", 3000)])
+def test_a_connection_that_says_nothing_any_more_is_opened_again(visit: Visiting, path: str, left: int) -> None:
+    between: list[Silent] = []
+
+    def around(app: ASGIApp) -> ASGIApp:
+        between.append(Silent(app, path, left))
+        return between[0]
+
+    seen, stages = visit(around=around)
+    # three quarters of a minute are one and a half seconds
+    sooner = (
+        "const real = setTimeout; window.setTimeout = (f, ms, ...more) => real(f, ms > 3e4 ? ms / 30 : ms, ...more)"
+    )
+    seen.context.add_init_script(sooner)
+    seen.page.reload()
+    stages.held_at = 3
+    seen.write("A cat.", segments=4)
+    seen.one("#make-video").click()
+    seen.status("Segment 4 of 4, step")
+    stages.held_at = None
+    seen.status("Ready")
+    shown_until(seen, float(seen.made()[0]["seconds"]))
+    assert between[0].asked == 2
