@@ -18,8 +18,8 @@ from arlon_ray.artifact import Artifact, load_artifact
 from arlon_ray.bundle import PARTS, Bundle, save_bundle
 from arlon_ray.config import Config, override
 from jobs.command_line import InputError, existing, output_folder, parser, run
-from jobs.evaluate import costs, evaluate, parse_choices, tuned, write_results
-from jobs.evaluation import Evaluator, RowResult, held_out_prompts, parse_row, table_of
+from jobs.evaluate import beside, costs, evaluate, parse_choices, tuned, write_results
+from jobs.evaluation import Evaluator, held_out_prompts, parse_row, table_of
 from jobs.generate import open_bundle
 from jobs.ray_session import connect
 from jobs.results_page import read_results, write_page
@@ -80,19 +80,20 @@ class Ablation:
 
 def measure_variant(
     ablation: Ablation, variant: Variant, count: int, choices: dict[str, list[float]], tune_count: int, seed: int
-) -> list[RowResult]:
-    """Train (or find) one variant and measure its rows."""
+) -> bool:
+    """Train (or find) one variant and measure its rows; whether nothing failed."""
     artifact = ablation.train(variant)
     bundle = ablation.bundled(variant, artifact.path)
     output = ablation.output / variant.name
     output.mkdir(parents=True, exist_ok=True)
-    rows = tuned(bundle, [parse_row(text) for text in variant.rows], choices, tune_count, seed)
+    rows, scores = tuned(bundle, [parse_row(text) for text in variant.rows], choices, tune_count, seed)
     evaluator = Evaluator(bundle, held_out_prompts(bundle, count), seed)
     results = evaluate(evaluator, rows, output, label=variant.name, tracking=ablation.tracking)
     facts = {"variant": variant.name, "what": variant.what, "loss": artifact.lineage.metrics.get("loss")}
-    write_results(output, evaluator, results, parts=costs(evaluator), **facts)
+    more = facts | scores | beside(evaluator, costs)
+    write_results(output, evaluator, results, **more)
     print(f"\n{variant.name}: {variant.what}\n\n{table_of(results)}\n", flush=True)
-    return results
+    return "failures" not in more and not any(result.failures for result in results)
 
 
 def chosen_variants(names: Sequence[str]) -> list[Variant]:
@@ -137,7 +138,7 @@ def main() -> None:
     flags.add_argument("--ar-steps", type=int, default=500, help="training steps of every AR (default: 500)")
     flags.add_argument("--count", type=int, default=64, help="held-out captions (default: 64)")
     flags.add_argument("--tune", action="append", default=[], metavar="OPTION=V,V", help="as for evaluate.py")
-    flags.add_argument("--tune-count", type=int, default=24, help="captions to choose on (default: 24)")
+    flags.add_argument("--tune-count", type=int, default=64, help="captions to choose on (default: 64)")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument(
         "--also", nargs="+", default=[], metavar="DIR", help="results of evaluate.py to show before the variants"
@@ -165,8 +166,9 @@ def main() -> None:
                 print(ablation.train(variant).path, flush=True)
             return
         for variant in variants:
-            results = measure_variant(ablation, variant, arguments.count, choices, arguments.tune_count, arguments.seed)
-            failed |= any(result.failures for result in results)
+            failed |= not measure_variant(
+                ablation, variant, arguments.count, choices, arguments.tune_count, arguments.seed
+            )
     page = Path(arguments.docs).expanduser().absolute() if arguments.docs else output / "results.md"
     told = f"`jobs/ablate.py`: every DiT has one text-only start, {arguments.steps} steps, the same data and seed."
     folders = [output / name for name in NAMES if (output / name / "results.json").is_file()]

@@ -18,7 +18,7 @@ from jobs.command_line import InputError, parser, run
 #: Pictures shown of a run, and curves drawn: the rest is in MLflow itself.
 MOST_PICTURES, MOST_CURVES = 4, 12
 #: Tags that say where a run comes from.
-LINEAGE = ("parent.", "code_version", "git", "key", "source")
+LINEAGE = ("parent.", "code_version", "mlflow.source.", "key", "bundle", "row", "artifact")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1b1f24 }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { border: 1px solid #d0d7de; padding: .25rem .6rem;
@@ -27,7 +27,9 @@ text-align: left; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } 
 """
 
 
-def find_runs(client: Any, experiment: str, ids: Sequence[str], stage: str | None, count: int) -> list[Any]:
+def find_runs(
+    client: Any, experiment: str, ids: Sequence[str], stage: str | None, count: int, rows: bool = False
+) -> list[Any]:
     """The runs to compare. Raises InputError if one of them, or the experiment, is unknown."""
     from mlflow.exceptions import MlflowException
 
@@ -42,10 +44,11 @@ def find_runs(client: Any, experiment: str, ids: Sequence[str], stage: str | Non
     found = client.get_experiment_by_name(experiment)
     if found is None:
         raise InputError(f"--experiment {experiment}: no such experiment")
-    wanted = f"tags.stage = '{stage}'" if stage else ""
+    wanted = " and ".join([f"tags.stage = '{stage}'"] * bool(stage) + ["tags.row LIKE '%'"] * rows)
     runs = client.search_runs([found.experiment_id], wanted, order_by=["attributes.start_time DESC"], max_results=count)
     if not runs:
-        raise InputError(f"--experiment {experiment}: no runs{f' of stage {stage}' if stage else ''}")
+        kind = f" of stage {stage}" if stage else " of rows" if rows else ""
+        raise InputError(f"--experiment {experiment}: no runs{kind}")
     return list(runs)
 
 
@@ -155,6 +158,7 @@ def main() -> None:
     flags.add_argument("--experiment", default="arlon-ray", metavar="NAME")
     flags.add_argument("--runs", nargs="+", default=[], metavar="ID", help="run ids (default: the newest)")
     flags.add_argument("--stage", metavar="NAME", help="only runs of this stage: dit, dit_base, ar, vqvae_fine, …")
+    flags.add_argument("--rows", action="store_true", help="only rows of tables: runs of evaluate.py and ablate.py")
     flags.add_argument("--count", type=int, default=6, help="how many of the newest (default: 6)")
     arguments = flags.parse_args()
     if arguments.count < 1:
@@ -164,7 +168,7 @@ def main() -> None:
 
     try:
         client = MlflowClient(arguments.uri)
-        runs = find_runs(client, arguments.experiment, arguments.runs, arguments.stage, arguments.count)
+        runs = find_runs(client, arguments.experiment, arguments.runs, arguments.stage, arguments.count, arguments.rows)
     except MlflowException as error:
         raise InputError(f"--uri {arguments.uri}: {' '.join(str(error).split())[:200]}") from None
     output = Path(arguments.output).expanduser().absolute()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from arlon_ray.artifact import sha256_of, write_json
+from arlon_ray import __version__
+from arlon_ray.artifact import one_line, sha256_of, write_json
 from arlon_ray.bundle import MANIFEST, Bundle
 from arlon_ray.config import GROUP_FRAMES
 from arlon_ray.evaluation.cost import weights, work
@@ -41,7 +43,7 @@ from jobs.evaluation import (
     table_of,
 )
 from jobs.generate import open_bundle
-from jobs.results_page import read_results, write_page
+from jobs.results_page import VIDEOS, read_results, write_page
 from jobs.tables import costs_table
 from jobs.tracking import Tracking
 
@@ -148,41 +150,72 @@ def figures_of(result: RowResult) -> dict[str, float]:
 
 
 def write_results(output: Path, evaluator: Evaluator, results: Sequence[RowResult], **more: Any) -> None:
-    """results.json and results.md as far as they are."""
+    """results.json and results.md as far as they are, and each video's values in videos.json."""
     rows = {result.row.name: result.report() for result in results}
-    write_json(output / "results.json", {"prompts": len(evaluator.prompts), "rows": rows, **more})
+    bundle = evaluator.bundle
+    made_of = {
+        "bundle": sha256_of(bundle.path / MANIFEST),
+        "parts": {role: artifact.fingerprint for role, artifact in bundle.artifacts.items()},
+        "seed": evaluator.seed, "segments": evaluator.segments, "code_version": __version__,
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(bundle.device),
+    }  # fmt: skip
+    write_json(output / "results.json", {"prompts": len(evaluator.prompts), "rows": rows, "made_of": made_of, **more})
+    (output / VIDEOS).write_text(json.dumps(evaluator.values(results), separators=(",", ":")) + "\n")
     (output / "results.md").write_text(table_of(results) + "\n")
+
+
+def beside(evaluator: Evaluator, *works: Callable[[Evaluator], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured beside the rows; what fails is said, listed under `failures`, and the rest goes on."""
+    found: dict[str, Any] = {}
+    for work_of in works:
+        try:
+            found |= work_of(evaluator)
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            what = work_of.__name__
+            found.setdefault("failures", {})[what] = one_line(error)
+            print(f"{what}: {one_line(error)}", file=sys.stderr)
+    return found
 
 
 def tuned(
     bundle: Bundle, rows: Sequence[Row], choices: Mapping[str, Sequence[Any]], count: int, seed: int
-) -> list[Row]:
-    """Each model and number of steps at its own best options, found on captions of their own.
+) -> tuple[list[Row], dict[str, Any]]:
+    """Each model and number of steps at its own best options, found on captions of their own; and all scores.
 
     Rows that differ from an earlier one in other options alone take over its choice: what differs is then the option.
     """
     if not choices:
-        return list(rows)
+        return list(rows), {}
     evaluator = Evaluator(bundle, held_out_prompts(bundle, count, "tune"), seed)
     best: dict[tuple[str, Any], dict[str, Any]] = {}
+    scores: dict[str, Any] = {}
     for row in rows:
         key = (row.model, row.changes.get("steps"))
         if key not in best:
             absent = not bundle.guided and row.model != "text-only"
-            best[key] = {} if absent else evaluator.best(replace(row, again=None), choices)
-            told = ", ".join(f"{name}={value:g}" for name, value in best[key].items())
+            best[key], scores[row.name] = ({}, {}) if absent else evaluator.best(replace(row, again=None), choices)
+            told = ", ".join(f"{name}={value:g}{_at_an_end(value, choices[name])}" for name, value in best[key].items())
             print(f"{row.name}: best {told}" if told else f"{row.name}: nothing to choose", flush=True)
-    return [row.with_changes(**best[row.model, row.changes.get("steps")]) for row in rows]
+    chosen = [row.with_changes(**best[row.model, row.changes.get("steps")]) for row in rows]
+    return chosen, {"tuned": {"captions": count, "scores": scores}}
 
 
-def costs(evaluator: Evaluator) -> dict[str, dict[str, float]]:
-    """Parameters, bytes, operations and memory of each part for one video; of the DiT, for one denoising step."""
+def _at_an_end(value: float, values: Sequence[float]) -> str:
+    ends = {min(values): "least", max(values): "largest"} if len(values) > 1 else {}
+    return f" (the {ends[value]} of its values: one beyond may be better)" if value in ends else ""
+
+
+def costs(evaluator: Evaluator) -> dict[str, Any]:
+    """Parameters, bytes, operations and memory of each `parts` for one video; of the DiT, for one denoising step.
+
+    Weights of the VAE are those of both its halves, operations and memory those of decoding.
+    """
     bundle, generator, text = evaluator.bundle, evaluator.generator, evaluator.prompts[0].text
-    parts, device = {"vae decoder": weights(bundle.vae)}, bundle.device
+    parts, device = {"vae, decoding": weights(bundle.vae)}, bundle.device
     step = default_options(bundle.config.sampling, steps=1, guidance_scale=1.0, token_guidance_scale=1.0)
     plain = step.model_copy(update={"baseline": True})
     latents = generator.renderer.render(text, None, None, 0, 0, plain).latents
-    parts["vae decoder"] |= work(lambda: generator.decoder.decode(latents), device)
+    parts["vae, decoding"] |= work(lambda: generator.decoder.decode(latents), device)
     parts["dit text-only, a step"] = weights(bundle.baseline) | work(
         lambda: generator.renderer.render(text, None, None, 0, 0, plain), device
     )
@@ -194,16 +227,21 @@ def costs(evaluator: Evaluator) -> dict[str, dict[str, float]]:
         parts["dit guided, a step"] = weights(bundle.dit) | work(
             lambda: generator.renderer.render(text, tokens, None, 0, 0, step), device
         )
-    return parts
+        codes = torch.from_numpy(tokens)[None].long().to(device)
+        parts["codec, its guide of a segment"] = weights(bundle.codec) | work(
+            lambda: bundle.codec.decode(codes, bundle.config.latent_grid), device
+        )
+    return {"parts": parts}
 
 
 def of_tokens(evaluator: Evaluator) -> dict[str, Any]:
-    """Figures of codecs and AR on the true videos, and what kind of errors the DiT's guide has."""
+    """Figures of codecs and AR on the true videos, what kind of errors the DiT's guide has, and what chance makes."""
     bundle, texts = evaluator.bundle, [prompt.text for prompt in evaluator.prompts]
     latents = [evaluator.latents(scene) for scene in evaluator.scenes]
     return {
         "tokens": token_figures(bundle, latents, texts) | contrast_nats(evaluator, latents),
         "guide_errors": guide_errors(bundle, latents, texts, evaluator.seed),
+        "frechet_chance": evaluator.frechet_chance() if len(texts) > 1 else None,
     }
 
 
@@ -261,7 +299,7 @@ def main() -> None:
         metavar="OPTION=V,V",
         help="values to choose from, on other captions, for each row; repeatable",
     )
-    flags.add_argument("--tune-count", type=int, default=32, help="captions to choose on (default: 32)")
+    flags.add_argument("--tune-count", type=int, default=64, help="captions to choose on (default: 64)")
     flags.add_argument("--costs", action="store_true", help="also parameters, operations and memory of each part")
     flags.add_argument("--what", metavar="TEXT", help="what this bundle is, for pages that show it beside others")
     flags.add_argument("--docs", metavar="FILE", help="page to write, its pictures in a folder beside it")
@@ -284,18 +322,18 @@ def main() -> None:
         prompts = held_out_prompts(bundle, arguments.count, segments=arguments.segments)
     vbench = Path(arguments.export_vbench).expanduser().absolute() if arguments.export_vbench else None
     output = output_folder(arguments)
-    rows = tuned(bundle, rows, choices, arguments.tune_count, arguments.seed)
+    rows, scores = tuned(bundle, rows, choices, arguments.tune_count, arguments.seed)
     evaluator = Evaluator(bundle, prompts, arguments.seed, arguments.segments)
     results = evaluate(evaluator, rows, output, vbench=vbench)
     variant = "bundle" if arguments.segments == 1 else f"bundle, {arguments.segments} segments"
     what = arguments.what or f"the bundle {bundle.path.name}"
     stand_in = "dit_base" not in bundle.artifacts and any(row.model == "text-only" for row in rows)
     remark = "; text-only: its guided DiT without tokens, it has no text-only one" if bundle.guided and stand_in else ""
-    more: dict[str, Any] = {"variant": variant, "what": what + remark}
+    more: dict[str, Any] = {"variant": variant, "what": what + remark, **scores}
+    works = [costs] if arguments.costs else []
     if bundle.guided and arguments.segments == 1 and all(prompt.scene is not None for prompt in prompts):
-        more |= of_tokens(evaluator)
-    if arguments.costs:
-        more["parts"] = costs(evaluator)
+        works.append(of_tokens)
+    more |= beside(evaluator, *works)
     write_results(output, evaluator, results, **more)
     if arguments.docs:
         page = Path(arguments.docs).expanduser().absolute()
@@ -310,7 +348,7 @@ def main() -> None:
     if "parts" in more:
         print(costs_table(more["parts"]), end="\n\n")
     print(output / "results.json")
-    if any(result.failures for result in results):
+    if "failures" in more or any(result.failures for result in results):
         raise SystemExit(1)
 
 

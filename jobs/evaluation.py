@@ -163,10 +163,12 @@ def held_out_prompts(bundle: Bundle, count: int, use: HeldOut = "measure", segme
 def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
     """One prompt a line. Raises InputError that names all lines that are empty or too long."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts {path}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
     count_tokens, limit = load_token_counter(bundle.config.text), bundle.config.text.max_tokens
+    if lines == [""]:
+        raise InputError(f"--prompts {path}: no prompt in it")
     wrong = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -176,8 +178,6 @@ def read_prompts(path: Path, bundle: Bundle) -> list[Prompt]:
     if wrong:
         more = f"; and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
         raise InputError(f"--prompts {path}: {'; '.join(wrong[:MOST_TOLD])}{more}")
-    if not lines:
-        raise InputError(f"--prompts {path}: no prompt in it")
     return [Prompt(line.strip()) for line in lines]
 
 
@@ -330,16 +330,18 @@ class Evaluator:
         tokens = self.bundle.codec.encode(self.latents(prompt.scene))[0].int().cpu().numpy()
         return wrong_tokens(tokens, row.wrong, len(self.bundle.codec.codebook), self.seed + index)
 
-    def best(self, row: Row, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    def best(
+        self, row: Row, choices: Mapping[str, Sequence[Any]]
+    ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """The sampling options among `choices` with the best mean over VBench's dimensions, one after the other.
 
-        Options that the row names, or that its model does not have, are left alone.
+        Options that the row names, or that its model does not have, are left alone. Also the scores of all values.
         """
         foreign = {
             "text-only": ("token_", "ar_", "top_", "temperature", "start"),
             "true-tokens": ("ar_", "top_", "temp"),
         }
-        found: dict[str, Any] = {}
+        found, scores = dict[str, Any](), dict[str, dict[str, float]]()
         for name, values in choices.items():
             if name in row.changes or name.startswith(foreign.get(row.model, ("\0",))) or row.model in ("truth", "vae"):
                 continue
@@ -347,13 +349,40 @@ class Evaluator:
             if max(scored)[0] == float("-inf"):
                 raise InputError(f"--tune {name}: no video of {row.name} could be made with any of its values")
             found[name] = max(scored, key=lambda pair: pair[0])[1]
-        return found
+            scores[name] = {f"{value:g}": score for score, value in scored}
+        return found, scores
 
     def _score(self, row: Row) -> float:
-        """Mean over the dimensions; below every other one if no video could be made."""
+        """Mean over the dimensions; below every other one if no video could be made.
+
+        More motion than the truth has is no merit: `dynamic_degree` counts by how near it is to that of the scenes.
+        """
         figures = summary(list(self.row(row).metrics.values()))
-        means = [figures[name]["mean"] for name in DIMENSIONS if name in figures]
-        return float(np.mean(means)) if means else float("-inf")
+        means = {name: figures[name]["mean"] for name in DIMENSIONS if name in figures}
+        if "dynamic_degree" in means and self._true_motion is not None:
+            means["dynamic_degree"] = 1 - abs(means["dynamic_degree"] - self._true_motion)
+        return float(np.mean(list(means.values()))) if means else float("-inf")
+
+    @cached_property
+    def _true_motion(self) -> float | None:
+        """The scenes' own dynamic degree."""
+        true = self.row(Row("truth", "truth")).metrics
+        return float(np.mean([its["dynamic_degree"] for its in true.values()])) if true else None
+
+    def values(self, results: Sequence[RowResult]) -> dict[str, dict[str, dict[int, float]]]:
+        """Of each row and metric, each video's value by the number of its caption."""
+        return {
+            result.row.name: {
+                name: {index: round(its[name], 5) for index, its in result.metrics.items() if name in its}
+                for name in sorted(set().union(*result.metrics.values()))
+            }
+            for result in results
+        }
+
+    def frechet_chance(self) -> float:
+        """Fréchet distance of the true videos from those of as many other captions: what chance alone makes."""
+        others = held_out_prompts(self.bundle, len(self.scenes), "tune", self.segments)
+        return frechet_distance([video_features(render(its.scene)) for its in others if its.scene], self.reference)
 
 
 def table_of(results: Sequence[RowResult]) -> str:

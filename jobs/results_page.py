@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,12 +27,18 @@ WRONG = "true-tokens@5:wrong="
 WHOLE = ("full", "bundle")
 NOTES = ("<!-- notes: kept when this page is written anew -->", "<!-- end of notes -->")
 FEW = ("guided@3", "guided@5", "guided@6")
+#: Beside results.json: of each row and metric, the value of each caption's video.
+VIDEOS = "videos.json"
+DRAWS = 2000
+Values = Mapping[str, Mapping[str, float]]
 
 
 def read_results(folder: Path) -> tuple[Path, Found]:
     """A folder and its results.json. Raises InputError if there is none of this version."""
     try:
         found = json.loads((folder / "results.json").read_text())
+        videos = folder / VIDEOS
+        found["values"] = json.loads(videos.read_text()) if videos.is_file() else {}
         return folder, found | {name: found[name] for name in ("variant", "what", "rows", "prompts")}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: no results of jobs/evaluate.py: {one_line(error)}") from None
@@ -49,8 +56,9 @@ def write_page(page: Path, found: Sequence[tuple[Path, Found]], told: str) -> No
     lines = [
         "# Results",
         "",
-        f"{told} `@N`: denoising steps; ±: half of the 95 % bootstrap interval over "
-        f"{max(result['prompts'] for result in results)} held-out captions; guidance: text / tokens / AR.",
+        f"{told} `@N`: denoising steps; ±: half of the 95 % interval over "
+        f"{max(result['prompts'] for result in results)} held-out captions (Wilson's of shares, else bootstrap); "
+        "guidance: text / tokens / AR.",
         "",
         *_table(results),
         "",
@@ -86,9 +94,26 @@ def _rows(found: Sequence[Found]) -> list[tuple[str, str, Found]]:
 
 
 def _table(found: Sequence[Found]) -> list[str]:
-    rows = [((result["variant"], name), row) for result in found for name, row in result["rows"].items()]
+    rows = [
+        ((result["variant"], name), result["rows"][name])
+        for result in found
+        for name in sorted(result["rows"], key=_by_numbers)
+    ]
     told = [f"- **{result['variant']}**: {result['what']}{_loss(result)}" for result in found]
+    told += [
+        "- FVD: rows with true tokens, `vae` and `truth` show the very scenes that they are compared with. The others "
+        "do not: the true videos of as many other captions, with all that captions do not say drawn anew, are "
+        f"{result['frechet_chance']:.3f} away, and differences below that say nothing."
+        for result in found[:1]
+        if result.get("frechet_chance")
+    ]
     return [results_table(rows, ("variant", "row")), "", *told]
+
+
+def _by_numbers(name: str) -> list[tuple[int, float, str]]:
+    """@3 before @10."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(1, float(part), "") if number % 2 else (0, 0.0, part) for number, part in enumerate(parts)]
 
 
 def _loss(result: Found) -> str:
@@ -102,43 +127,75 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
     dynamic_degree counts by how near it is.
     """
     truth: Found = next((row["metrics"] for _, name, row in _rows(found) if name == "truth"), {})
+    values = {(result["variant"], name): its for result in found for name, its in result.get("values", {}).items()}
+    true_motion = next((its["dynamic_degree"] for (_, name), its in values.items() if name == "truth"), None)
     made = [
         (variant, name, row) for variant, name, row in _rows(found) if row["seconds"]
     ]  # not where all videos failed
     for whole in reversed(WHOLE):
         few = [(name, row) for variant, name, row in made if variant == whole and _plain(name) in FEW]
         theirs = whole if whole == "bundle" else "text-only"
-        base = next((row for v, name, row in made if v == theirs and _plain(name) == "text-only@30"), None)
-        if few and base is not None:
+        rivals = [(name, row) for v, name, row in made if v == theirs and _plain(name) == "text-only@30"]
+        if few and rivals:
             break
     else:
         return None
     lines: list[str] = []
+    rival, base = rivals[0]
     for chosen, ours in few:
-        lines += [f"| dimension | text-only@30 | {_plain(chosen)} | gain |", "|---|---|---|---|"]
-        gains, clear = [], []
+        lines += [f"| dimension | text-only@30 | {_plain(chosen)} | gain | 95 % |", "|---|---|---|---|---|"]
+        gains, better_for_sure, worse_for_sure = [], [], []
+        of_ours, of_base = values.get((whole, chosen), {}), values.get((theirs, rival), {})
         for name in DIMENSIONS:
             if name not in base["metrics"] or name not in ours["metrics"]:
                 continue
-            theirs, own, told = base["metrics"][name], ours["metrics"][name], name
-            gain = own["mean"] - theirs["mean"]
+            other, own, told = base["metrics"][name], ours["metrics"][name], name
+            gain, true_values = own["mean"] - other["mean"], None
             if name == "dynamic_degree" and name in truth:
                 true = truth[name]["mean"]
-                gain, told = abs(theirs["mean"] - true) - abs(own["mean"] - true), f"{name} (truth: {true:.3f})"
-            elif own["low"] > theirs["high"]:
-                clear.append(name)
-            gains.append(gain / theirs["mean"] if theirs["mean"] > 0 else float(np.sign(gain)))  # from nothing: 100 %
-            lines.append(f"| {told} | {theirs['mean']:.3f} | {own['mean']:.3f} | {gain:+.3f} ({gains[-1]:+.1%}) |")
+                gain, told = abs(other["mean"] - true) - abs(own["mean"] - true), f"{name} (truth: {true:.3f})"
+                true_values = true_motion
+            gains.append(gain / other["mean"] if other["mean"] > 0 else float(np.sign(gain)))  # from nothing: 100 %
+            ends = gain_interval(of_ours.get(name, {}), of_base.get(name, {}), true_values)
+            if ends is not None:
+                better_for_sure += [name] if ends[0] > 0 else []
+                worse_for_sure += [name] if ends[1] < 0 else []
+            lines.append(
+                f"| {told} | {other['mean']:.3f} | {own['mean']:.3f} | {gain:+.3f} ({gains[-1]:+.1%}) | "
+                f"{'–' if ends is None else f'{ends[0]:+.3f} to {ends[1]:+.3f}'} |"
+            )
         better, equal = sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains)
         faster = base["seconds"] / ours["seconds"]
         lines += [
             "",
             f"{_plain(chosen)}: better on {better} of {len(gains)}, equal on {equal}, at worst "
-            f"{min([0.0, *gains]):+.1%}; beyond both intervals: {', '.join(clear) or 'none'}; "
+            f"{min([0.0, *gains]):+.1%}; the interval of the difference, caption by caption, lies above zero for "
+            f"{', '.join(better_for_sure) or 'none'}, below it for {', '.join(worse_for_sure) or 'none'}; "
             f"{faster:.2f} times as fast, AR included.",
             "",
         ]
     return lines[:-1]
+
+
+def gain_interval(
+    ours: Mapping[str, float], theirs: Mapping[str, float], truth: Mapping[str, float] | None = None
+) -> tuple[float, float] | None:
+    """95 % interval of the mean difference, by resampling captions that both have; None where there are none.
+
+    With a `truth`: of how much nearer our mean is to its mean.
+    """
+    shared = sorted(ours.keys() & theirs.keys() & (ours.keys() if truth is None else truth.keys()))
+    if not shared:
+        return None
+    drawn = np.random.default_rng(0).integers(len(shared), size=(DRAWS, len(shared)))
+    own, other = (np.array([of[index] for index in shared])[drawn].mean(1) for of in (ours, theirs))
+    if truth is None:
+        gains = own - other
+    else:
+        true = np.array([truth[index] for index in shared])[drawn].mean(1)
+        gains = abs(other - true) - abs(own - true)
+    low, high = np.quantile(gains, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _plain(name: str) -> str:
@@ -165,6 +222,7 @@ def _tokens(result: Found) -> list[str]:
     for name, what in told.items():
         lines.append(f"| {what} | {errors[name]['error']:.3f} | {errors[name]['statistics']:.0%} |")
     profile = errors["profile"]
+    places = "; ".join(", ".join(f"{share:.2f}" for share in line) for line in profile["wrong_at"])
     frames = ", ".join(f"{share:.2f}" for share in profile["wrong"])
     distance = float(sum(profile["distance"]) / len(profile["distance"]))
     return [
@@ -172,7 +230,8 @@ def _tokens(result: Found) -> list[str]:
         "",
         f"Share of tokens that the AR draws otherwise, by latent frame: {frames}. They lie {distance:.2f}",
         "times as far from the true code as two random codes; "
-        f"{profile['beside'][0]:.0%} of them have another one directly before or after.",
+        f"{profile['beside'][0]:.0%} of them have another one directly before or after (as many, drawn evenly: "
+        f"{profile['beside_even'][0]:.0%}). By place, rows from above: {places}.",
     ]
 
 

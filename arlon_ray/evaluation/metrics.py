@@ -250,12 +250,24 @@ def bootstrap(values: NDArray[np.float64], seed: int = 0, draws: int = 2000) -> 
     return float(low), float(high)
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson, 1927): with 64 of 64 it is not known that all others would."""
+    z = 1.959964
+    middle, wide = share + z**2 / (2 * count), z * ((share * (1 - share) + z**2 / (4 * count)) / count) ** 0.5
+    low, high = ((middle + sign * wide) / (1 + z**2 / count) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean and 95 % interval of every metric over the videos that have it, and how many those are."""
+    """Mean and 95 % interval of every metric over the videos that have it, and how many those are.
+
+    The interval is Wilson's for what a video shows or does not, else by resampling the videos.
+    """
     result: dict[str, Any] = {}
     for name in sorted({name for row in rows for name in row}, key=_order):
         values = np.array([row[name] for row in rows if name in row])
-        low, high = bootstrap(values)
+        shown_or_not = set(values) <= {0.0, 1.0}
+        low, high = wilson(float(values.mean()), len(values)) if shown_or_not else bootstrap(values)
         result[name] = {"mean": float(values.mean()), "low": low, "high": high, "videos": len(values)}
     return result
 

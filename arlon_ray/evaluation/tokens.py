@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arlon_ray.bundle import Bundle
+from arlon_ray.generation import default_options
+from arlon_ray.generation.decoder import Choice, draw
 from arlon_ray.models.codec import LatentCodec, load_codec
 from arlon_ray.training.stages.codec import usage
 
@@ -87,12 +89,13 @@ def wrong_tokens(tokens: np.ndarray, share: float, codes: int, seed: int) -> np.
 @torch.no_grad()
 def error_profile(
     codec: LatentCodec, true_thw: Tensor, predicted_thw: Tensor, surprise_thw: Tensor
-) -> dict[str, list[float]]:
+) -> dict[str, list[Any]]:
     """How predicted tokens differ from the true ones, each given the true tokens before it (teacher forcing).
 
     Per latent frame: `wrong`, the share of tokens that differ; `distance`, their distance in the codebook relative to
     that of two random codes; `loss`, the cross-entropy. And `beside`: of the wrong tokens, the share with a wrong one
-    directly before or after them in time at their place (evenly spread errors would have 1 − (1 − wrong)²).
+    directly before or after them in time at their place, and `beside_even`, what errors of these shares would have
+    that are drawn for each token by itself. `wrong_at`: the share that differs, by place [h, w].
     """
     differ = true_thw != predicted_thw
     book = codec.codebook
@@ -102,11 +105,15 @@ def error_profile(
     beside = torch.zeros_like(differ)
     beside[1:] |= differ[:-1]
     beside[:-1] |= differ[1:]
+    share = F.pad(differ.flatten(1).float().mean(1), (1, 1))
+    alone = (1 - share[:-2]) * (1 - share[2:])
     return {
         "wrong": [float(differ[t].float().mean()) for t in frames],
         "distance": [float(apart[t][differ[t]].mean() / usual) if differ[t].any() else float("nan") for t in frames],
         "loss": [float(surprise_thw[t].mean()) for t in frames],
         "beside": [float(beside[differ].float().mean()) if differ.any() else float("nan")],
+        "beside_even": [float(((1 - alone) * share[1:-1]).sum() / share.sum())],
+        "wrong_at": differ.float().mean(0).tolist(),
     }
 
 
@@ -114,7 +121,8 @@ def error_profile(
 def guide_errors(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """How the guide ẑ that the DiT sees differs from that of the true tokens, by what it was made from.
 
-    `ar`: tokens that the AR draws, each given the true ones before it; `coarse`: the coarse codec's, on which the DiT
+    `ar`: tokens that the AR draws as the bundle samples (temperature, top-k, top-p, guidance), each given the true
+    ones before it; `coarse`: the coarse codec's, on which the DiT
     trains; `wrong`: the true ones with as many wrong ones as the AR has, evenly spread. Of each, `error` relative to
     the variance of ẑ, and `statistics`: the share of it that a change of every channel's mean and deviation explains,
     which is all that uncertainty sampling imitates. And the AR's `profile` (`error_profile`), averaged over videos.
@@ -126,9 +134,7 @@ def guide_errors(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str]
     for number, (latent, text) in enumerate(zip(latents, texts, strict=True)):
         size = (latent.shape[3], latent.shape[4])
         true = fine.encode(latent)
-        chances = bundle.ar(*bundle.text.encode([text]), true).float().softmax(-1)
-        drawn = torch.multinomial(chances.flatten(0, 3), 1, generator=generator).view_as(true)
-        surprise = -chances.gather(-1, true[..., None])[..., 0].clamp(min=1e-9).log()
+        drawn, surprise = _drawn(bundle, text, true, generator)
         profiles.append(error_profile(fine, true[0], drawn[0], surprise[0]))
         share = float((drawn != true).float().mean())
         other = wrong_tokens(true.cpu().numpy(), share, len(fine.codebook), seed + number)
@@ -148,6 +154,24 @@ def guide_errors(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str]
         name: np.nanmean(np.array([profile[name] for profile in profiles]), axis=0).tolist() for name in profiles[0]
     }
     return result
+
+
+def _drawn(bundle: Bundle, text: str, true: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens as the bundle samples them, each given the true ones before it, and the true ones' cross-entropy.
+
+    Raises FloatingPointError if what the AR predicts is not finite.
+    """
+    options, words = default_options(bundle.config.sampling), bundle.text.encode([text])
+    logits = _logits(bundle, text, true)
+    if not logits.isfinite().all():
+        raise FloatingPointError("what the AR predicts is not finite numbers")
+    surprise = F.cross_entropy(logits, true.flatten(), reduction="none").view_as(true)
+    if options.ar_guidance_scale != 1.0:
+        none = bundle.ar.without_text(*words, torch.ones(1, dtype=torch.bool, device=true.device))
+        away = bundle.ar(*none, true).float().flatten(0, 3)
+        logits = away + options.ar_guidance_scale * (logits - away)
+    numbers = torch.rand(len(logits), generator=generator, device=true.device)
+    return draw(logits, Choice.of([options], true.device), numbers).view_as(true), surprise
 
 
 def _guide_error(guide: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from arlon_ray.evaluation.frechet import frechet_distance, video_features
-from arlon_ray.evaluation.metrics import DIMENSIONS, bootstrap, meaning, measure, summary
+from arlon_ray.evaluation.metrics import DIMENSIONS, bootstrap, meaning, measure, summary, wilson
 from arlon_ray.evaluation.world import RELATIONS, Shot
 from data_pipeline.synthetic import render_shot, sample_scene
 
@@ -166,6 +166,15 @@ def test_objects_persist_where_nothing_changes_at_a_join(moving: tuple[Shot, np.
     gone[51:] = 44
     assert measure(gone, shot, FPS, joins=[34, 51])["persistence"] == 0.5
     assert "persistence" not in measure(frames, shot, FPS)
+
+
+def test_a_share_of_all_or_none_has_an_interval_too() -> None:
+    """Values of Wilson's formula; a bootstrap of 64 ones would say that there is no doubt."""
+    assert wilson(1.0, 64) == pytest.approx((0.9434, 1.0), abs=1e-4)
+    assert wilson(0.0, 64) == pytest.approx((0.0, 0.0566), abs=1e-4)
+    assert wilson(59 / 64, 64) == pytest.approx((0.8298, 0.9661), abs=1e-4)
+    shown = summary([{"colour": 1.0, "smooth": 0.9}, {"colour": 1.0, "smooth": 0.9}])
+    assert shown["colour"]["low"] < 0.4 and shown["smooth"]["low"] == shown["smooth"]["high"] == pytest.approx(0.9)
 
 
 def test_the_interval_covers_the_mean_and_narrows() -> None:

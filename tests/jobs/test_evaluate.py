@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from arlon_ray.bundle import load_bundle
+from arlon_ray.evaluation.metrics import summary
 from arlon_ray.generation import DiTRenderer
 from arlon_ray.generation.rendering import SegmentLatents
 from arlon_ray.generation.video import read_video
+from arlon_ray.models.ar import ArTransformer
 from jobs.command_line import InputError
 from jobs.evaluation import Evaluator, held_out_prompts, parse_row
-from jobs.results_page import NOTES, read_results, write_page
+from jobs.results_page import NOTES, VIDEOS, gain_interval, read_results, write_page
 from tests.bundles import make_random_bundle
 from tests.opensora.public import make_public_bundle
 from tests.scripts import run_script
@@ -32,7 +34,7 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
 
     rows = ["truth", "vae", "text-only@2", "guided@2", "guided@2:start=0.5", "true-tokens@1:wrong=0.3"]
     flags = ["--bundle", str(bundle), "--rows", *rows, "--count", "3", "--output", str(tmp_path / "out")]
-    flags += ["--tune", "guidance_scale=1,2", "--tune", "ar_guidance_scale=1", "--tune-count", "1", "--costs"]
+    flags += ["--tune", "guidance_scale=1,2", "--tune", "ar_guidance_scale=1", "--tune-count", "2", "--costs"]
     flags += ["--docs", str(tmp_path / "docs" / "results.md")]
     (tmp_path / "docs").mkdir()
     result = run_script("evaluate", *flags, "--export-vbench", str(tmp_path / "vbench"))
@@ -45,12 +47,26 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
     assert found["guided@2"]["metrics"]["colour"]["mean"] < 1.0  # random weights show nothing
     assert found["guided@2"]["frechet_video_distance"] > found["vae"]["frechet_video_distance"] * 0.5
     assert found["guided@2"]["options"]["ar_guidance_scale"] == 1.0
-    assert found["guided@2"]["options"]["guidance_scale"] in (1.0, 2.0)
+    scores = written["tuned"]["scores"]
+    assert written["tuned"]["captions"] == 2 and set(scores["guided@2"]["ar_guidance_scale"]) == {"1"}
+    for row in ("guided@2", "text-only@2"):
+        its = scores[row]["guidance_scale"]
+        assert set(its) == {"1", "2"} and its[f"{found[row]['options']['guidance_scale']:g}"] == max(its.values())
+    assert (
+        "guided@2: best guidance_scale=" in result.stdout and "of its values: one beyond may be better" in result.stdout
+    )
+    made_of = written["made_of"]
+    assert made_of["parts"]["ar"] == load_bundle(bundle).artifacts["ar"].fingerprint and made_of["seed"] == 0
+    each = json.loads((tmp_path / "out" / VIDEOS).read_text())
+    assert set(each) == set(rows) and written["frechet_chance"] > 0
+    for name, its in each["guided@2"].items():
+        assert np.mean(list(its.values())) == pytest.approx(found["guided@2"]["metrics"][name]["mean"], abs=1e-4)
     assert "ar_guidance_scale" not in found["text-only@2"]["options"]
     assert found["guided@2"]["seconds_of"]["ar"] > 0 == found["text-only@2"]["seconds_of"]["ar"]
     assert {"ar_nats_left_right", "ar_nats_up_down"} & set(written["tokens"])
     assert written["tokens"]["ar_perplexity"] > 1 and 0 < written["tokens"]["fine_codebook_used"] <= 1
-    assert set(written["parts"]) == {"vae decoder", "dit text-only, a step", "dit guided, a step", "ar, a segment"}
+    dit = {"dit text-only, a step", "dit guided, a step"}
+    assert set(written["parts"]) == {"vae, decoding", "codec, its guide of a segment", *dit, "ar, a segment"}
     assert written["parts"]["dit guided, a step"]["flops"] > 1e6
     assert written["parts"]["ar, a segment"]["peak_bytes"] > 1e3
     assert (tmp_path / "out" / "guided-2.png").stat().st_size > 1000
@@ -71,6 +87,64 @@ def test_every_row_is_measured_tracked_and_exported(bundle: Path, tmp_path: Path
         names = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "pictures")}
         assert f"{parse_row(run.data.tags['row']).file_name}.png" in names
     check_a_page_of_two(tmp_path / "out", tmp_path / "docs" / "both.md")
+
+
+def test_a_difference_has_its_interval_caption_by_caption() -> None:
+    """Captions are harder or easier for both: their spread is no doubt about the difference."""
+    hard = {str(n): (n % 8) / 8 for n in range(64)}
+    better = {n: value + (0.05 if int(n) % 2 else 0.03) for n, value in hard.items()}
+    low, high = gain_interval(better, hard)  # type: ignore[misc]
+    assert 0.03 < low < 0.04 < high < 0.05
+    assert gain_interval(hard, better) == pytest.approx((-high, -low))
+    assert gain_interval({"0": 1.0}, {"1": 1.0}) is None and gain_interval(hard, hard) == (0.0, 0.0)
+    # more is no gain where the truth has less
+    low, high = gain_interval(better, hard, dict.fromkeys(hard, 0.0))  # type: ignore[misc]
+    assert -0.05 < low < high < -0.03
+
+
+def test_the_page_says_what_is_better_and_what_is_worse(tmp_path: Path) -> None:
+    """With gains that are known: colour surely, motion nearer to the truth, imaging quality surely worse."""
+    captions = [str(n) for n in range(40)]
+    values = {
+        "truth": {"dynamic_degree": {n: float(int(n) < 20) for n in captions}},
+        "text-only@30": {
+            "colour": {n: float(int(n) % 2) for n in captions},
+            "dynamic_degree": dict.fromkeys(captions, 1.0),
+            "imaging_quality": {n: 0.6 + int(n) / 1000 for n in captions},
+        },
+        "guided@5": {
+            "colour": dict.fromkeys(captions, 1.0),
+            "dynamic_degree": {n: float(int(n) < 22) for n in captions},
+            "imaging_quality": {n: 0.5 + int(n) / 1000 for n in captions},
+        },
+    }
+    rows = {
+        row: {
+            "videos": 40, "seconds": 2.0 if row == "text-only@30" else 0.5, "seconds_of": {}, "guidance": "1",
+            "frechet_video_distance": None, "metrics": summary([{k: v[n] for k, v in its.items()} for n in captions]),
+        }
+        for row, its in values.items()
+    }  # fmt: skip
+    found = {"variant": "bundle", "what": "made up", "rows": rows, "prompts": 40, "values": values}
+    write_page(tmp_path / "page.md", [(tmp_path, found)], "Made up.")
+    page = (tmp_path / "page.md").read_text()
+    assert re.search(r"\| colour \| 0.500 \| 1.000 \| \+0.500 \(\+100.0%\) \| \+0.3\d+ to \+0.6\d+ \|", page)
+    assert re.search(r"\| dynamic_degree \(truth: 0.500\) \| 1.000 \| 0.550 \| \+0.450 ", page)
+    assert "guided@5: better on 2 of 3, equal on 0, at worst -16.1%" in page
+    assert "above zero for colour, dynamic_degree, below it for imaging_quality; 4.00 times as fast" in page
+
+
+def test_what_cannot_be_read_of_the_tokens_does_not_lose_the_rows(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ArTransformer.logits
+    monkeypatch.setattr(ArTransformer, "logits", lambda self, *arguments: real(self, *arguments) * torch.nan)
+    flags = ["--bundle", str(bundle), "--rows", "truth", "--count", "2", "--output", str(tmp_path / "out")]
+    result = run_script("evaluate", *flags, "--docs", str(tmp_path / "page.md"))
+    assert result.returncode == 1 and "of_tokens: what the AR predicts is not finite numbers" in result.stderr
+    assert "Traceback" not in result.stderr and "| bundle | truth | 2 |" in (tmp_path / "page.md").read_text()
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["rows"]["truth"]["videos"] == 2 and "of_tokens" in written["failures"]
 
 
 def test_videos_of_several_segments_are_read_across_their_joins(bundle: Path, tmp_path: Path) -> None:
