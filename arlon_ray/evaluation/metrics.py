@@ -9,7 +9,8 @@ background_consistency  VBench: the same with CLIP. Here: 8×8 colours of what i
 temporal_flickering     VBench: 1 − mean absolute difference of neighbouring frames / 255. Here: where nothing moves.
 motion_smoothness       VBench: 1 − error / 255 of frames interpolated by AMT. Here: along optical flow (DIS).
 dynamic_degree          VBench: whether the largest 5 % of RAFT's flow exceed a threshold. Here: of DIS flow, its
-                        mean over five frames (what trembles has no direction), where there is something to follow.
+                        mean over five frames (what trembles has no direction), where there is something to follow,
+                        and of all pairs of frames together (VBench: a share of the pairs is enough).
 imaging_quality         VBench: MUSIQ. Here: how sharply objects end, against a rendered edge.
 object_class, colour    VBench: a detector finds what is named. Here: every shape (colour) of the truth is seen.
 multiple_objects        VBench: all that is named is in one frame. Here: as many objects as there are, of these very
@@ -138,7 +139,7 @@ def _related(first: Seen | None, second: Seen | None, relation: str, size: tuple
 
 
 def consistency(features_TF: Features) -> float:
-    """Mean over t of ½·(cos(f_1, f_t) + cos(f_{t−1}, f_t)), not below 0. VBench, subject and background consistency."""
+    """Mean over t of ½·(cos(f_1, f_t) + cos(f_{t−1}, f_t)), not below 0 (VBench: neither of them is)."""
     norms = np.linalg.norm(features_TF, axis=1, keepdims=True)
     unit = np.divide(features_TF, norms, out=np.zeros_like(features_TF), where=norms > 0)
     to_first, to_previous = unit[1:] @ unit[0], (unit[1:] * unit[:-1]).sum(1)

@@ -11,7 +11,7 @@ import torch
 from arlon_ray.artifact import load_artifact, save_artifact
 from arlon_ray.bundle import Bundle
 from arlon_ray.config import TrainingConfig, load_config
-from arlon_ray.generation import VideoGenerator
+from arlon_ray.generation import VideoGenerator, default_options
 from jobs.tracking import Tracking
 from tests.bundles import make_random_bundle
 from tests.scripts import run_script
@@ -75,7 +75,12 @@ def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             for step in range(1, 5):
                 run.metrics(step, {"loss": rate / step})
             run.picture("sampled", np.full((8, 8, 3), 200, np.uint8), 4)
+    options = default_options(load_config("tiny").sampling)
+    with tracking.row("a row", key="k", options=options, tags={"row": "guided@5"}, parents={}) as row:
+        row.metrics(0, {"colour": 0.75})
     page = tmp_path / "compare.html"
+    result = run_script("compare_runs", "--uri", uri, "--rows", "--output", str(page))
+    assert result.returncode == 0 and "1 run" in page.read_text() and "guided@5" in page.read_text()
     result = run_script("compare_runs", "--uri", uri, "--stage", "ar", "--output", str(page))
     assert result.returncode == 0, result.stderr
     text = page.read_text()
@@ -83,10 +88,12 @@ def test_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     # a curve of the loss, and a picture of each run
     assert text.count("data:image/png") >= 3 and "<figcaption>loss</figcaption>" in text
     assert "<tr class=differs><th>parent.vae</th><td>v0.2</td><td>v0.1</td></tr>" in text
+    assert "<th>mlflow.source.git.commit</th>" in text or not Path(".git").exists()
     assert "learning_rate" in text[text.index("Settings that differ") :]
     for flags, expected in (
         (["--experiment", "none"], "no such experiment"), (["--runs", "xyz"], "--runs xyz: no such run"),
-        (["--stage", "vae"], "no runs of stage vae"), (["--count", "0"], "--count 0"),
+        (["--stage", "vae"], "no runs of stage vae"), (["--stage", "ar", "--rows"], "no runs of stage ar"),
+        (["--count", "0"], "--count 0"),
     ):  # fmt: skip
         refused = run_script("compare_runs", "--uri", uri, *flags)
         assert refused.returncode == 2 and expected in refused.stderr and refused.stderr.count("\n") == 1
