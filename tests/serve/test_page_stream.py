@@ -202,4 +202,4 @@ def test_a_connection_that_says_nothing_any_more_is_opened_again(visit: Visiting
     stages.held_at = None
     seen.status("Ready")
     shown_until(seen, float(seen.made()[0]["seconds"]))
-    assert between[0].asked == 2
+    assert between[0].asked >= 2
