@@ -143,7 +143,7 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
     lines: list[str] = []
     rival, base = rivals[0]
     for chosen, ours in few:
-        lines += [f"| dimension | text-only@30 | {_plain(chosen)} | gain | 95 % |", "|---|---|---|---|---|"]
+        lines += [f"| dimension | {rival} | {chosen} | gain | 95 % |", "|---|---|---|---|---|"]
         gains, better_for_sure, worse_for_sure = [], [], []
         of_ours, of_base = values.get((whole, chosen), {}), values.get((theirs, rival), {})
         for name in DIMENSIONS:
@@ -168,7 +168,7 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
         faster = base["seconds"] / ours["seconds"]
         lines += [
             "",
-            f"{_plain(chosen)}: better on {better} of {len(gains)}, equal on {equal}, at worst "
+            f"{chosen}: better on {better} of {len(gains)}, equal on {equal}, at worst "
             f"{min([0.0, *gains]):+.1%}; the interval of the difference, caption by caption, lies above zero for "
             f"{', '.join(better_for_sure) or 'none'}, below it for {', '.join(worse_for_sure) or 'none'}; "
             f"{faster:.2f} times as fast, AR included.",
