@@ -201,6 +201,8 @@ class Box:
         drawn = config.dit.ar_token_probability > 0 and section == "dit"  # some tokens, by the AR
         names = ("vae", "codec_fine", "codec_coarse", *(("ar",) if drawn else ()))
         folders = {part: self.path(part) for part in names}
+        if drawn and self.start is not None:  # its own is trained at the same time
+            folders["ar"] = self.start.path / PARTS["ar"][0]
         path, where = self.path(name), self.output / "shards"
         return Job(name, section, config, path, self._parents(), folders, where, shards, self.device, seed=self.seed)
 

@@ -332,7 +332,7 @@ class Evaluator:
 
     def best(
         self, row: Row, choices: Mapping[str, Sequence[Any]]
-    ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    ) -> tuple[dict[str, Any], dict[str, dict[str, float | None]]]:
         """The sampling options among `choices` with the best mean over VBench's dimensions, one after the other.
 
         Options that the row names, or that its model does not have, are left alone. Also the scores of all values.
@@ -341,7 +341,7 @@ class Evaluator:
             "text-only": ("token_", "ar_", "top_", "temperature", "start"),
             "true-tokens": ("ar_", "top_", "temp"),
         }
-        found, scores = dict[str, Any](), dict[str, dict[str, float]]()
+        found, scores = dict[str, Any](), dict[str, dict[str, float | None]]()
         for name, values in choices.items():
             if name in row.changes or name.startswith(foreign.get(row.model, ("\0",))) or row.model in ("truth", "vae"):
                 continue
@@ -349,7 +349,7 @@ class Evaluator:
             if max(scored)[0] == float("-inf"):
                 raise InputError(f"--tune {name}: no video of {row.name} could be made with any of its values")
             found[name] = max(scored, key=lambda pair: pair[0])[1]
-            scores[name] = {f"{value:g}": score for score, value in scored}
+            scores[name] = {f"{value:g}": score if np.isfinite(score) else None for score, value in scored}
         return found, scores
 
     def _score(self, row: Row) -> float:
@@ -377,6 +377,7 @@ class Evaluator:
                 for name in sorted(set().union(*result.metrics.values()))
             }
             for result in results
+            if result.metrics
         }
 
     def frechet_chance(self) -> float:

@@ -103,7 +103,7 @@ def _table(found: Sequence[Found]) -> list[str]:
     told += [
         "- FVD: rows with true tokens, `vae` and `truth` show the very scenes that they are compared with. The others "
         "do not: the true videos of as many other captions, with all that captions do not say drawn anew, are "
-        f"{result['frechet_chance']:.3f} away, and differences below that say nothing."
+        f"{result['frechet_chance']:.3f} away: so much of the distance can be chance."
         for result in found[:1]
         if result.get("frechet_chance")
     ]
@@ -128,7 +128,7 @@ def _comparison(found: Sequence[Found]) -> list[str] | None:
     """
     truth: Found = next((row["metrics"] for _, name, row in _rows(found) if name == "truth"), {})
     values = {(result["variant"], name): its for result in found for name, its in result.get("values", {}).items()}
-    true_motion = next((its["dynamic_degree"] for (_, name), its in values.items() if name == "truth"), None)
+    true_motion = next((its.get("dynamic_degree") for (_, name), its in values.items() if name == "truth"), None)
     made = [
         (variant, name, row) for variant, name, row in _rows(found) if row["seconds"]
     ]  # not where all videos failed
@@ -222,7 +222,11 @@ def _tokens(result: Found) -> list[str]:
     for name, what in told.items():
         lines.append(f"| {what} | {errors[name]['error']:.3f} | {errors[name]['statistics']:.0%} |")
     profile = errors["profile"]
-    places = "; ".join(", ".join(f"{share:.2f}" for share in line) for line in profile["wrong_at"])
+    even, places = "", ""
+    if "wrong_at" in profile:  # not of earlier versions
+        lines_of = (", ".join(f"{share:.2f}" for share in line) for line in profile["wrong_at"])
+        even = f" (as many, drawn evenly: {profile['beside_even'][0]:.0%})"
+        places = f" By place, rows from above: {'; '.join(lines_of)}."
     frames = ", ".join(f"{share:.2f}" for share in profile["wrong"])
     distance = float(sum(profile["distance"]) / len(profile["distance"]))
     return [
@@ -230,8 +234,7 @@ def _tokens(result: Found) -> list[str]:
         "",
         f"Share of tokens that the AR draws otherwise, by latent frame: {frames}. They lie {distance:.2f}",
         "times as far from the true code as two random codes; "
-        f"{profile['beside'][0]:.0%} of them have another one directly before or after (as many, drawn evenly: "
-        f"{profile['beside_even'][0]:.0%}). By place, rows from above: {places}.",
+        f"{profile['beside'][0]:.0%} of them have another one directly before or after{even}.{places}",
     ]
 
 

@@ -31,7 +31,7 @@ def test_it_measures_all_but_training_without_ray_data_or_encoders(tmp_path: Pat
     code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from benchmarks.gpu import main; main()"
     cases_but = sorted(set(gpu.CASES) - {"training", "ar"})
     flags = ["--device", "cpu", "--small", "--output", str(tmp_path), "--cases", *cases_but]
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-500:]
     cases = json.loads((tmp_path / "gpu.json").read_text())["cases"]
     assert set(cases) == {

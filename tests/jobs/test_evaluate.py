@@ -174,6 +174,11 @@ def check_a_page_of_two(results: Path, page: Path) -> None:
     assert any(line.startswith("| text-only | guided@2 | absent: the bundle has no AR |") for line in lines)
     assert any(re.match(r"\| dynamic_degree \(truth: \d\.\d+\) \|", line) for line in lines)
     assert any(re.match(r"guided@5: better on \d+ of 11, equal on \d+, at worst [+-]", line) for line in lines)
+    old = {**found["guide_errors"]["profile"]}
+    del old["wrong_at"]
+    of_before = {**found, "guide_errors": {**found["guide_errors"], "profile": old}, "values": {"truth": {}}}
+    write_page(page, [(folder, of_before)], "Of an earlier version, and no truth.")
+    assert "before or after." in page.read_text() and "By place" not in page.read_text()
     begin, end = NOTES
     page.write_text(page.read_text().replace(f"{begin}\n{end}", f"{begin}\nwhat we saw\n{end}"))
     write_page(page, [(folder, found)], "One.")

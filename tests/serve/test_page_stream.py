@@ -189,9 +189,9 @@ def test_a_connection_that_says_nothing_any_more_is_opened_again(visit: Visiting
         return between[0]
 
     seen, stages = visit(around=around)
-    # three quarters of a minute are one and a half seconds
+    # three quarters of a minute are four and a half seconds
     sooner = (
-        "const real = setTimeout; window.setTimeout = (f, ms, ...more) => real(f, ms > 3e4 ? ms / 30 : ms, ...more)"
+        "const real = setTimeout; window.setTimeout = (f, ms, ...more) => real(f, ms > 3e4 ? ms / 10 : ms, ...more)"
     )
     seen.context.add_init_script(sooner)
     seen.page.reload()
