@@ -180,10 +180,10 @@ class Box:
         ]  # fmt: skip
         jobs = []
         for variant in variants:
-            job = self._job(variant.name, variant.stage, override(self.config, [*common, *variant.overrides]), shards)
-            folders = {name: start.path / PARTS[name][0] if name == "ar" else its for name, its in job.folders.items()}
+            config = override(self.config, [*common, *variant.overrides])
+            job = self._job(variant.name, variant.stage, config, shards, start)
             path = self.output / "variants" / variant.name / variant.stage
-            jobs.append(replace(job, folders=folders, path=path, config=_quietly(job.config, job.section), every=1))
+            jobs.append(replace(job, path=path, config=_quietly(job.config, job.section), every=1))
         train_together(jobs)
 
     @property
@@ -197,12 +197,14 @@ class Box:
             name: load_artifact(self.path(name), PARTS[name][1]).fingerprint for name in names
         }
 
-    def _job(self, name: str, section: Literal["ar", "dit"], config: Config, shards: int) -> Job:
-        drawn = config.dit.ar_token_probability > 0 and section == "dit"  # some tokens, by the AR
-        names = ("vae", "codec_fine", "codec_coarse", *(("ar",) if drawn else ()))
-        folders = {part: self.path(part) for part in names}
-        if drawn and self.start is not None:  # its own is trained at the same time
-            folders["ar"] = self.start.path / PARTS["ar"][0]
+    def _job(
+        self, name: str, section: Literal["ar", "dit"], config: Config, shards: int, giver: Bundle | None = None
+    ) -> Job:
+        """`giver` has the AR that draws tokens for a DiT; None: the start, or what this run has trained."""
+        folders = {part: self.path(part) for part in ("vae", "codec_fine", "codec_coarse")}
+        if section == "dit" and config.dit.ar_token_probability:
+            known = giver or self.start
+            folders["ar"] = self.path("ar") if known is None else known.path / PARTS["ar"][0]
         path, where = self.path(name), self.output / "shards"
         return Job(name, section, config, path, self._parents(), folders, where, shards, self.device, seed=self.seed)
 

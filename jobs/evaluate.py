@@ -95,8 +95,8 @@ def evaluate(
     """Measure all rows, each an MLflow run: results.json, results.md and pictures of each row in `output`."""
     bundle, prompts, results = evaluator.bundle, evaluator.prompts, []
     tracking = tracking or Tracking(bundle.config, output)
-    bundle_key, texts = sha256_of(bundle.path / MANIFEST), [prompt.text for prompt in prompts]
-    parents = {role: artifact.fingerprint for role, artifact in bundle.artifacts.items()}
+    made, texts = made_of(evaluator), [prompt.text for prompt in prompts]
+    bundle_key, parents = made["bundle"], made["parts"]
     tags = {"bundle": bundle_key, "captions": str(len(prompts)), "seed": str(evaluator.seed)}
     for row in rows:
         gallery, names = Gallery(), Counter[str]()
@@ -152,16 +152,21 @@ def figures_of(result: RowResult) -> dict[str, float]:
 def write_results(output: Path, evaluator: Evaluator, results: Sequence[RowResult], **more: Any) -> None:
     """results.json and results.md as far as they are, and each video's values in videos.json."""
     rows = {result.row.name: result.report() for result in results}
+    found = {"prompts": len(evaluator.prompts), "rows": rows, "made_of": made_of(evaluator), **more}
+    write_json(output / "results.json", found)
+    (output / VIDEOS).write_text(json.dumps(evaluator.values(results), separators=(",", ":")) + "\n")
+    (output / "results.md").write_text(table_of(results) + "\n")
+
+
+def made_of(evaluator: Evaluator) -> dict[str, Any]:
+    """What its figures depend on: the bundle and its parts, how it is run, and versions."""
     bundle = evaluator.bundle
-    made_of = {
+    return {
         "bundle": sha256_of(bundle.path / MANIFEST),
         "parts": {role: artifact.fingerprint for role, artifact in bundle.artifacts.items()},
         "seed": evaluator.seed, "segments": evaluator.segments, "code_version": __version__,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(bundle.device),
     }  # fmt: skip
-    write_json(output / "results.json", {"prompts": len(evaluator.prompts), "rows": rows, "made_of": made_of, **more})
-    (output / VIDEOS).write_text(json.dumps(evaluator.values(results), separators=(",", ":")) + "\n")
-    (output / "results.md").write_text(table_of(results) + "\n")
 
 
 def beside(evaluator: Evaluator, *works: Callable[[Evaluator], dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from arlon_ray.artifact import one_line
-from arlon_ray.evaluation.metrics import DIMENSIONS
+from arlon_ray.evaluation.metrics import DIMENSIONS, bootstrap
 from jobs.command_line import InputError
 from jobs.evaluation import Row
 from jobs.tables import costs_table, results_table
@@ -29,8 +29,6 @@ NOTES = ("<!-- notes: kept when this page is written anew -->", "<!-- end of not
 FEW = ("guided@3", "guided@5", "guided@6")
 #: Beside results.json: of each row and metric, the value of each caption's video.
 VIDEOS = "videos.json"
-DRAWS = 2000
-Values = Mapping[str, Mapping[str, float]]
 
 
 def read_results(folder: Path) -> tuple[Path, Found]:
@@ -187,15 +185,12 @@ def gain_interval(
     shared = sorted(ours.keys() & theirs.keys() & (ours.keys() if truth is None else truth.keys()))
     if not shared:
         return None
-    drawn = np.random.default_rng(0).integers(len(shared), size=(DRAWS, len(shared)))
-    own, other = (np.array([of[index] for index in shared])[drawn].mean(1) for of in (ours, theirs))
+    own, other = (np.array([of[index] for index in shared]) for of in (ours, theirs))
     if truth is None:
-        gains = own - other
-    else:
-        true = np.array([truth[index] for index in shared])[drawn].mean(1)
-        gains = abs(other - true) - abs(own - true)
-    low, high = np.quantile(gains, (0.025, 0.975))
-    return float(low), float(high)
+        return bootstrap(own - other)
+    true = np.array([truth[index] for index in shared])
+    away = np.stack([other - true, own - true], 1)
+    return bootstrap(away, figure=lambda means: abs(means[:, 0]) - abs(means[:, 1]))
 
 
 def _plain(name: str) -> str:

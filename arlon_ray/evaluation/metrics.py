@@ -27,7 +27,7 @@ Legend: T frames, H × W pixels, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -243,11 +243,19 @@ def around_object(frames: Frames, masks: Mask, covered: bool = False) -> Feature
     return _pooled(turned, seen, covered)
 
 
-def bootstrap(values: NDArray[np.float64], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % confidence interval of the mean, by resampling the videos."""
+def bootstrap(
+    values: NDArray[np.float64],
+    seed: int = 0,
+    draws: int = 2000,
+    figure: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda means: means,
+) -> tuple[float, float]:
+    """95 % confidence interval of the mean, by resampling the videos, or of a `figure` of several means.
+
+    `values` [videos], or [videos, k] of k quantities: `figure` then makes [draws] of their means [draws, k].
+    """
     random = np.random.default_rng(seed)
     means = random.choice(values, (draws, len(values))).mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = np.quantile(figure(means), (0.025, 0.975))
     return float(low), float(high)
 
 

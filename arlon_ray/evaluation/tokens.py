@@ -122,10 +122,10 @@ def guide_errors(bundle: Bundle, latents: Sequence[Tensor], texts: Sequence[str]
     """How the guide ẑ that the DiT sees differs from that of the true tokens, by what it was made from.
 
     `ar`: tokens that the AR draws as the bundle samples (temperature, top-k, top-p, guidance), each given the true
-    ones before it; `coarse`: the coarse codec's, on which the DiT
-    trains; `wrong`: the true ones with as many wrong ones as the AR has, evenly spread. Of each, `error` relative to
-    the variance of ẑ, and `statistics`: the share of it that a change of every channel's mean and deviation explains,
-    which is all that uncertainty sampling imitates. And the AR's `profile` (`error_profile`), averaged over videos.
+    ones before it; `coarse`: the coarse codec's, on which the DiT trains; `wrong`: the true ones with as many wrong
+    ones as the AR has, evenly spread. Of each, `error` relative to the variance of ẑ, and `statistics`: the share of it
+    that a change of every channel's mean and deviation explains, which is all that uncertainty sampling imitates. And
+    the AR's `profile` (`error_profile`), averaged over videos.
     """
     fine, coarse = bundle.codec, load_codec(bundle.path / "vqvae" / "coarse", bundle.device)
     generator = torch.Generator(device=bundle.device).manual_seed(seed)

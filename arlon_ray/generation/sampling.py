@@ -115,7 +115,8 @@ class SamplingBatch:
         if member.rows > 1:
             other = member.against or model.without_text(text, mask, torch.ones_like(mask[:, 0]))
             text, mask = torch.cat([text, other[0]]), torch.cat([mask, other[1]])
-        seen = int(mask.any(0).nonzero().max()) + 1  # behind them is padding alone
+        ends = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        seen = int((mask.any(0) * ends).max())  # behind it is padding alone
         text, mask = text[:, :seen], mask[:, :seen]
         grid, length = model.block_grid(member.grid), mask.shape[1]
         member.total = grid[0] * grid[1] * grid[2]

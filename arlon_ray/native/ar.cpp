@@ -88,6 +88,12 @@ struct Weights {
 // So many bytes ahead, weights are asked for while rows are multiplied
 constexpr int64_t AHEAD = 2048;
 
+// 8 outputs of a row, of their sums: scaled and added to, where that is asked for
+static inline void finish(Lanes y, const float* scale, const float* added, float* out) {
+  if (scale) y *= load(scale);
+  store(out, added ? y + load(added) : y);
+}
+
 // R rows [., C] with P panels
 template <class Kind, int R, int P>
 static inline void tile(const float* x, int64_t C, const typename Kind::Number* panels, const float* scale, float* out,
@@ -101,10 +107,8 @@ static inline void tile(const float* x, int64_t C, const typename Kind::Number* 
       for (int r = 0; r < R; r++) sums[r][p] = fma(weights, all(x[r * C + c]), sums[r][p]);
     }
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) {
-      Lanes y = scale ? sums[r][p] * load(scale + p * 8) : sums[r][p];
-      store(out + r * O + p * 8, added ? y + load(added + r * O + p * 8) : y);
-    }
+    for (int p = 0; p < P; p++)
+      finish(sums[r][p], scale ? scale + p * 8 : scale, added ? added + r * O + p * 8 : added, out + r * O + p * 8);
 }
 
 #ifdef __AVX512F__
@@ -133,8 +137,7 @@ static inline void wide_tile(const float* x, int64_t C, const typename Kind::Num
     for (int p = 0; p < P; p++) {
       Lanes y;
       memcpy(&y, (const char*)&sums[r][p / 2] + p % 2 * sizeof y, sizeof y);
-      if (scale) y *= load(scale + p * 8);
-      store(out + r * O + p * 8, added ? y + load(added + r * O + p * 8) : y);
+      finish(y, scale ? scale + p * 8 : scale, added ? added + r * O + p * 8 : added, out + r * O + p * 8);
     }
 }
 #endif

@@ -14,11 +14,11 @@ export const wait = (ms, signal) =>
   });
 
 /** Without a byte for so long, a connection may be one that nobody told this end of: events have a comment sooner. */
-export const QUIET_MS = 45000;
+const QUIET_MS = 45000;
 /** What the reader reads next; null where nothing comes for so long, and `pending` is to be asked again. */
-export async function readWithin(pending, ms = QUIET_MS) {
+export async function readWithin(pending) {
   let timer;
-  const quiet = new Promise((done) => (timer = setTimeout(done, ms, null)));
+  const quiet = new Promise((done) => (timer = setTimeout(done, QUIET_MS, null)));
   return Promise.race([pending, quiet]).finally(() => clearTimeout(timer));
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from starlette.types import ASGIApp
@@ -14,6 +14,7 @@ from tests.serve.browser import Visit, Visiting
 
 #: How a stream ends: behind so many bytes, without a word or (neatly) as if that were all.
 End = tuple[int, bool]
+M = TypeVar("M")
 LOST = ["ERR_INCOMPLETE_CHUNKED_ENCODING"]
 
 
@@ -52,21 +53,27 @@ def _cut(send: Any, left: int, neatly: bool) -> Callable[[Any], Any]:
     return some
 
 
-def cut(visit: Visiting, *ends: End, away: bool = False) -> tuple[Visit, Any, Cutting]:
-    """The page, whose streams are cut, with a video of four segments that waits in the middle of the third."""
-    between: list[Cutting] = []
+def visit_through(visit: Visiting, make: Callable[[ASGIApp], M]) -> tuple[Visit, Any, M]:
+    """The page of a service behind the middleware that is made of it."""
+    made: list[M] = []
 
     def around(app: ASGIApp) -> ASGIApp:
-        between.append(Cutting(app, ends, away))
-        return between[0]
+        made.append(make(app))
+        return made[0]  # type: ignore[return-value]
 
     seen, stages = visit(around=around)
+    return seen, stages, made[0]
+
+
+def cut(visit: Visiting, *ends: End, away: bool = False) -> tuple[Visit, Any, Cutting]:
+    """The page, whose streams are cut, with a video of four segments that waits in the middle of the third."""
+    seen, stages, between = visit_through(visit, lambda app: Cutting(app, ends, away))
     seen.may_fail += [*LOST, "502"]
     stages.held_at = 2
     seen.write("A cat.", segments=4)
     seen.one("#make-video").click()
     seen.status("Segment 3 of 4, step")
-    return seen, stages, between[0]
+    return seen, stages, between
 
 
 def shown_until(seen: Visit, second: float) -> None:
@@ -140,19 +147,13 @@ class Restarted:
 
 
 def test_what_is_begun_anew_is_shown_from_its_beginning(visit: Visiting) -> None:
-    between: list[Restarted] = []
-
-    def around(app: ASGIApp) -> ASGIApp:
-        between.append(Restarted(app))
-        return between[0]
-
-    seen, _ = visit(around=around)
+    seen, _, between = visit_through(visit, Restarted)
     seen.may_fail += LOST
     seen.write("A cat.", segments=4)
     seen.one("#make-video").click()
     seen.status("Ready")
     shown_until(seen, float(seen.made()[0]["seconds"]))
-    assert between[0].told and between[0].streams == 2
+    assert between.told and between.streams == 2
 
 
 class Silent:
@@ -182,13 +183,7 @@ class Silent:
 
 @pytest.mark.parametrize("path, left", [("/events", 200), ("/stream", 3000)])
 def test_a_connection_that_says_nothing_any_more_is_opened_again(visit: Visiting, path: str, left: int) -> None:
-    between: list[Silent] = []
-
-    def around(app: ASGIApp) -> ASGIApp:
-        between.append(Silent(app, path, left))
-        return between[0]
-
-    seen, stages = visit(around=around)
+    seen, stages, between = visit_through(visit, lambda app: Silent(app, path, left))
     # three quarters of a minute are four and a half seconds
     sooner = (
         "const real = setTimeout; window.setTimeout = (f, ms, ...more) => real(f, ms > 3e4 ? ms / 10 : ms, ...more)"
@@ -202,4 +197,4 @@ def test_a_connection_that_says_nothing_any_more_is_opened_again(visit: Visiting
     stages.held_at = None
     seen.status("Ready")
     shown_until(seen, float(seen.made()[0]["seconds"]))
-    assert between[0].asked >= 2
+    assert between.asked >= 2
